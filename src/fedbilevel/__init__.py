@@ -1,0 +1,17 @@
+"""Federated bilevel optimisation: algorithms written once, checked against closed forms, run anywhere.
+
+`import fedbilevel as fb`, then `fb.Problem`, `fb.FederatedData`, an algorithm such as `fb.AggITD`, and `fb.solve`.
+"""
+
+from . import algorithms, callbacks, engines, errors, partition, reference, testing
+from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
+from .algorithms import AggITD, FedNest, FedNestSGD, LFedNest, LFedNestSVRG
+from .data import FederatedData
+from .engines import Loopback, Simulation
+from .errors import ClientError, Diverged, InputError, RunError
+from .federation import Client, Federation, Reply, When
+from .problem import Problem, Rows
+from .protocol import Protocol, protocol
+from .solve import History, Result, estimate_hypergradient, solve
+
+__version__ = "0.1.0"

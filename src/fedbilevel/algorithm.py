@@ -1,0 +1,134 @@
+"""The contract of an algorithm: a server program, and the named client methods that it calls.
+
+An `Algorithm` is an equinox module. Step sizes are leaves (a grid of them is a vmap, a new value does not recompile);
+loop counts and batch sizes are static. `step` runs at the server and reaches the clients only through `fed`; a client
+method is any public method that takes `(client, *message)` and returns a reply, or `Reply(reply, state)`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .errors import InputError, check
+from .federation import Federation
+
+
+class State(eqx.Module):
+    """What the next iteration needs: the upper variable x and the lower variable y."""
+
+    x: PyTree
+    y: PyTree
+
+
+class Info(eqx.Module):
+    """Diagnostics of one iteration; every scalar becomes a column of the history.
+
+    Attributes:
+        hypergradient_norm: Euclidean norm of the iteration's hypergradient estimate.
+        vector_growth: how much the Hessian factors (I - hessian_lr H) stretched the vector they were applied to;
+            above one the Hessian step is too large. Zero where an algorithm does not measure it.
+    """
+
+    hypergradient_norm: Float[Array, ""]
+    vector_growth: Float[Array, ""]
+
+
+def rate(default: float) -> Any:
+    """A field that holds a step size: positive, a leaf."""
+    return eqx.field(default=default, converter=_as_float, metadata={"role": "rate"})
+
+
+def count(default: int | None) -> Any:
+    """A field that holds how often something is done, or how many rows are drawn: at least one, static."""
+    return eqx.field(default=default, static=True, metadata={"role": "count", "optional": default is None})
+
+
+def option(default: Any) -> Any:
+    """A field that holds a choice: static."""
+    return eqx.field(default=default, static=True, metadata={"role": "option"})
+
+
+def _as_float(value):
+    return float(value) if isinstance(value, (int, float, np.generic)) and not isinstance(value, bool) else value
+
+
+class Algorithm(eqx.Module):
+    """Base of every algorithm; a subclass declares its fields with `rate`, `count` and `option`, which are checked.
+
+    Subclasses write `step`, their client methods, and where they have an estimator of the hypergradient, `estimate`.
+    """
+
+    def __check_init__(self):
+        for field in dataclasses.fields(self):
+            value, role = getattr(self, field.name), field.metadata.get("role")
+            where = f"{type(self).__name__}({field.name}=...)"
+            if role == "rate" and not isinstance(value, jax.core.Tracer | jax.Array):
+                good = isinstance(value, float) and np.isfinite(value) and value > 0
+                check(good, f"{where} is a step size, a positive number; got {value!r}.")
+            if role == "count" and not (value is None and field.metadata["optional"]):
+                good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+                check(good, f"{where} is a count, a whole number of at least 1; got {value!r}.")
+
+    def init(self, x: PyTree, y: PyTree) -> Any:
+        """The state before the first iteration; it must have the fields `x` and `y`."""
+        return State(x, y)
+
+    def client_init(self, x: PyTree, y: PyTree) -> PyTree:
+        """The state every client starts with and keeps between exchanges (control variates, say); None if it keeps none."""
+        return None
+
+    @abc.abstractmethod
+    def step(self, fed: Federation, state: Any) -> tuple[Any, Any]:
+        """One outer iteration at the server: (the next state, the iteration's diagnostics)."""
+
+    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        """(hypergradient estimate like x, the lower variable y after its rounds), without moving x.
+
+        Raises:
+            InputError: the algorithm never forms a hypergradient.
+        """
+        raise InputError(f"{type(self).__name__} never forms a hypergradient, so there is none to estimate.")
+
+
+class Truncation(eqx.Module):
+    """Where the Neumann series is cut: "uniform" (drawn by the server), "full" (all terms summed), or a fixed int.
+
+    The int is a leaf, so that a new one does not recompile.
+    """
+
+    mode: str = eqx.field(static=True)
+    value: Any = None
+
+    def __init__(self, choice: str | int | Truncation):
+        if isinstance(choice, Truncation):
+            self.mode, self.value = choice.mode, choice.value
+        elif isinstance(choice, str) and choice in ("uniform", "full"):
+            self.mode, self.value = choice, None
+        else:
+            whole = isinstance(choice, (int, np.integer)) and not isinstance(choice, bool)
+            whole = whole or (isinstance(choice, jax.Array) and jnp.issubdtype(choice.dtype, jnp.integer))
+            check(whole, f"truncation= is 'uniform', 'full' or a whole number; got {choice!r}.")
+            self.mode, self.value = "fixed", choice
+
+    @property
+    def full(self) -> bool:
+        """Whether all terms are summed."""
+        return self.mode == "full"
+
+    def draw(self, fed: Federation, most: int) -> Any:
+        """The number that cuts the series: in {0, ..., most}, uniform or fixed."""
+        return fed.randint(0, most + 1) if self.mode == "uniform" else jnp.asarray(self.value, jnp.int32)
+
+    def check_range(self, owner: str, most: int) -> None:
+        """Refuse a fixed number outside {0, ..., most}."""
+        if self.mode == "fixed" and not isinstance(self.value, jax.core.Tracer):
+            good = 0 <= int(self.value) <= most
+            check(good, f"{owner}(truncation=...) as a number lies in 0..{most}; got {self.value}.")

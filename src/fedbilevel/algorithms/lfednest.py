@@ -1,0 +1,78 @@
+"""LFedNest and LFedNest-SVRG: every client forms a hypergradient of its own, with its own Hessian.
+
+After Tarzanagh, Li, Thrampoulidis & Oymak, ICML 2022, arXiv 2205.02215 (the light variants). T = `inner_rounds`,
+N = `neumann_terms`, lam = `hessian_lr`, and clients average only y and x:
+
+    T times  lower   plain local SGD on y (one round), or with SVRG gradient + FedSVRG steps (two rounds)
+    upper            x_i = x, `outer_steps` times: x_i <- x_i - outer_lr h_i(x_i),  h_i = d_x f_i - d2_xy g_i v_i
+
+where v_i is the client's own Neumann estimate of H_i^{-1} d_y f_i: "uniform", N lam (I - lam H_i)^N' d_y f_i with N' drawn
+by the client from 0..N-1, or "full", lam sum_{n=0}^{N} (I - lam H_i)^n d_y f_i. T+1 rounds (LFedNest), 2T+1 (SVRG).
+
+This is NOT an estimator of the hypergradient: the mean of J_i H_i^{-1} d_y f_i is not J H^{-1} d_y f when clients differ,
+and no number of terms removes the bias.
+
+Floats per client: down T (dx+dy) + dx+dy, up T dy + dx; with SVRG down T (2 dx + 3 dy) + dx+dy, up 2 T dy + dx.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax.tree
+from jaxtyping import PyTree
+
+from ..algorithm import Info, State
+from ..federation import Client, Federation
+from .parts import CorrectedLower, LocalLower, NeumannFields, hessian_factor, hypergradient, local_descent, norm
+
+
+class _LocalHypergradient(NeumannFields):
+    """The upper level of the light variants: Neumann series and x steps within each client."""
+
+    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
+        y = self.lower_loop(fed, state.x, state.y)
+        x = fed.average(self.upper, state.x, y)
+        moved = norm(optax.tree.sub(x, state.x))
+        return State(x, y), Info(moved / (self.outer_lr * self.outer_steps), jnp.zeros_like(moved))
+
+    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        y = self.lower_loop(fed, x, y)
+        return fed.average(self.local_hypergradient, x, y), y
+
+    def upper(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
+        """Plain steps on x along the client's own hypergradients."""
+        return local_descent(lambda z, s: self.local_hypergradient(client, z, y, s), x, self.outer_lr, self.outer_steps)
+
+    def local_hypergradient(self, client: Client, x: PyTree, y: PyTree, draw: Any = 0) -> PyTree:
+        """h_i with the client's own Hessian; `draw` numbers the local step, so that all its rows are fresh."""
+        rows = lambda level, k: client.batch(level, self.batch_size, draw * (self.neumann_terms + 1) + k)  # noqa: E731
+        outer = rows("outer", 0)
+        start = client.problem.outer_gradients(x, y, outer)[1]
+
+        def turn(n, loop):
+            p, total = loop
+            p = hessian_factor(client.problem, x, y, p, self.hessian_lr, rows("inner", n + 1))
+            return p, optax.tree.add(total, p) if self.truncation.full else total
+
+        p, total = jax.lax.fori_loop(0, self._factors(client, draw), turn, (start, start))
+        return hypergradient(client.problem, x, y, self.cut(total, p), rows("inner", 0), outer)
+
+    def _factors(self, client, draw):
+        if self.truncation.full:
+            return self.neumann_terms
+        if self.truncation.mode == "fixed":
+            return jnp.asarray(self.truncation.value, jnp.int32)
+        key = jax.random.split(jax.random.fold_in(client.key, draw))[1]  # apart from the keys that draw rows
+        return jax.random.randint(key, (), 0, self.neumann_terms, dtype=jnp.int32)
+
+
+class LFedNest(_LocalHypergradient, LocalLower):
+    """LFedNest (Tarzanagh et al., ICML 2022): T+1 rounds; biased where clients differ. The arguments are `FedNest`'s."""
+
+
+class LFedNestSVRG(_LocalHypergradient, CorrectedLower):
+    """LFedNest with the corrected lower loop: 2T+1 rounds; the hypergradient stays local, and biased where clients
+    differ. The arguments are `FedNest`'s."""

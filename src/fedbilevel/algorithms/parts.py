@@ -1,0 +1,178 @@
+"""What the algorithms share: local steps, the Neumann recursion, and the lower loops of rounds.
+
+Functions here are pure mathematics on pytrees; the abstract modules add the client methods that call them.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax.tree
+from jaxtyping import Array, Float, PyTree
+
+from ..algorithm import Algorithm, Truncation, count, option, rate
+from ..federation import Client, Federation
+from ..problem import Problem, Rows
+
+Gradient = Callable[[PyTree, Any], PyTree]  # (point, draw number) -> gradient there, on the rows of that draw
+
+
+def norm(tree: PyTree) -> Float[Array, ""]:
+    """Euclidean norm of a pytree."""
+    return optax.tree.norm(tree)
+
+
+def descend(point: PyTree, lr: Any, gradient: PyTree) -> PyTree:
+    """point - lr gradient."""
+    return optax.tree.add_scale(point, -lr, gradient)
+
+
+def local_descent(gradient: Gradient, start: PyTree, lr: Any, steps: int) -> PyTree:
+    """`steps` plain steps z <- z - lr gradient(z; fresh rows)."""
+    return jax.lax.fori_loop(0, steps, lambda s, z: descend(z, lr, gradient(z, s)), start)
+
+
+def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Any, steps: int) -> PyTree:
+    """`steps` corrected steps z <- z - lr [gradient(z; rows) - gradient(anchor; same rows) + mean_gradient].
+
+    The correction removes the clients' drift: the fixed point is the global one for any number of steps. At the
+    first step z is the anchor and the two local gradients cancel, so it is taken without evaluating them.
+    """
+
+    def corrected(s, z):
+        drift = optax.tree.sub(gradient(z, s), gradient(anchor, s))
+        return descend(z, lr, optax.tree.add(drift, mean_gradient))
+
+    return jax.lax.fori_loop(1, steps, corrected, descend(anchor, lr, mean_gradient))
+
+
+def hessian_factor(problem: Problem, x: PyTree, y: PyTree, v: PyTree, lr: Any, rows: Rows) -> PyTree:
+    """(I - lr d2_yy g) v."""
+    return descend(v, lr, problem.hessian_vector(x, y, v, rows))
+
+
+def hypergradient(problem: Problem, x: PyTree, y: PyTree, v: PyTree, inner: Rows, outer: Rows) -> PyTree:
+    """d_x f - d2_xy g v, like x: the hypergradient, once v is (an estimate of) H^{-1} d_y f."""
+    direct, _ = problem.outer_gradients(x, y, outer)
+    return optax.tree.sub(direct, problem.cross_vector(x, y, v, inner))
+
+
+class LowerLoop(Algorithm):
+    """An algorithm whose iteration begins with rounds on the lower variable alone."""
+
+    @abc.abstractmethod
+    def lower_loop(self, fed: Federation, x: PyTree, y: PyTree) -> PyTree:
+        """y after the lower level's rounds."""
+
+
+class CorrectedLower(LowerLoop):
+    """The lower loop of anchored rounds: mean gradient, then FedSVRG steps from it. Two rounds a turn.
+
+    y* is its fixed point for any number of local steps and any heterogeneity; it converges if
+    inner_lr <= 1/max L_i and inner_lr * local_steps * L_g < 2.
+    """
+
+    inner_rounds: eqx.AbstractVar[int]
+    inner_lr: eqx.AbstractVar[Any]
+    local_steps: eqx.AbstractVar[int]
+    batch_size: eqx.AbstractVar[int | None]
+    skip_idle_rounds: eqx.AbstractVar[bool]
+
+    def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
+        """FedSVRG steps on y around the mean gradient q at y."""
+        gradient = lambda z, s: client.problem.inner_gradient(x, z, client.batch("inner", self.batch_size, s))  # noqa: E731
+        return fedsvrg(gradient, y, q, self.inner_lr, self.local_steps)
+
+    def lower_round(self, fed: Federation, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
+        """The round that follows the anchor round; with one local step nothing is left for the clients to add."""
+        if self.skip_idle_rounds and self.local_steps == 1:
+            return descend(y, self.inner_lr, q)
+        return fed.average(self.lower, x, y, q)
+
+    def gradient(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
+        """d_y g_i."""
+        return client.problem.inner_gradient(x, y, client.batch("inner", self.batch_size))
+
+    def lower_loop(self, fed: Federation, x: PyTree, y: PyTree) -> PyTree:
+        """`inner_rounds` times an anchor round and a round of local steps."""
+
+        def turn(t, y):
+            q = fed.average(self.gradient, x, y)
+            return self.lower_round(fed, x, y, q)
+
+        return fed.repeat(self.inner_rounds, turn, y)
+
+
+class LocalLower(LowerLoop):
+    """The lower loop of plain local SGD: one round a turn, and a fixed point off y* for two or more local steps."""
+
+    inner_rounds: eqx.AbstractVar[int]
+    inner_lr: eqx.AbstractVar[Any]
+    local_steps: eqx.AbstractVar[int]
+    batch_size: eqx.AbstractVar[int | None]
+
+    def lower(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
+        """Plain gradient steps on y."""
+        gradient = lambda z, s: client.problem.inner_gradient(x, z, client.batch("inner", self.batch_size, s))  # noqa: E731
+        return local_descent(gradient, y, self.inner_lr, self.local_steps)
+
+    def lower_loop(self, fed: Federation, x: PyTree, y: PyTree) -> PyTree:
+        """`inner_rounds` rounds of local steps."""
+        return fed.repeat(self.inner_rounds, lambda t, y: fed.average(self.lower, x, y), y)
+
+
+class CorrectedUpper(Algorithm):
+    """The upper steps: with v fixed, FedSVRG on x around the mean hypergradient. One round."""
+
+    outer_lr: eqx.AbstractVar[Any]
+    outer_steps: eqx.AbstractVar[int]
+    batch_size: eqx.AbstractVar[int | None]
+    skip_idle_rounds: eqx.AbstractVar[bool]
+
+    def hypergradient(self, client: Client, x: PyTree, y: PyTree, v: PyTree, draw: Any = 0) -> PyTree:
+        """h_i(x) = d_x f_i - d2_xy g_i v."""
+        inner, outer = (client.batch(level, self.batch_size, draw) for level in ("inner", "outer"))
+        return hypergradient(client.problem, x, y, v, inner, outer)
+
+    def upper(self, client: Client, x: PyTree, y: PyTree, v: PyTree, h: PyTree) -> PyTree:
+        """FedSVRG steps on x around the mean hypergradient h at x, with y and v fixed."""
+        return fedsvrg(lambda z, s: self.hypergradient(client, z, y, v, s), x, h, self.outer_lr, self.outer_steps)
+
+    def upper_round(self, fed: Federation, x: PyTree, y: PyTree, v: PyTree, h: PyTree) -> PyTree:
+        """The iteration's last round; with one step nothing is left for the clients to add."""
+        if self.skip_idle_rounds and self.outer_steps == 1:
+            return descend(x, self.outer_lr, h)
+        return fed.average(self.upper, x, y, v, h)
+
+
+class NeumannFields(LowerLoop):
+    """The settings of FedNest and its variants, documented at `FedNest`."""
+
+    inner_rounds: int = count(5)
+    inner_lr: Any = rate(0.01)
+    local_steps: int = count(5)
+    neumann_terms: int = count(5)
+    hessian_lr: Any = rate(0.01)
+    outer_lr: Any = rate(0.05)
+    outer_steps: int = count(1)
+    batch_size: int | None = count(None)
+    truncation: Any = eqx.field(default="uniform", converter=Truncation)
+    skip_idle_rounds: bool = option(False)
+
+    def __check_init__(self):
+        self.truncation.check_range(type(self).__name__, self.neumann_terms - 1)
+
+    def cut(self, series: PyTree, last: PyTree) -> PyTree:
+        """v from the sum of the terms ("full") or from the last one, scaled so that its mean is the sum."""
+        full = self.truncation.full
+        return optax.tree.scale(self.hessian_lr if full else self.hessian_lr * self.neumann_terms, series if full else last)
+
+
+def growth(last: Float[Array, ""], first: Float[Array, ""]) -> Float[Array, ""]:
+    """last / first, zero where first is."""
+    return jnp.where(first > 0, last / jnp.where(first > 0, first, 1), jnp.zeros_like(last))

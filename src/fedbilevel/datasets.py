@@ -1,0 +1,214 @@
+"""Data sets by name, split into training and test rows and already normalised; nothing is downloaded.
+
+| name | rows (training / test), features | targets | normalisation |
+|---|---|---|---|
+| digits | 1,347 / 450, 64 | 10 classes | p/16, then the training pixels' own overall mean and deviation |
+| mnist | 60,000 / 10,000, 784 | 10 classes | (p/255 - 0.1307) / 0.3081 |
+| fashion-mnist | 60,000 / 10,000, 784 | 10 classes | (p/255 - 0.2860) / 0.3530 |
+| diabetes | 331 / 111, 10 | a number | features and target to training mean 0 and deviation 1, column by column |
+| breast-cancer | 426 / 143, 30 | 2 classes | features to training mean 0 and deviation 1, column by column |
+
+mnist and fashion-mnist are read from a folder with their four idx files; the others come with scikit-learn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import math
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from .errors import InputError, check, unknown_name
+
+PIXELS = {"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530)}
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+LARGEST = 2**31  # bytes in one idx file: EMNIST, the largest in use, has a quarter of that
+CHUNK = 2**20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """One data set, held in memory as numpy arrays.
+
+    Attributes:
+        name: what it is called.
+        x_train, x_test: (rows, features) float32, normalised as the module's table says; images are flattened row by row.
+        y_train, y_test: (rows,) int32 labels in [0, classes), or float32 targets.
+        classes: how many classes there are; None for a regression.
+    """
+
+    name: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    classes: int | None
+
+
+def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+    """The data set called `name`.
+
+    Args:
+        name: one of `DATASETS`.
+        data_dir: for mnist and fashion-mnist, the folder with the four idx files (plain or .gz), or its parent, where
+            they lie in a folder called `name`. None: FEDBILEVEL_DATA (either folder too), then
+            ~/.cache/fedbilevel/NAME. The data sets that come with scikit-learn do not use it.
+
+    Raises:
+        InputError: an unknown name, or files that are missing or unusable.
+    """
+    if name not in DATASETS:
+        raise unknown_name("data set", name, DATASETS)
+    return DATASETS[name](data_dir)
+
+
+def digits(seed: int = 0) -> Dataset:
+    """8x8 images of handwritten digits (scikit-learn's); a quarter of each class is for the test, drawn by `seed`."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return _split("digits", images / 16, labels, seed, classes=10, axis=None)
+
+
+def breast_cancer(seed: int = 0) -> Dataset:
+    """Benign or malignant, from 30 features (scikit-learn's); a quarter of each class is for the test."""
+    from sklearn.datasets import load_breast_cancer
+
+    features, labels = load_breast_cancer(return_X_y=True)
+    return _split("breast-cancer", features, labels, seed, classes=2)
+
+
+def diabetes(seed: int = 0) -> Dataset:
+    """Progression of diabetes, a regression on 10 features (scikit-learn's); a quarter of the rows is for the test."""
+    from sklearn.datasets import load_diabetes
+
+    features, targets = load_diabetes(return_X_y=True, scaled=False)
+    return _split("diabetes", features, targets, seed, classes=None)
+
+
+def idx_folder(folder: str | os.PathLike[str], name: str) -> Dataset:
+    """An MNIST-like data set: train-images-idx3-ubyte, train-labels-idx1-ubyte and the same of t10k, plain or .gz.
+
+    Args:
+        folder: where the four files lie.
+        name: decides the normalisation: by the published constants for "mnist" and "fashion-mnist", else by the
+            training pixels' own mean and deviation, p/255 before either.
+
+    Raises:
+        InputError: names the folder or file that is missing, is no idx file, or does not fit the others.
+    """
+    folder = Path(folder).expanduser()
+    check(folder.is_dir(), f"there is no folder {folder}: pass the one that holds {', '.join(IDX_FILES)} (or .gz).")
+    paths = [_file(folder, stem) for stem in IDX_FILES]
+    images, labels, test_images, test_labels = map(read_idx, paths, (3, 1, 3, 1))
+    for path, rows, answers in ((paths[1], images, labels), (paths[3], test_images, test_labels)):
+        check(len(rows) == len(answers), f"{path} holds {len(answers)} labels for {len(rows)} images.")
+    check(
+        images.shape[1:] == test_images.shape[1:],
+        f"{paths[2]} holds images of {test_images.shape[1:]} pixels, but the training images have {images.shape[1:]}.",
+    )
+    mean, deviation = PIXELS.get(name) or (images.mean() / 255, images.std() / 255)
+    check(deviation > 0, f"all pixels in {paths[0]} are equal: there is nothing to learn from them.")
+    x_train, x_test = (_pixels(array, mean, deviation) for array in (images, test_images))
+    y_train, y_test = labels.astype(np.int32), test_labels.astype(np.int32)
+    return Dataset(name, x_train, y_train, x_test, y_test, int(max(y_train.max(), y_test.max())) + 1)
+
+
+def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
+    """The uint8 array in an idx file, plain or gzipped (told by its first bytes).
+
+    The header is believed only as far as there are bytes to back it: nothing is allocated on its word.
+
+    Raises:
+        InputError: no such file, unreadable, not idx of `dimensions` dimensions of bytes, empty, cut short or too long.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
+            header = stream.read(4 + 4 * dimensions)
+            magic = bytes((0, 0, 8, dimensions))
+            check(
+                header[:4] == magic,
+                f"{path} is not an idx file of bytes in {dimensions} dimension(s): it should begin with {magic.hex()}, "
+                f"and begins with {header[:4].hex() or 'nothing'}.",
+            )
+            check(len(header) == 4 + 4 * dimensions, f"{path} ends within its header: fetch the file again.")
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            size = math.prod(shape)  # of Python integers: it cannot overflow
+            check(size > 0, f"{path} is empty: its header says {shape}.")
+            check(size <= LARGEST, f"{path} says that it holds {shape}, more than the {LARGEST} bytes read at most.")
+            body = bytearray()
+            while chunk := stream.read(min(CHUNK, size + 1 - len(body))):  # one byte more would be too many
+                body += chunk
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path} cannot be read ({reason}): check it, or fetch it again.") from error
+    much = "more" if len(body) > size else f"only {len(body)}"
+    check(len(body) == size, f"{path} should hold {shape} = {size} bytes and holds {much}: fetch the file again.")
+    return np.frombuffer(body, np.uint8).reshape(shape)
+
+
+def _split(name, features, targets, seed: int, classes: int | None, axis: int | None = 0) -> Dataset:
+    from sklearn.model_selection import train_test_split
+
+    stratify = None if classes is None else targets
+    parts = train_test_split(features, targets, test_size=0.25, random_state=seed, stratify=stratify)
+    x_train, x_test, y_train, y_test = map(np.asarray, parts)
+    x_train, x_test = _standardised(x_train, x_test, axis)
+    if classes is None:
+        y_train, y_test = _standardised(y_train, y_test, 0)
+        return Dataset(name, x_train, y_train, x_test, y_test, None)
+    return Dataset(name, x_train, y_train.astype(np.int32), x_test, y_test.astype(np.int32), classes)
+
+
+def _standardised(train: np.ndarray, test: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+    mean, deviation = train.mean(axis), train.std(axis)  # of the training rows alone: the test rows stay unseen
+    return ((train - mean) / deviation).astype(np.float32), ((test - mean) / deviation).astype(np.float32)
+
+
+def _pixels(images: np.ndarray, mean: float, deviation: float) -> np.ndarray:
+    x = images.reshape(len(images), -1).astype(np.float32)
+    x /= 255  # in place: a copy of MNIST is 188 MB
+    x -= np.float32(mean)
+    x /= np.float32(deviation)
+    return x
+
+
+def _file(folder: Path, stem: str) -> Path:
+    found = [path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()]
+    check(found, f"there is no {stem} or {stem}.gz in {folder}: put the four files of the data set there.")
+    return found[0]
+
+
+def _idx(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
+    given = data_dir if data_dir is not None else os.environ.get("FEDBILEVEL_DATA") or None
+    places = [] if given is None else [Path(given).expanduser() / name, Path(given).expanduser()]
+    if data_dir is None:
+        places.append(Path(os.path.expanduser("~/.cache/fedbilevel")) / name)
+    for place in places:
+        if any((place / (stem + end)).is_file() for stem in IDX_FILES for end in ("", ".gz")):
+            own = place.absolute().name
+            check(own == name or own not in PIXELS, f"{place} is named after {own}: pass the folder of {name}.")
+            return idx_folder(place, name)
+    raise InputError(
+        f"the data set {name} is not in {' or '.join(map(str, places))}: pass --data-dir (data_dir=) with a folder "
+        f"that holds {', '.join(IDX_FILES)} (or .gz), itself or in {name}/."
+    )
+
+
+DATASETS: dict[str, Callable[[str | os.PathLike[str] | None], Dataset]] = {
+    "digits": lambda data_dir: digits(),
+    "mnist": partial(_idx, "mnist"),
+    "fashion-mnist": partial(_idx, "fashion-mnist"),
+    "diabetes": lambda data_dir: diabetes(),
+    "breast-cancer": lambda data_dir: breast_cancer(),
+}

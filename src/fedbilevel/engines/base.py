@@ -1,0 +1,99 @@
+"""What an engine promises to `solve`: to advance an algorithm by some iterations, and to say what it exchanged."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from ..data import FederatedData
+from ..problem import Problem
+from ..protocol import Protocol, bytes_of, trace
+from ..protocol import step as iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """Where a run stands: the server's state, the clients' states (or None), and the iterations done."""
+
+    state: Any
+    client_state: PyTree
+    iteration: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What the iterations of one `advance` did.
+
+    Attributes:
+        done: how many iterations ended well; fewer than asked for if one blew up.
+        rounds, bytes_down, bytes_up: (done,) of each iteration, Python integers.
+        info: the algorithm's diagnostics, each leaf (done + blown up, ...).
+        finite: False if the iteration after the last good one blew up (the carry then holds its state).
+        seconds: wall-clock time, without compilation.
+    """
+
+    done: int
+    rounds: list[int]
+    bytes_down: list[int]
+    bytes_up: list[int]
+    info: PyTree
+    finite: bool
+    seconds: float
+
+
+class Execution(abc.ABC):
+    """An engine bound to a problem, data, the structure of an algorithm, and a key."""
+
+    def __init__(self, engine: Any, problem: Problem, data: FederatedData, key: Key[Array, ""], protocol: Protocol, program: Callable):
+        self.engine, self.problem, self.data, self.key = engine, problem, data, key
+        self.protocol, self.program = protocol, program
+
+    @abc.abstractmethod
+    def start(self, algorithm: Any, state: Any) -> Carry:
+        """The carry before the first iteration."""
+
+    @abc.abstractmethod
+    def advance(self, algorithm: Any, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
+        """Run `iterations` more, or until a number in the state exceeds `limit` or is not finite."""
+
+    def ledger(self, counts: dict, done: int) -> tuple[list[int], list[int], list[int]]:
+        """(rounds, bytes down, bytes up) per iteration from the counts per site, each (iterations, 1 + flags)."""
+        rounds, down, up = (np.zeros(done, object) for _ in range(3))
+        for path, site in self.protocol.sites.items():
+            count = np.asarray(counts[path])[:done]
+            site_down, site_up = bytes_of(site, count, self.protocol.cohort)
+            rounds, down, up = rounds + count[:, 0].astype(object), down + site_down, up + site_up
+        return list(rounds), list(down), list(up)
+
+
+class Engine(abc.ABC):
+    """How a server program is run. `cohort` is how many clients one exchange asks (None: all)."""
+
+    cohort: int | None
+
+    @abc.abstractmethod
+    def bind(
+        self, problem: Problem, data: FederatedData, algorithm: Any, state: Any, key: Key[Array, ""], program: Callable = iteration
+    ) -> Execution:
+        """Check everything, trace the protocol, and get ready to run `program(algorithm, fed, state)`."""
+
+
+def plan(engine: Engine, problem, data, algorithm, state, cohort: int, program) -> Protocol:
+    """The protocol of a program on an engine (shared by the engines' `bind`)."""
+    return trace(algorithm, problem, data, state, cohort, program)
+
+
+def within(state: PyTree, info: PyTree, limit: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether the state stays within the limit and the diagnostics are finite (NaN fails both)."""
+    inexact = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]  # noqa: E731
+    small = [jnp.all(jnp.abs(leaf) <= limit.astype(leaf.real.dtype)) for leaf in inexact(state)]
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in inexact(info)]
+    return jnp.all(jnp.stack([*small, *finite]))

@@ -1,0 +1,188 @@
+"""The simulation engine: all clients in one XLA program.
+
+The cohort's client methods are one vmap (or, with `client_batch=`, a loop over smaller ones), rounds and iterations are
+compiled loops, and the program runs in chunks of iterations between which progress is shown and metrics are taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import check
+from ..federation import Client, Reply, check_cohort, client_key, mean_reply
+from ..problem import strong
+from ..protocol import as_leaves, client_state
+from ..protocol import step as iteration
+from ..tracing import TracedFederation
+from .base import Carry, Engine, Execution, Record, plan, within
+
+_CAPACITY = 256  # the most iterations of one compiled chunk: bounds its buffers of diagnostics
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulation(Engine):
+    """Run an algorithm as one XLA program.
+
+    Args:
+        cohort: how many clients each exchange asks, drawn anew for every exchange; None for all.
+        client_batch: run at most this many clients of the cohort at a time, to bound memory; None for all at once.
+        mesh: a `jax.make_mesh((devices,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))`: the cohort is
+            spread over its first axis, rows too; several processes or hosts after `jax.distributed.initialize()`.
+    """
+
+    cohort: int | None = None
+    client_batch: int | None = None
+    mesh: jax.sharding.Mesh | None = None
+
+    def __post_init__(self):
+        if self.cohort is not None:
+            check_cohort(self.cohort, 2**31)
+        batch = self.client_batch
+        whole = batch is None or (isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1)
+        check(whole, f"client_batch= is how many clients run at a time, at least 1; got {batch!r}.")
+        check(self.mesh is None or isinstance(self.mesh, jax.sharding.Mesh), f"mesh= takes a jax.sharding.Mesh; got {self.mesh!r}.")
+        check(self.mesh is None or batch is None, "mesh= spreads the cohort over devices and client_batch= runs it piecewise: use one.")
+
+    def bind(self, problem, data, algorithm, state, key, program=iteration):
+        cohort = check_cohort(self.cohort, data.clients)
+        protocol = plan(self, problem, data, algorithm, state, cohort, program)
+        if self.mesh is not None:
+            data, state = _spread(data, self.mesh), jax.device_put(state, _replicated(self.mesh))
+        return _Simulated(self, problem, data, key, protocol, program)
+
+
+class _Simulated(Execution):
+    def start(self, algorithm, state):
+        one = client_state(algorithm, state)
+        many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.data.clients, *leaf.shape)), one)
+        return Carry(strong(state), many, 0)
+
+    def advance(self, algorithm, carry, iterations, limit):
+        rounds, down, up, infos, seconds = [], [], [], [], 0.0
+        finite, left = True, iterations
+        self._run(algorithm, carry, 0, limit)  # compiles, if need be, and runs nothing
+        while left > 0 and finite:
+            asked = min(left, _CAPACITY)
+            begin = time.perf_counter()
+            (state, client_state), counts, info, done = jax.block_until_ready(self._run(algorithm, carry, asked, limit))
+            seconds += time.perf_counter() - begin
+            done, left = int(done), left - asked
+            finite = done == asked
+            carry = Carry(state, client_state, carry.iteration + done + (not finite))
+            for total, new in zip((rounds, down, up), self.ledger(counts, done), strict=True):
+                total += new
+            infos.append(jax.tree.map(lambda leaf, n=done + (not finite): np.asarray(leaf)[:n], info))
+        info = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos) if infos else None
+        return carry, Record(len(rounds), rounds, down, up, info, finite, seconds)
+
+    def _run(self, algorithm, carry, iterations, limit):
+        layout = tuple(sorted((path, site.flags) for path, site in self.protocol.sites.items()))
+        static = _Static(self.program, self.protocol.cohort, self.engine.client_batch, self.engine.mesh, layout)
+        count = lambda n: jnp.asarray(n, jnp.int32)  # noqa: E731
+        return _chunk(
+            static, self.problem, self.data, as_leaves(algorithm), (carry.state, carry.client_state),
+            self.key, count(carry.iteration), count(iterations), jnp.asarray(limit, jnp.result_type(float)),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    program: object
+    cohort: int
+    client_batch: int | None
+    mesh: object
+    layout: tuple
+
+
+@eqx.filter_jit
+def _chunk(static, problem, data, algorithm, states, key, first, iterations, limit):
+    """Up to `iterations` iterations, counted from `first`; stops after one that blows up."""
+
+    def one(k, states):
+        fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, first + k), states[1])
+        state, info = static.program(algorithm, fed, states[0])
+        return (state, fed.client_state), fed.counts, info
+
+    shapes = eqx.filter_eval_shape(one, first, states)[1:]
+    buffers = jax.tree.map(lambda s: jnp.zeros((_CAPACITY, *s.shape), s.dtype), shapes)
+
+    def going(loop):
+        k, fine, _, _ = loop
+        return (k < iterations) & fine
+
+    def body(loop):
+        k, _, states, buffers = loop
+        states, *out = one(k, states)
+        buffers = jax.tree.map(lambda b, new: b.at[k].set(new), buffers, tuple(out))
+        return k + 1, within(states[0], out[1], limit), states, buffers
+
+    start = (jnp.zeros((), jnp.int32), jnp.asarray(True), states, buffers)
+    k, fine, states, (counts, info) = jax.lax.while_loop(going, body, start)
+    return states, counts, info, jnp.where(fine, k, k - 1)
+
+
+class _SimulatedFederation(TracedFederation):
+    """`fed` inside the simulated program: an exchange is a vmap of the client method over the cohort."""
+
+    def __init__(self, static, problem, data, algorithm, key, client_state):
+        super().__init__(algorithm, data.clients, static.cohort, data.weights, key, dict(static.layout))
+        self._static, self._problem, self._data = static, problem, data
+        self.client_state = client_state
+
+    def exchange(self, name, method, message, wanted, key, cohort):
+        index = self.sample(key) if cohort is None else cohort
+        size, slots = index.shape[0], index.shape[0]
+        if self._static.mesh is not None:  # pad to whole devices; the extra slots' replies are cut off again
+            devices = self._static.mesh.devices.shape[0]
+            slots = -(-size // devices) * devices
+            index = jnp.concatenate([index, jnp.broadcast_to(index[-1:], (slots - size,))])
+            index = jax.lax.with_sharding_constraint(index, _by_client(self._static.mesh))
+        flags = tuple(jnp.asarray(flag, bool) for flag in wanted)
+
+        def one(i):
+            rows = (self._data.inner.client(i), self._data.outer.client(i))
+            state = jax.tree.map(lambda leaf: leaf[i], self.client_state)
+            out = method(Client(self._problem, rows, state, client_key(key, i), flags), *message)
+            return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
+
+        batch = self._static.client_batch
+        if batch is None or batch >= slots:
+            replies, states = jax.vmap(one)(index)
+        else:
+            replies, states = jax.lax.map(one, index, batch_size=batch)
+        if slots > size:
+            replies, states, index = jax.tree.map(lambda leaf: leaf[:size], (replies, states, index))
+        if states is not None:
+            put = lambda all, new: all.at[index].set(new.astype(all.dtype))  # noqa: E731
+            self.client_state = jax.tree.map(put, self.client_state, states)
+        full = self._data.weights is not None and size == self.clients and cohort is None
+        return mean_reply(replies, self._data.weights if full else None)
+
+
+def _by_client(mesh):
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
+
+
+def _replicated(mesh):
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _spread(data, mesh):
+    """Rows over the devices (padded to whole rows a device), what describes them everywhere."""
+    devices = mesh.devices.shape[0]
+
+    def rows(leaf):
+        short = -leaf.shape[0] % devices
+        padded = np.concatenate([leaf, np.zeros((short, *leaf.shape[1:]), leaf.dtype)]) if short else leaf
+        return jax.device_put(padded, _by_client(mesh))
+
+    moved = jax.device_put(data, _replicated(mesh)) if devices == 1 else data
+    for level in ("inner", "outer"):
+        moved = eqx.tree_at(lambda d, n=level: getattr(d, n).rows, moved, jax.tree.map(rows, getattr(data, level).rows))
+    return moved

@@ -1,0 +1,45 @@
+"""The two ways in which the library says no: the input is unusable, or the run came to grief."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something a caller passed cannot be used; the message says what, which value, and what to do instead."""
+
+
+class RunError(RuntimeError):
+    """A run that started well failed; `result` holds all there is up to its last finite iteration.
+
+    Attributes:
+        result: a `fedbilevel.Result` (None where the failing call returns none).
+    """
+
+    def __init__(self, message: str, result: Any = None):
+        super().__init__(message)
+        self.result = result
+
+
+class Diverged(RunError):
+    """The iterates blew up; the message names the quantity, the iteration and the step to lower."""
+
+
+class ClientError(RunError):
+    """A client's method failed; the message names the client, the method and the shapes it was sent."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
+    """An `InputError` for `name`, with the nearest of the `known` names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"there is no {kind} {name!r}: {hint}known are {', '.join(known)}.")
+
+
+def check(condition: object, message: str) -> None:
+    """Raise `InputError(message)` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)

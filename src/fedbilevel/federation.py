@@ -1,0 +1,211 @@
+"""The federation capability: the only way in which a server program reaches data.
+
+`fed.average(method, *message)` is ONE communication round: the message goes to a cohort of clients, each runs the
+named method on its own data, and the mean of the replies comes back. Loops over rounds are `fed.repeat` and
+`fed.until`, so that an engine may compile them or run them over a network. `fed.when(flag, part)` is a part of a
+message that travels only sometimes. The engines implement this interface; algorithms know nothing else.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from .data import ClientRows
+from .errors import InputError, check
+from .problem import Problem, Rows
+
+
+class When(eqx.Module):
+    """A part of a message that is there only if `present`; a client that does not get it sees zeros.
+
+    Attributes:
+        present: () bool, known to both sides without being sent.
+        value: the part, a pytree of arrays.
+    """
+
+    present: Any
+    value: PyTree
+
+
+class Reply(eqx.Module):
+    """What a client method returns when it also renews the client's state."""
+
+    reply: PyTree
+    state: PyTree
+
+
+class Client(eqx.Module):
+    """What a client method sees: one client's problem, rows, state and key, and what the server wants of it.
+
+    Attributes:
+        problem: the losses, behind their oracles.
+        state: what this client keeps between exchanges (`Algorithm.client_init`), or None.
+        key: this client's random key for this exchange.
+        wanted: tuple of () bool, one per part of the reply, as `fed.average(replies=...)` declares them.
+    """
+
+    problem: Problem
+    rows: tuple[ClientRows, ClientRows]
+    state: PyTree
+    key: Key[Array, ""]
+    wanted: tuple[Any, ...]
+
+    @property
+    def inner(self) -> Rows:
+        """All rows of the inner level."""
+        return self.rows[0].all()
+
+    @property
+    def outer(self) -> Rows:
+        """All rows of the outer level."""
+        return self.rows[1].all()
+
+    def batch(self, level: Literal["inner", "outer"], size: int | None = None, draw: int | Int[Array, ""] = 0) -> Rows:
+        """`size` fresh rows, uniform with replacement; all rows if `size` is None.
+
+        Within one exchange the same `draw` gives the same rows and another one independent rows; rows of the two
+        levels are independent, and so are rows of different exchanges.
+        """
+        place = ("inner", "outer").index(level)
+        if size is None:
+            return self.rows[place].all()
+        return self.rows[place].draw(jax.random.fold_in(self.key, 2 * draw + place), size)
+
+
+class Federation(abc.ABC):
+    """What a server program may do. `clients` is how many there are, `cohort_size` how many one exchange asks."""
+
+    clients: int
+    cohort_size: int
+
+    @abc.abstractmethod
+    def average(
+        self,
+        method: Callable[..., Any],
+        *message: PyTree,
+        replies: Any = True,
+        cohort: Int[Array, " cohort"] | None = None,
+    ) -> PyTree:
+        """One communication round: broadcast, compute, mean of the replies.
+
+        Args:
+            method: a client method of the algorithm, as in `fed.average(self.anchor, x, y)`.
+            message: pytrees of arrays; a part that travels only sometimes is wrapped by `fed.when`.
+            replies: True, or one flag per part of the reply (a tuple): a part whose flag is False is not sent and
+                comes back as zeros.
+            cohort: client indices from `fed.draw_cohort`, to ask the same clients again; by default a fresh cohort.
+
+        Returns:
+            The mean of the replies over the cohort: plain, and with weighted clients and full participation weighted.
+            (With weighted clients and a smaller cohort, the clients are drawn in proportion to their weights.)
+        """
+
+    @abc.abstractmethod
+    def repeat(
+        self, times: int | Int[Array, ""], body: Callable[[Any, PyTree], PyTree], carry: PyTree, most: int | None = None
+    ) -> PyTree:
+        """`for t in range(times): carry = body(t, carry)`, a loop of rounds.
+
+        Args:
+            times: how often; if it is drawn at run time, `most` must bound it.
+            body: (t, carry) -> carry of the same structure, shapes and dtypes; t is a () int32.
+        """
+
+    @abc.abstractmethod
+    def until(
+        self, condition: Callable[[PyTree], Any], body: Callable[[Any, PyTree], PyTree], carry: PyTree, most: int
+    ) -> PyTree:
+        """Repeat `carry = body(t, carry)` until `condition(carry)` holds, at most `most` times."""
+
+    @abc.abstractmethod
+    def randint(self, low: int, high: int) -> Int[Array, ""]:
+        """A number drawn by the server, uniform in {low, ..., high - 1}; `protocol` knows its distribution."""
+
+    @abc.abstractmethod
+    def draw_cohort(self) -> Int[Array, " cohort"]:
+        """The client indices of one cohort, in order, for exchanges that must ask the same clients."""
+
+    @staticmethod
+    def when(flag: Any, part: PyTree) -> When:
+        """`part`, sent only if `flag` (a bool, or a () bool array that depends on loop counters and drawn numbers)."""
+        return When(flag, part)
+
+
+# What every engine does in the same way --------------------------------------------------------------------------------
+
+_COHORT = 2**32 - 1  # no client has this index: the cohort's key differs from every client's
+
+
+def exchange_key(iteration_key: Key[Array, ""], counter: int | Int[Array, ""]) -> Key[Array, ""]:
+    """The key of one exchange (or server draw) of an iteration."""
+    return jax.random.fold_in(iteration_key, counter)
+
+
+def client_key(key: Key[Array, ""], index: int | Int[Array, ""]) -> Key[Array, ""]:
+    """The key of one client in one exchange."""
+    return jax.random.fold_in(key, index)
+
+
+@functools.partial(jax.jit, static_argnames=("clients", "size"))
+def sample_cohort(key: Key[Array, ""], clients: int, size: int, weights: Float[Array, " m"] | None) -> Int[Array, " size"]:
+    """Client indices in ascending order: everyone, a uniform subset, or draws in proportion to the weights.
+
+    The uniform subset is Floyd's: its cost depends on the cohort, not on how many clients there are. In proportion to
+    weights, clients are drawn with replacement, so that the plain mean of replies is unbiased.
+    """
+    if size == clients:
+        return jnp.arange(clients, dtype=jnp.int32)
+    key = jax.random.fold_in(key, _COHORT)
+    if weights is not None:
+        return jnp.sort(jax.random.choice(key, clients, (size,), p=weights).astype(jnp.int32))
+    tops = jnp.arange(clients - size, clients, dtype=jnp.int32)
+    draws = (jax.random.bits(key, (size,), jnp.uint32) % (tops + 1).astype(jnp.uint32)).astype(jnp.int32)
+
+    def place(k, chosen):
+        taken = jnp.any(chosen == draws[k])
+        return chosen.at[k].set(jnp.where(taken, tops[k], draws[k]))
+
+    return jnp.sort(jax.lax.fori_loop(0, size, place, jnp.full((size,), -1, jnp.int32)))
+
+
+@jax.jit
+def mean_reply(replies: PyTree, weights: Float[Array, " cohort"] | None) -> PyTree:
+    """The mean over the leading axis, weighted if weights (summing to one) are given."""
+    if weights is None:
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), replies)
+    return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1), replies)
+
+
+def check_cohort(cohort: int | None, clients: int) -> int:
+    """How many clients one exchange asks; None means all."""
+    if cohort is None:
+        return clients
+    try:
+        cohort = operator.index(cohort)
+    except TypeError:
+        raise InputError(f"cohort= is how many clients one exchange asks, a whole number; got {cohort!r}.") from None
+    check(cohort >= 1, f"cohort= must be at least 1; got {cohort}.")
+    check(cohort <= clients, f"a cohort of {cohort} cannot be drawn from {clients} clients: use at most {clients}.")
+    return cohort
+
+
+def client_method(algorithm: Any, method: Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
+    """A client method's name, and that method of the algorithm as configured (what a client's own copy would run)."""
+    name, owner = getattr(method, "__name__", None), getattr(method, "__self__", None)
+    known = isinstance(name, str) and type(owner) is type(algorithm)
+    check(
+        known,
+        f"fed.average takes a method of {type(algorithm).__name__}, as in fed.average(self.anchor, x, y); got {method!r}.",
+    )
+    assert isinstance(name, str)
+    check(not name.startswith("_"), f"{name!r} is private: clients run public methods only. Drop the underscore.")
+    return name, getattr(algorithm, name)

@@ -1,0 +1,200 @@
+"""Ways to deal the rows of one data set to clients: host-side, seeded, every row placed exactly once.
+
+| name | a client's labels | a client's rows | source |
+|---|---|---|---|
+| iid | like the whole | equal | |
+| shards | few: `per_client` runs of the sorted labels | equal | McMahan et al., AISTATS 2017, arXiv:1602.05629 |
+| dirichlet | skewed, more so for a small `alpha` | unequal | Yurochkin et al., ICML 2019, arXiv:1905.12022 |
+| quantity | like the whole | skewed, more so for a small `alpha` | Li et al., ICDE 2022, arXiv:2102.02079 |
+
+Each returns one ascending int64 array of row indices per client.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Key
+
+from .data import generator
+from .errors import InputError, check, unknown_name
+
+Parts = list[np.ndarray]
+
+
+def iid(rows: int, clients: int, key: Key[Array, ""]) -> Parts:
+    """Deal `rows` rows at random; the clients' sizes differ by at most one.
+
+    Raises:
+        InputError: fewer than one client, or fewer rows than clients.
+    """
+    rows, clients = _sizes(rows, clients)
+    return _ascending(np.array_split(generator(key).permutation(rows), clients))
+
+
+def shards(labels: Any, clients: int, key: Key[Array, ""], per_client: int = 2) -> Parts:
+    """Sort the rows by label, cut them into shards, and deal every client `per_client` of them at random.
+
+    Args:
+        labels: (rows,) integers; rows of one label are put in random order before the cut.
+        clients: how many clients.
+        key: decides the order within a label, and who gets which shard.
+        per_client: how many shards a client gets; shards differ by at most one row. Where no label has fewer rows
+            than a shard, a shard holds at most two labels.
+
+    Raises:
+        InputError: labels that are not one-dimensional integers, clients or `per_client` below one, or fewer rows
+            than shards.
+    """
+    labels = _labels(labels)
+    per_client = _whole("per_client", per_client)
+    rows, clients = _sizes(len(labels), clients, per_client, "one for each of its shards")
+    rng = generator(key)
+    order = rng.permutation(rows)
+    order = order[np.argsort(labels[order], kind="stable")]
+    pieces = np.array_split(order, clients * per_client)
+    hands = rng.permutation(clients * per_client).reshape(clients, per_client)
+    return _ascending([np.concatenate([pieces[piece] for piece in hand]) for hand in hands])
+
+
+def dirichlet(labels: Any, clients: int, key: Key[Array, ""], alpha: float = 0.5, min_rows: int = 2) -> Parts:
+    """Deal the rows of each label in proportions drawn from a symmetric Dirichlet distribution over the clients.
+
+    Args:
+        labels: (rows,) integers.
+        clients: how many clients.
+        key: decides the proportions, and which rows go where.
+        alpha: concentration, positive: near zero each label goes to one client, infinity deals each label evenly.
+        min_rows: what every client has in the end: those short are topped up with random rows of the largest clients
+            (2 by default, so that each can still be split into the two levels).
+
+    Raises:
+        InputError: labels that are not one-dimensional integers, clients or `min_rows` below one, `alpha` not
+            positive, or fewer than clients * min_rows rows.
+    """
+    labels = _labels(labels)
+    _, clients = _sizes(len(labels), clients, _whole("min_rows", min_rows), "min_rows=")
+    alpha, rng = _concentration(alpha), generator(key)
+    parts: Parts = [np.empty(0, np.int64)] * clients
+    for label in np.unique(labels):
+        dealt = _deal(rng.permutation(np.flatnonzero(labels == label)), clients, alpha, rng)
+        parts = [np.concatenate(both) for both in zip(parts, dealt, strict=True)]
+    return _ascending(_top_up([rng.permutation(part) for part in parts], min_rows))
+
+
+def by_quantity(rows: int, clients: int, key: Key[Array, ""], alpha: float = 0.5, min_rows: int = 2) -> Parts:
+    """Deal rows at random, as many to each client as one draw from a symmetric Dirichlet distribution says.
+
+    Args:
+        rows: how many rows there are.
+        clients, key, alpha, min_rows: as for `dirichlet`.
+
+    Raises:
+        InputError: clients or `min_rows` below one, `alpha` not positive, or fewer than clients * min_rows rows.
+    """
+    rows, clients = _sizes(rows, clients, _whole("min_rows", min_rows), "min_rows=")
+    alpha, rng = _concentration(alpha), generator(key)
+    return _ascending(_top_up(_deal(rng.permutation(rows), clients, alpha, rng), min_rows))
+
+
+PARTITIONS: dict[str, Callable[..., Parts]] = {
+    "iid": iid,
+    "shards": shards,
+    "dirichlet": dirichlet,
+    "quantity": by_quantity,
+}
+
+
+def partition(name: str, labels: Any, clients: int, key: Key[Array, ""], **options: Any) -> Parts:
+    """The partition called `name` of the rows that `labels` (rows, ...) belong to, with that partition's own options.
+
+    "iid" and "quantity" take any targets, for they only count them; the others need integer labels.
+
+    Raises:
+        InputError: an unknown name or option, or what the partition itself refuses.
+    """
+    if name not in PARTITIONS:
+        raise unknown_name("partition", name, PARTITIONS)
+    function = PARTITIONS[name]
+    first, _, _, *known = inspect.signature(function).parameters
+    for option in options:
+        check(known, f"the partition {name!r} takes no options: drop {option}=.")
+        if option not in known:
+            raise unknown_name(f"option of the partition {name!r} called", option, known)
+    if first == "rows":
+        shape = np.shape(labels)
+        check(shape, f"a partition needs one label for each row; got the single value {labels!r}.")
+        return function(shape[0], clients, key, **options)
+    return function(labels, clients, key, **options)
+
+
+def _deal(order: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> Parts:
+    """Cut `order` in Dirichlet proportions; rounding the cumulative shares places every row once."""
+    shares = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1]
+    return np.split(order, np.rint(shares * len(order)).astype(np.int64))
+
+
+def _top_up(parts: Parts, min_rows: int) -> Parts:
+    """Move rows, last first, from whoever has most to those with fewer than `min_rows`; parts are in random order.
+
+    Somebody has more than `min_rows` while anybody has fewer, because there are at least clients * min_rows rows.
+    """
+    hands = [part.tolist() for part in parts]
+    sizes = np.array([len(hand) for hand in hands])
+    for short in np.flatnonzero(sizes < min_rows):
+        while sizes[short] < min_rows:
+            most = int(sizes.argmax())
+            hands[short].append(hands[most].pop())
+            sizes[short] += 1
+            sizes[most] -= 1
+    return [np.array(hand, np.int64) for hand in hands]
+
+
+def _ascending(parts: Parts) -> Parts:
+    return [np.sort(part).astype(np.int64) for part in parts]
+
+
+def _labels(labels: Any) -> np.ndarray:
+    try:
+        labels = np.asarray(labels)
+    except ValueError as error:  # numpy's words for lists of unequal lengths
+        raise InputError("labels must be one integer for each row; got lists of unequal lengths.") from error
+    check(
+        labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer),
+        f"labels must be one integer for each row; got {labels.dtype} of shape {labels.shape} "
+        "(without class labels use the partition 'iid' or 'quantity').",
+    )
+    return labels
+
+
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    check(
+        number is not None and number >= least and not isinstance(value, bool),
+        f"{name}= must be a whole number, {least} or more; got {value!r}.",
+    )
+    return int(value)
+
+
+def _sizes(rows: Any, clients: Any, least: int = 1, why: str = "") -> tuple[int, int]:
+    """`rows` and `clients` as ints, once it is certain that every client can get `least` rows."""
+    rows, clients = _whole("rows", rows, 0), _whole("clients", clients)
+    check(
+        rows >= clients * least,
+        f"{rows} rows are too few for {clients} clients, each of which needs at least {least}"
+        f"{f' ({why})' if why else ''}: use fewer clients or more rows.",
+    )
+    return rows, clients
+
+
+def _concentration(alpha: Any) -> float:
+    number = isinstance(alpha, (int, float, np.floating, np.integer)) and not isinstance(alpha, bool)
+    check(number and alpha > 0, f"alpha= must be a positive number; got {alpha!r}.")
+    return min(float(alpha), 1e12)  # even to any precision that rows can show; numpy's draw overflows near 1e308

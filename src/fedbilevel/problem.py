@@ -1,0 +1,197 @@
+"""The bilevel problem of one client, seen through its oracles.
+
+    outer:  min_x  f(x, y*(x))         inner:  y*(x) = argmin_y g(x, y)
+
+x is the upper (outer) variable, y the lower (inner) one, everywhere in this library. A `Problem` holds the two losses;
+its oracles are the only way in which an algorithm reaches them. A user may subclass `Problem` and override the
+oracles (a model in another framework, finite differences, clipped gradients) without the algorithms noticing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+from .errors import InputError, check
+
+Loss = Callable[..., Float[Array, ""]]
+
+
+class Rows(eqx.Module):
+    """Rows of one client at one level, as an oracle takes them.
+
+    Attributes:
+        examples: pytree of arrays, each (rows, ...).
+        weights: (rows,) the weight of each row; they sum to one (times the client's outer weight, where that is not
+            its inner one), and are zero on padding.
+        count: () int32, how many of the rows are real.
+    """
+
+    examples: PyTree[Shaped[Array, "?rows ..."]]
+    weights: Float[Array, " rows"]
+    count: Int[Array, ""]
+
+
+class Problem(eqx.Module):
+    """The two losses, and the oracles derived from them by automatic differentiation.
+
+    Args:
+        inner: g(x, y, example) -> scalar, the lower-level loss of one example; `example` is one row of the client's data.
+        outer: f(x, y, example) -> scalar, the upper-level loss of one example.
+        batched: the losses take `(x, y, examples, weights)` instead, where leaves of `examples` are (rows, ...) and
+            `weights` (rows,) sum to one, and return the weighted mean. Rows of weight zero are padding and must not count.
+
+    x, y and an example are pytrees of arrays (equinox modules too). The library takes the weighted means over rows
+    and clients, so clients of different sizes are exact. Every oracle takes `rows: Rows` and returns a pytree like x or
+    like y (values: a scalar). The lower-level loss should be strongly convex in y for the hypergradient to exist.
+    """
+
+    inner: Loss
+    outer: Loss
+    batched: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        for level in ("inner", "outer"):
+            loss = getattr(self, level)
+            check(callable(loss), f"Problem({level}=...) takes a function (x, y, example) -> scalar, not {loss!r}.")
+
+    # The oracles ----------------------------------------------------------------------------------------------------
+
+    def inner_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
+        """g(x, y): the weighted mean of the inner loss over the rows."""
+        return self._mean(self.inner, x, y, rows)
+
+    def outer_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
+        """f(x, y): the weighted mean of the outer loss over the rows."""
+        return self._mean(self.outer, x, y, rows)
+
+    def inner_gradient(self, x: PyTree, y: PyTree, rows: Rows) -> PyTree:
+        """d_y g(x, y), like y."""
+        return jax.grad(self.inner_value, argnums=1)(x, y, rows)
+
+    def hessian_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
+        """d2_yy g(x, y) v, like y; forward over reverse."""
+        return jax.jvp(lambda y: self.inner_gradient(x, y, rows), (y,), (v,))[1]
+
+    def cross_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
+        """d2_xy g(x, y) v = d_x <d_y g(x, y), v>, like x; reverse over forward."""
+
+        def directional(x):
+            return jax.jvp(lambda y: self.inner_value(x, y, rows), (y,), (v,))[1]
+
+        return jax.grad(directional)(x)
+
+    def outer_gradients(self, x: PyTree, y: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
+        """(d_x f, d_y f) at (x, y), like x and like y."""
+        return jax.grad(self.outer_value, argnums=(0, 1))(x, y, rows)
+
+    def _mean(self, loss: Loss, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
+        if self.batched:
+            return loss(x, y, rows.examples, rows.weights)
+        losses = jax.vmap(lambda example: loss(x, y, example))(rows.examples)
+        return jnp.sum(rows.weights.astype(losses.dtype) * losses)
+
+
+class _Completed(eqx.Module):
+    """A loss over the trainable arrays of x and y, given the rest of them (activation functions, counters, ...)."""
+
+    loss: Loss
+    x_rest: PyTree
+    y_rest: PyTree
+
+    def __call__(self, x, y, *args):
+        return self.loss(eqx.combine(x, self.x_rest), eqx.combine(y, self.y_rest), *args)
+
+
+def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
+    """Split x or y into its floating-point arrays and the rest; Python and numpy numbers become arrays.
+
+    Raises:
+        InputError: no leaf is a floating-point array, or one is not finite.
+    """
+    variable = strong(jax.tree.map(_as_array, variable))
+    arrays, rest = eqx.partition(variable, eqx.is_inexact_array)
+    leaves = jax.tree.leaves(arrays)
+    check(leaves, f"{name} holds no floating-point array to optimise: pass float arrays (got {describe(variable)}).")
+    for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
+        check(
+            bool(jnp.all(jnp.isfinite(leaf))),
+            f"the start point {name}{jax.tree_util.keystr(path)} holds NaN or infinite values: start from finite numbers.",
+        )
+    return arrays, rest
+
+
+def strong(tree: PyTree) -> PyTree:
+    """The arrays of a pytree without weak types: else the first iteration changes the types, and compiles twice."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype) if eqx.is_array(leaf) else leaf, tree)
+
+
+def _as_array(leaf: Any) -> Any:
+    if isinstance(leaf, float):
+        return jnp.asarray(leaf, jnp.result_type(float))
+    return jnp.asarray(leaf) if eqx.is_array_like(leaf) and hasattr(leaf, "dtype") else leaf
+
+
+def bind(problem: Problem, x_rest: PyTree, y_rest: PyTree) -> Problem:
+    """The same problem over the trainable parts of x and y alone."""
+    if not jax.tree.leaves((x_rest, y_rest)):
+        return problem
+    return dataclasses.replace(
+        problem,
+        inner=_Completed(problem.inner, x_rest, y_rest),
+        outer=_Completed(problem.outer, x_rest, y_rest),
+    )
+
+
+def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> None:
+    """Refuse losses that do not return a floating-point scalar, before anything is compiled.
+
+    Raises:
+        InputError: with the level and what its loss returned, or how it failed.
+    """
+    for level, value, loss, rows in (
+        ("inner", problem.inner_value, problem.inner, inner),
+        ("outer", problem.outer_value, problem.outer, outer),
+    ):
+        if type(problem)._mean is Problem._mean and getattr(type(problem), f"{level}_value") is getattr(Problem, f"{level}_value"):
+            one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows.examples)
+            call = (
+                (lambda rows: loss(x, y, rows.examples, rows.weights))
+                if problem.batched
+                else (lambda rows, one=one: loss(x, y, one_example(one)))
+            )
+        else:  # the problem brings its own oracles: judge what those return
+            call = lambda rows: value(x, y, rows)  # noqa: E731
+        out = _shape_of(call, rows, level)
+        takes = "a batch" if problem.batched else "one example"
+        check(
+            isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating),
+            f"the {level} loss must return a floating-point scalar for {takes}; it returned {describe(out)}.",
+        )
+
+
+def one_example(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
+def _shape_of(call: Callable, rows: Rows, level: str) -> PyTree:
+    try:
+        return eqx.filter_eval_shape(call, rows)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's loss raises, on whatever shapes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"the {level} loss failed on rows {describe(rows.examples)}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def describe(tree: PyTree) -> str:
+    """The shapes of a pytree in one line: `{'w': float32[3], 'b': float32[]}`."""
+    return eqx.tree_pformat(tree, short_arrays=True, width=10_000).replace("\n", " ")

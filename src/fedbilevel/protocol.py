@@ -1,0 +1,312 @@
+"""What one iteration of an algorithm exchanges: derived by tracing its `step`, never from a formula.
+
+`step` is traced abstractly: no loss is evaluated, replies are opaque. The trace finds the exchanges; a small integer
+program that it leaves behind is then evaluated for every number the server may draw (`fed.randint`), which gives the
+expected and the largest rounds and bytes of an iteration exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .algorithm import Algorithm
+from .data import FederatedData
+from .errors import check
+from .federation import Client, Reply, check_cohort
+from .problem import Problem, bind, check_losses, strong, trainable
+from .tracing import Path, Site, TracedFederation, check_times
+
+_ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
+_SAMPLED = 2_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """One line of the protocol: an exchange, and what it costs in one iteration, summed over the cohort.
+
+    Attributes:
+        name: the client method; `down` and `up` name the message's and the reply's parts, conditional ones in brackets.
+        times, bytes_down, bytes_up: expected over the server's draws.
+        times_most, bytes_down_most, bytes_up_most: at most.
+    """
+
+    name: str
+    down: str
+    up: str
+    times: float
+    times_most: int
+    bytes_down: float
+    bytes_down_most: int
+    bytes_up: float
+    bytes_up_most: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """The exchanges of one iteration; `print` it for a table.
+
+    Attributes:
+        algorithm: the algorithm's name.
+        clients, cohort: how many clients there are, and how many one exchange asks.
+        exchanges: one line per call of `fed.average` in the program.
+        rounds, bytes_down, bytes_up: of one iteration, expected over what the server draws (a whole number where it
+            is one); bytes are payload, summed over the cohort.
+        rounds_most, bytes_down_most, bytes_up_most: the most an iteration can need.
+        kind: "exact", "sampled" (the server draws too many numbers to enumerate) or "bound" (the number of rounds
+            depends on the data: the expected values are then the most).
+        sites, info: the call sites by path and the shapes of the diagnostics, for engines.
+    """
+
+    algorithm: str
+    clients: int
+    cohort: int
+    exchanges: tuple[Exchange, ...]
+    rounds: float
+    rounds_most: int
+    bytes_down: float
+    bytes_down_most: int
+    bytes_up: float
+    bytes_up_most: int
+    kind: str
+    sites: Mapping[Path, Site] = dataclasses.field(repr=False, compare=False)
+    info: PyTree = dataclasses.field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that can be printed, for JSON."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.compare}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        head = ("exchange", "down", "up", "times", "bytes down", "bytes up")
+        rows = [
+            (e.name, e.down, e.up, _range(e.times, e.times_most), _range(e.bytes_down, e.bytes_down_most), _range(e.bytes_up, e.bytes_up_most))
+            for e in self.exchanges
+        ]
+        total = (
+            "total", "", "", _range(self.rounds, self.rounds_most),
+            _range(self.bytes_down, self.bytes_down_most), _range(self.bytes_up, self.bytes_up_most),
+        )  # fmt: skip
+        widths = [max(len(row[i]) for row in (head, *rows, total)) for i in range(len(head))]
+        line = lambda row: "  ".join(  # noqa: E731
+            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        rule = "  ".join("-" * w for w in widths)
+        note = {
+            "exact": "expected values; in brackets the most, where it differs",
+            "sampled": f"means over {_SAMPLED} draws; in brackets the most seen",
+            "bound": "the number of rounds depends on the data: these are the most",
+        }[self.kind]
+        title = f"{self.algorithm}: one iteration, {self.cohort} of {self.clients} clients an exchange ({note})"
+        return "\n".join([title, "", line(head), rule, *map(line, rows), rule, line(total)])
+
+
+def protocol(
+    algorithm: Algorithm, problem: Problem, data: FederatedData, x: PyTree, y: PyTree, engine: Any = None
+) -> Protocol:
+    """The exchanges of one iteration of `algorithm`, without running it.
+
+    Args:
+        engine: its cohort counts; by default all clients take part.
+
+    Returns:
+        A `Protocol`: `.rounds`, `.bytes_down`, `.bytes_up`; `print` it for a table.
+
+    Raises:
+        InputError: the losses, the data or the algorithm's program cannot be used.
+    """
+    x, x_rest = trainable(x, "x")
+    y, y_rest = trainable(y, "y")
+    cohort = check_cohort(getattr(engine, "cohort", None), data.clients)
+    return trace(algorithm, bind(problem, x_rest, y_rest), data, algorithm.init(x, y), cohort)
+
+
+def trace(algorithm: Algorithm, problem: Problem, data: FederatedData, state: Any, cohort: int, program=None) -> Protocol:
+    """The protocol of `program(algorithm, fed, state)`, by default of `algorithm.step`."""
+    program = program or step
+    check_losses(problem, state.x, state.y, data.inner.client(0).all(), data.outer.client(0).all())
+    found, info = _discover(program, algorithm, problem, data, state, cohort)
+    if found.loops_draw:
+        draws, kind = np.zeros((_SAMPLED, len(found.draws)), np.int32), "sampled"
+    else:
+        draws, kind = _combinations(found.draws)
+    if found.depends_on_data:
+        kind = "bound"
+    layout = {path: site.flags for path, site in found.sites.items()}
+    counts, kind = _count(program, algorithm, problem, data, state, cohort, layout, draws, kind, found.loops_draw)
+    return _summary(algorithm, data.clients, cohort, found.sites, counts, kind, info)
+
+
+def step(algorithm: Algorithm, fed: Any, state: Any) -> tuple[Any, Any]:
+    """The program that an iteration runs."""
+    return algorithm.step(fed, state)
+
+
+class _AbstractFederation(TracedFederation):
+    """Replies are opaque: shaped like the real ones, filled with a number from outside."""
+
+    def __init__(self, algorithm, problem, data, cohort, key, layout, opaque, draws, client_state):
+        super().__init__(algorithm, data.clients, cohort, data.weights, key, layout)
+        self._problem, self._data, self._opaque, self._given = problem, data, opaque, draws
+        self._client_shape = client_state
+        self.draws: list[tuple[int, int]] = []
+        self.loops_draw = self.depends_on_data = False
+
+    def exchange(self, name, method, message, wanted, key, cohort):
+        def reply(message, key):
+            flags = tuple(jnp.asarray(True) for _ in wanted)
+            rows = (self._data.inner.client(0), self._data.outer.client(0))
+            client = Client(self._problem, rows, self._client_shape, key, flags)
+            out = method(client, *message)
+            return out.reply if isinstance(out, Reply) else out
+
+        shapes = eqx.filter_eval_shape(reply, message, key)
+        return jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), s.shape), shapes)
+
+    def randint(self, low, high):
+        self._scopes.check()
+        if self._scopes._path:
+            self.loops_draw = True
+        if self._scopes._path or self._given is None:
+            self.draws.append((low, high))
+            return super().randint(low, high)
+        self.draws.append((low, high))
+        super().randint(low, high)
+        return self._given[len(self.draws) - 1]
+
+    def until(self, condition, body, carry, most):
+        self.depends_on_data = True
+        check_times(most, most)
+        return self.repeat(most, body, carry)
+
+
+def _discover(program, algorithm, problem, data, state, cohort) -> tuple[_AbstractFederation, PyTree]:
+    found = []
+
+    def run(algorithm, state, opaque, key):
+        fed = _AbstractFederation(algorithm, problem, data, cohort, key, None, opaque, None, client_state(algorithm, state))
+        out = program(algorithm, fed, state)
+        found.append(fed)
+        return out
+
+    after, info = eqx.filter_eval_shape(run, as_leaves(algorithm), state, jnp.zeros(()), jax.random.key(0))
+    before = eqx.filter_eval_shape(lambda: state)
+    same = jax.tree.structure(before) == jax.tree.structure(after) and all(
+        (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
+    check(same or program is not step, f"{type(algorithm).__name__}.step must return a state like the one it was given, {before}; it returned {after}.")
+    check(found[0].sites, f"{type(algorithm).__name__} exchanges nothing: its step never calls fed.average.")
+    return found[0], info
+
+
+def as_leaves(algorithm: Any) -> Any:
+    """The algorithm with its Python numbers as (weakly typed) arrays, so that compiled code takes them as arguments."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, (int, float)) else leaf, algorithm)
+
+
+def client_state(algorithm: Algorithm, state: Any) -> PyTree:
+    """What one client keeps, at the start."""
+    return strong(jax.tree.map(jnp.asarray, algorithm.client_init(state.x, state.y)))
+
+
+def _combinations(ranges: list[tuple[int, int]]) -> tuple[np.ndarray, str]:
+    combinations = math.prod(high - low for low, high in ranges)
+    if combinations <= _ENUMERATED:
+        return np.array(list(itertools.product(*(range(*r) for r in ranges))), np.int32).reshape(combinations, len(ranges)), "exact"
+    draw = np.random.default_rng(0)
+    return np.stack([draw.integers(low, high, _SAMPLED) for low, high in ranges], 1).astype(np.int32), "sampled"
+
+
+def _count(program, algorithm, problem, data, state, cohort, layout, draws, kind, loops_draw):
+    """Counts per site, (draws, 1 + flags), and the kind; opaque numbers that change them mean they depend on data."""
+    keys = jax.random.split(jax.random.key(0), len(draws) if loops_draw else 1)
+    args = as_leaves(algorithm), problem, data, state, cohort, tuple(sorted(layout.items())), jnp.asarray(draws), keys
+    counts = jax.tree.map(np.asarray, _evaluate(program, *args))
+    depends = any((value != value[:1]).any() for value in counts.values())
+    if depends or kind == "bound":
+        return {path: value.max(axis=(0, 1), keepdims=True)[0] for path, value in counts.items()}, "bound"
+    return {path: value[0] for path, value in counts.items()}, kind
+
+
+@eqx.filter_jit
+def _evaluate(program, algorithm, problem, data, state, cohort, layout, draws, keys):
+    """Counts per site, (opaque numbers, draws, 1 + flags): the program with everything but its exchanges cut away."""
+
+    def run(opaque, given, key):
+        filled = jax.tree.map(lambda a: jnp.broadcast_to(opaque.astype(a.dtype), a.shape), state)
+        fed = _AbstractFederation(algorithm, problem, data, cohort, key, dict(layout), opaque, given, client_state(algorithm, state))
+        program(algorithm, fed, filled)
+        return fed.counts
+
+    if len(keys) == 1:
+        many = jax.vmap(run, in_axes=(None, 0, None))
+        keys = keys[0]
+    else:
+        many = jax.vmap(run, in_axes=(None, 0, 0))
+    opaque = jnp.asarray([0.0, jnp.nan, 1.0, -1.0, 1e6])
+    return jax.vmap(many, in_axes=(0, None, None))(opaque, draws, keys)
+
+
+def bytes_of(site: Site, counts: np.ndarray, cohort: int) -> tuple[np.ndarray, np.ndarray]:
+    """Payload bytes (down, up) over the cohort, for counts of shape (..., 1 + flags) at a site."""
+    counts = counts.astype(object)  # Python integers: int32 overflows, and so may int64 over a long run
+    of = lambda parts: sum(part.bytes * counts[..., 0 if part.flag is None else 1 + part.flag] for part in parts)  # noqa: E731
+    zero = 0 * counts[..., 0]
+    return cohort * of(site.down) + zero, cohort * of(site.up) + zero
+
+
+def _summary(algorithm, clients, cohort, sites, counts, kind, info) -> Protocol:
+    lines, totals = [], np.zeros((3, len(next(iter(counts.values())))), object)
+    for path in sorted(sites):
+        site, count = sites[path], counts[path]
+        down, up = bytes_of(site, count, cohort)
+        totals += np.stack([count[:, 0].astype(object), down, up])
+        lines.append(
+            Exchange(
+                site.name, *_labels(algorithm, site),
+                _mean(count[:, 0]), int(count[:, 0].max()), _mean(down), int(down.max()), _mean(up), int(up.max()),
+            )  # fmt: skip
+        )
+    rounds, down, up = totals
+    return Protocol(
+        type(algorithm).__name__, clients, cohort, tuple(lines),
+        _mean(rounds), int(rounds.max()), _mean(down), int(down.max()), _mean(up), int(up.max()), kind, sites, info,
+    )  # fmt: skip
+
+
+def _labels(algorithm, site: Site) -> tuple[str, str]:
+    """Names of the parts: the message's from the method's signature, the reply's by their place."""
+    names = [name for name in inspect.signature(getattr(algorithm, site.name)).parameters][1:]
+    show = lambda text, part: text if part.flag is None else f"[{text}]"  # noqa: E731
+    name = lambda place: names[place] if place < len(names) else f"#{place}"  # noqa: E731
+    down = ", ".join(show(name(int(part.label)), part) for part in site.down)
+    up = ", ".join(show(f"{part.bytes} B", part) for part in site.up)
+    return down, up
+
+
+def _mean(values) -> float:
+    mean = sum(int(v) for v in values) / len(values)
+    return int(mean) if mean == int(mean) else mean
+
+
+def _range(expected: float, most: int) -> str:
+    text = f"{expected:,}" if isinstance(expected, int) else f"{expected:,.1f}"
+    return text if expected == most else f"{text} [{most:,}]"
+
+
+def _plain(value):
+    return [dataclasses.asdict(e) for e in value] if isinstance(value, tuple) else value

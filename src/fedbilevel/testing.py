@@ -1,0 +1,277 @@
+"""The conformance suite: put an algorithm of your own, or a problem's oracles, through what every shipped one passes.
+
+    fb.testing.check_algorithm(MyAlgorithm())
+    fb.testing.check_problem(problem, data, x, y)
+
+Both compute in float64, print nothing, return a `Report`, and raise `CheckFailed` with the whole table if a check fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from . import reference
+from .algorithm import Algorithm
+from .data import FederatedData
+from .engines import Engine, Loopback, Simulation
+from .problem import Problem, Rows, bind, trainable
+from .protocol import protocol
+from .solve import estimate_hypergradient, solve
+
+_AGREE = 1e-12
+
+
+class CheckFailed(AssertionError):
+    """A check failed; the message is the report's table, `report` the report."""
+
+    def __init__(self, report: Report):
+        super().__init__(f"\n{report}")
+        self.report = report
+
+
+@dataclasses.dataclass
+class Report:
+    """What was checked: (what, whether it holds, the figure or the reason) for each check."""
+
+    name: str
+    lines: list[tuple[str, bool, str]] = dataclasses.field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks hold."""
+        return all(good for _, good, _ in self.lines)
+
+    def add(self, what: str, check: Callable[[], tuple[bool, str]]) -> None:
+        """Run a check; an exception fails it."""
+        try:
+            good, detail = check()
+        except Exception as error:  # whatever an algorithm under test raises
+            good, detail = False, f"{type(error).__name__}: {error}"
+        self.lines.append((what, bool(good), detail))
+
+    def conclude(self) -> Report:
+        """The report itself, or `CheckFailed`."""
+        if not self.passed:
+            raise CheckFailed(self)
+        return self
+
+    def __str__(self) -> str:
+        width = max(len(what) for what, _, _ in self.lines)
+        marks = {True: "ok    ", False: "FAILED"}
+        return "\n".join([self.name, *(f"  {marks[good]} {what.ljust(width)}  {detail}" for what, good, detail in self.lines)])
+
+
+def heterogeneous(clients: int = 8, seed: int = 0) -> tuple[Problem, FederatedData, PyTree, PyTree]:
+    """A small problem (problem, data, x, y) that hides nothing: clients of other sizes and curvatures, nested pytrees.
+
+    The inner loss is quadratic in y and depends on x through its targets and its curvature; call it in float64.
+    """
+    draw = np.random.default_rng(seed)
+
+    def rows(client: int, count: int):
+        shift = draw.normal(size=3)
+        features = draw.normal(size=(count, 3)) * (0.5 + client / clients) + 0.3 * shift
+        return {"a": features, "b": draw.normal(size=count) + shift[0], "c": draw.normal(size=(count, 2)) + shift[1]}
+
+    def inner(x, y, e):
+        residual = e["a"] @ y["w"] + y["deep"]["s"] * (e["c"] @ x["u"]) - e["b"] * x["k"]
+        ridge = jnp.sum(y["w"] ** 2) + (1 + 0.1 * x["k"] ** 2) * y["deep"]["s"] ** 2
+        return 0.5 * residual**2 + 0.2 * ridge
+
+    def outer(x, y, e):
+        fit = (e["a"] @ y["w"] + y["deep"]["s"] - e["b"]) ** 2
+        return 0.5 * fit + 0.1 * (x["u"] @ e["c"]) * y["deep"]["s"] + 0.05 * (jnp.sum(x["u"] ** 2) + x["k"] ** 2)
+
+    sizes = [(3, 4), (6, 3), (4, 6), (6, 4)]
+    pairs = [sizes[i % len(sizes)] for i in range(clients)]
+    data = FederatedData.stack(
+        [rows(i, n) for i, (n, _) in enumerate(pairs)],
+        [rows(i, n) for i, (_, n) in enumerate(pairs)],
+    )
+    x = {"u": jnp.asarray([0.3, -0.2]), "k": jnp.asarray(0.7)}
+    y = {"w": jnp.asarray([0.1, 0.0, -0.1]), "deep": {"s": jnp.asarray(0.2)}}
+    return Problem(inner, outer), data, x, y
+
+
+def check_algorithm(algorithm: Algorithm, accurate: Algorithm | None = None, tolerance: float = 1e-8) -> Report:
+    """Put an algorithm through the conformance suite, on a small ragged, heterogeneous problem in float64.
+
+    Checked: simulation (plain, in client batches, and over devices where there are several) and loopback agree to 1e-12
+    on a cohort of 4 of 8 clients, whatever the order of replies; all of them count the same rounds and bytes, and what
+    they count is what `protocol` says; nothing is compiled again between iterations, nor for another step size; the same
+    key gives the same run; and what `accurate` estimates is the hypergradient.
+
+    Args:
+        algorithm: the instance to check, with step sizes that are stable where curvatures are of order one.
+        accurate: the same algorithm set to be exact (many rounds, all terms, all rows): its estimate with all clients is
+            compared with `reference.hypergradient`. None leaves that check out.
+        tolerance: of that comparison, relative.
+
+    Raises:
+        CheckFailed: with the table of what holds and what does not.
+    """
+    report = Report(f"{type(algorithm).__name__}: conformance, float64, 4 of 8 ragged clients")
+    with jax.enable_x64(True):
+        problem, data, x, y = heterogeneous()
+        runs: dict[str, Any] = {}
+
+        def run(name: str, engine: Engine, seed: int = 0, alg: Algorithm = algorithm):
+            runs[name] = solve(problem, data, alg, x, y, iterations=3, key=jax.random.key(seed), engine=engine)
+            return runs[name]
+
+        def agree(name: str, engine: Engine):
+            def check():
+                one, other = runs["simulation"], run(name, engine)
+                gap = distance((one.x, one.y), (other.x, other.y))
+                ledgers = [[(r["rounds"], r["bytes_down"], r["bytes_up"]) for r in each.history] for each in (one, other)]
+                if ledgers[0] != ledgers[1]:
+                    return False, f"ledgers differ: {ledgers[0][-1]} against {ledgers[1][-1]} (rounds, bytes down, bytes up)"
+                return gap <= _AGREE, f"largest difference {gap:.1e}"
+
+            return check
+
+        def finite():
+            res = run("simulation", Simulation(cohort=4))
+            return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((res.x, res.y))), "three iterations"
+
+        report.add("runs, and stays finite", finite)
+        if not report.passed:
+            return report.conclude()
+        report.add("client batches of 3 = all at once", agree("batches", Simulation(cohort=4, client_batch=3)))
+        report.add("loopback = simulation", agree("loopback", Loopback(cohort=4)))
+        report.add("order of clients and replies", agree("shuffled", Loopback(cohort=4, shuffle=7)))
+        if len(jax.devices()) > 1:
+            auto = jax.make_mesh((len(jax.devices()),), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
+            report.add(f"{len(jax.devices())} devices = one", agree("mesh", Simulation(cohort=4, mesh=auto)))
+        report.add("same key, same run", agree("again", Simulation(cohort=4)))
+        report.add("ledger = protocol", lambda: _ledger_fits(runs["simulation"]))
+        report.add("compiles once", lambda: _compiles_once(algorithm, problem, data, x, y))
+        if accurate is not None:
+            report.add("estimates the hypergradient", lambda: _accurate(accurate, problem, data, x, y, tolerance))
+    return report.conclude()
+
+
+def distance(one: PyTree, other: PyTree) -> float:
+    """The largest absolute difference of two pytrees, relative to the first where that is above one."""
+    gaps = jax.tree.map(lambda a, b: np.max(np.abs(np.asarray(a) - np.asarray(b)) / np.maximum(1, np.abs(a)), initial=0.0), one, other)
+    return float(max(jax.tree.leaves(gaps)))
+
+
+def _ledger_fits(result) -> tuple[bool, str]:
+    protocol, last = result.protocol, result.history[-1]
+    n = last["iteration"]
+    for name in ("rounds", "bytes_down", "bytes_up"):
+        expected, most, seen = getattr(protocol, name), getattr(protocol, f"{name}_most"), last[name]
+        if not (0 < seen <= n * most) or (expected == most and protocol.kind == "exact" and seen != n * most):
+            return False, f"{seen} {name} in {n} iterations, where the protocol says at most {most} each"
+    return True, f"{last['rounds']} rounds in {n} iterations"
+
+
+def _compiles_once(algorithm, problem, data, x, y) -> tuple[bool, str]:
+    traces = []
+
+    def counted(x, y, e):
+        traces.append(1)
+        return problem.inner(x, y, e)
+
+    same = Problem(counted, problem.outer)
+    engine = Simulation(cohort=4)
+
+    def traced(run) -> int:
+        before = len(traces)
+        run()
+        return len(traces) - before
+
+    def go(alg: Algorithm, iterations: int) -> int:
+        return traced(lambda: solve(same, data, alg, x, y, iterations=iterations, key=jax.random.key(0), engine=engine))
+
+    slower = algorithm
+    for field in dataclasses.fields(algorithm):
+        if field.metadata.get("role") == "rate":
+            slower = eqx.tree_at(lambda a, n=field.name: getattr(a, n), slower, getattr(algorithm, field.name) * 0.5)
+    first, longer, other = go(algorithm, 1), go(algorithm, 5), go(slower, 5)
+    # each run derives its protocol anew, abstractly; beyond that nothing may be traced again
+    abstract = traced(lambda: protocol(algorithm, same, data, x, y, engine=engine))
+    detail = f"{first - abstract} traces of the loss to compile; {longer - abstract} for more iterations, {other - abstract} for other steps"
+    return first > abstract and longer == other == abstract, detail
+
+
+def _accurate(algorithm, problem, data, x, y, tolerance) -> tuple[bool, str]:
+    h, _ = estimate_hypergradient(problem, data, algorithm, x, y, key=jax.random.key(0))
+    true = reference.hypergradient(problem, data, x, y)
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    error = float(np.linalg.norm(flat(h) - flat(true)) / np.linalg.norm(flat(true)))
+    return error <= tolerance, f"relative error {error:.1e}"
+
+
+def check_problem(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, tolerance: float = 1e-5) -> Report:
+    """Compare a problem's oracles with central differences on every client, in float64.
+
+    Checked along random directions: both losses' gradients, the Hessian- and cross-products of the inner loss; that the
+    Hessian is symmetric; and that the inner loss curves upwards there.
+
+    Args:
+        x, y: the point; it should be a typical one, with no kink (of a ReLU, say) within 1e-5 of it.
+        tolerance: relative.
+
+    Raises:
+        CheckFailed: with the table of what holds and what does not.
+    """
+    report = Report("problem: oracles against central differences")
+    with jax.enable_x64(True):
+        wide = lambda tree: jax.tree.map(_widen, tree)  # noqa: E731
+        x, x_rest = trainable(wide(x), "x")
+        y, y_rest = trainable(wide(y), "y")
+        bound, data = bind(problem, x_rest, y_rest), wide(data)
+        keys = jax.random.split(jax.random.key(0), 3)
+        dx, dy, v = _direction(keys[0], x), _direction(keys[1], y), _direction(keys[2], y)
+        for i in range(min(data.clients, 3)):
+            inner, outer = data.inner.alone(i).all(), data.outer.alone(i).all()
+            for what, exact, difference in _comparisons(bound, x, y, dx, dy, v, inner, outer):
+                report.add(f"client {i}: {what}", lambda e=exact, d=difference: _close(float(e()), float(d()), tolerance))
+            curvature = lambda n=inner: float(_dot(v, bound.hessian_vector(x, y, v, n)))  # noqa: E731
+            report.add(f"client {i}: inner loss curves upwards", lambda c=curvature: (c() > 0, f"curvature {c():.3g} along a direction"))
+    return report.conclude()
+
+
+def _comparisons(problem, x, y, dx, dy, v, inner: Rows, outer: Rows):
+    step = 1e-5
+    move = lambda at, d, s: jax.tree.map(lambda a, b: a + s * step * b, at, d)  # noqa: E731
+    along = lambda f: (f(1.0) - f(-1.0)) / (2 * step)  # noqa: E731
+    grad_y = lambda x, y: problem.inner_gradient(x, y, inner)  # noqa: E731
+    return [
+        ("inner_gradient", lambda: _dot(dy, grad_y(x, y)), lambda: along(lambda s: problem.inner_value(x, move(y, dy, s), inner))),
+        ("outer_gradients, x", lambda: _dot(dx, problem.outer_gradients(x, y, outer)[0]), lambda: along(lambda s: problem.outer_value(move(x, dx, s), y, outer))),
+        ("outer_gradients, y", lambda: _dot(dy, problem.outer_gradients(x, y, outer)[1]), lambda: along(lambda s: problem.outer_value(x, move(y, dy, s), outer))),
+        ("hessian_vector", lambda: _dot(dy, problem.hessian_vector(x, y, v, inner)), lambda: along(lambda s: _dot(dy, grad_y(x, move(y, v, s))))),
+        ("hessian is symmetric", lambda: _dot(dy, problem.hessian_vector(x, y, v, inner)), lambda: _dot(v, problem.hessian_vector(x, y, dy, inner))),
+        ("cross_vector", lambda: _dot(dx, problem.cross_vector(x, y, v, inner)), lambda: along(lambda s: _dot(v, grad_y(move(x, dx, s), y)))),
+    ]  # fmt: skip
+
+
+def _widen(leaf):
+    wide = isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.asarray(leaf, jnp.float64) if wide else leaf
+
+
+def _direction(key, like: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)])
+
+
+def _dot(one: PyTree, other: PyTree):
+    return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def _close(one: float, other: float, tolerance: float) -> tuple[bool, str]:
+    gap = abs(one - other) / max(1.0, abs(one), abs(other))
+    return gap <= tolerance, f"{one:.9g} against {other:.9g}"

@@ -1,0 +1,276 @@
+"""A federation inside a traced program: shared by the protocol trace and by the simulation.
+
+Call sites of `fed.average` are known by their place in the program (a path of positions within the nested loops), so
+that tracing a loop body twice finds the same site. The compiled program counts, per site, how often it was reached and
+how often each conditional part travelled; bytes follow from these counts outside, in Python integers.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
+from jaxtyping import Array, Int, Key, PyTree
+
+from .errors import InputError, check
+from .federation import Federation, When, client_method, exchange_key, sample_cohort
+from .problem import describe
+
+Path = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a message or reply: its size, and which of the site's flags decides whether it travels (None: always)."""
+
+    label: str
+    bytes: int
+    flag: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One call of `fed.average` in the program: what travels there.
+
+    Attributes:
+        path: its place in the program.
+        name: the client method.
+        message, reply: the structure that both sides know (pytrees of shapes and dtypes; `When` nodes in the message).
+        down, up: the parts that travel, with their sizes for one client.
+        flags: how many conditional parts there are, down and up.
+    """
+
+    path: Path
+    name: str
+    message: PyTree
+    reply: PyTree
+    down: tuple[Part, ...]
+    up: tuple[Part, ...]
+    flags: int
+
+
+class Scopes:
+    """Where in the server program we are: nested loops, and how many communications each has had so far.
+
+    Raises `InputError` when `fed` is used inside a transformation that the engine did not open itself.
+    """
+
+    def __init__(self):
+        self._path: Path = ()
+        self._next = 0
+        self._level = get_opaque_trace_state(convention="nnx")
+
+    def check(self) -> None:
+        """Refuse a communication inside `lax.scan`, `vmap` or `jit`."""
+        inside = get_opaque_trace_state(convention="nnx") != self._level
+        check(not inside, "fed was used inside jax.lax.scan, vmap or jit: use fed.repeat (or fed.until) for loops of rounds.")
+
+    def advance(self) -> Path:
+        """The path of the next call site or loop."""
+        self.check()
+        self._next += 1
+        return (*self._path, self._next - 1)
+
+    def inside(self, path: Path, body: Callable[[], Any]) -> Any:
+        """Run `body` as the inside of the loop at `path`."""
+        saved = self._path, self._next, self._level
+        self._path, self._next, self._level = path, 0, get_opaque_trace_state(convention="nnx")
+        try:
+            return body()
+        finally:
+            self._path, self._next, self._level = saved
+
+
+class TracedFederation(Federation):
+    """`fed` while `step` is traced; `sites` collects the exchanges, a subclass says what an exchange computes.
+
+    What the program changes on the way (the ledger: exchange counter, counts per site, client state) is threaded
+    through the compiled loops beside the algorithm's own carry.
+    """
+
+    def __init__(self, algorithm: Any, clients: int, cohort: int, weights: Any, key: Key[Array, ""], layout: dict[Path, int] | None):
+        self.clients, self.cohort_size = clients, cohort
+        self.sites: dict[Path, Site] = {}
+        self._algorithm, self._weights, self._key = algorithm, weights, key
+        self._scopes = Scopes()
+        self._counter: Any = jnp.zeros((), jnp.int32)
+        self.counts: dict[Path, Any] | None = None
+        if layout is not None:
+            self.counts = {path: jnp.zeros((1 + flags,), jnp.int32) for path, flags in layout.items()}
+        self.client_state: PyTree = None
+
+    @abc.abstractmethod
+    def exchange(self, name: str, method: Callable, message: PyTree, wanted: tuple, key: Any, cohort: Any) -> PyTree:
+        """The mean reply of the cohort to a message (`When` parts masked)."""
+
+    # The capability -------------------------------------------------------------------------------------------------
+
+    def average(self, method, *message, replies=True, cohort=None):
+        path = self._scopes.advance()
+        name, method = client_method(self._algorithm, method)
+        message, sent = normalise(message)
+        wanted = wanted_flags(replies)
+        key = exchange_key(self._key, self._counter)
+        reply = self.exchange(name, method, message, wanted, key, cohort)
+        self.sites[path] = site(path, name, message, reply, sent, wanted)
+        reply = mask_reply(reply, wanted)
+        flags = [flag for flag in (*sent, *wanted) if not is_static(flag)]
+        if self.counts is not None:
+            travelled = jnp.stack([jnp.asarray(flag, jnp.int32) for flag in (True, *flags)])
+            self.counts = {**self.counts, path: self.counts[path] + travelled}
+        self._counter = self._counter + 1
+        return reply
+
+    def repeat(self, times, body, carry, most=None):
+        path = self._scopes.advance()
+        check_times(times, most)
+        run = self._body(path, body)
+        ledger, carry = jax.lax.fori_loop(0, times, run, (self._ledger(), carry))
+        self._restore(ledger)
+        return carry
+
+    def until(self, condition, body, carry, most):
+        path = self._scopes.advance()
+        check_times(most, most)
+        run = self._body(path, body)
+
+        def going(loop):
+            t, (_, carry) = loop
+            return (t < most) & jnp.logical_not(condition(carry))
+
+        start = (jnp.zeros((), jnp.int32), (self._ledger(), carry))
+        _, (ledger, carry) = jax.lax.while_loop(going, lambda loop: (loop[0] + 1, run(*loop)), start)
+        self._restore(ledger)
+        return carry
+
+    def randint(self, low, high):
+        self._scopes.advance()
+        check(low < high, f"fed.randint(low, high) needs low < high; got {low}, {high}.")
+        key = exchange_key(self._key, self._counter)
+        self._counter = self._counter + 1
+        return jax.random.randint(key, (), low, high, dtype=jnp.int32)
+
+    def draw_cohort(self):
+        self._scopes.advance()
+        key = exchange_key(self._key, self._counter)
+        self._counter = self._counter + 1
+        return self.sample(key)
+
+    def sample(self, key):
+        """The cohort of one exchange."""
+        return sample_cohort(key, self.clients, self.cohort_size, self._weights)
+
+    # Threading the ledger through loops -----------------------------------------------------------------------------
+
+    def _ledger(self):
+        return self._counter, self.counts, self.client_state
+
+    def _restore(self, ledger) -> None:
+        self._counter, self.counts, self.client_state = ledger
+
+    def _body(self, path: Path, body):
+        def run(t, both):
+            ledger, carry = both
+            self._restore(ledger)
+            new = self._scopes.inside(path, lambda: body(jnp.asarray(t, jnp.int32), carry))
+            check_carry(carry, new)
+            return self._ledger(), new
+
+        return run
+
+
+# What Loopback shares --------------------------------------------------------------------------------------------------
+
+
+def is_static(flag: Any) -> bool:
+    """Whether a flag is the Python constant True: the part always travels."""
+    return flag is True
+
+
+def normalise(message: PyTree) -> tuple[PyTree, list[Any]]:
+    """Leaves as arrays, absent parts zero; and the flags of the message's `When` parts."""
+    flags = []
+
+    def visit(part):
+        if not isinstance(part, When):
+            return jax.tree.map(jnp.asarray, part)
+        flags.append(part.present)
+        value = jax.tree.map(jnp.asarray, part.value)
+        if is_static(part.present):
+            return When(jnp.asarray(True), value)
+        present = jnp.asarray(part.present, bool)
+        return When(present, jax.tree.map(lambda leaf: jnp.where(present, leaf, jnp.zeros_like(leaf)), value))
+
+    return jax.tree.map(visit, message, is_leaf=lambda part: isinstance(part, When)), flags
+
+
+def wanted_flags(replies: Any) -> tuple:
+    """The flags of a reply's parts, as a tuple."""
+    if replies is True:
+        return (True,)
+    good = isinstance(replies, tuple) and len(replies) > 0
+    check(good, f"replies= is True, or a tuple with one flag per part of the reply; got {replies!r}.")
+    return replies
+
+
+def reply_parts(reply: PyTree, wanted: tuple) -> tuple:
+    """The parts of a reply, one per flag."""
+    if len(wanted) == 1:
+        return (reply,)
+    fits = isinstance(reply, tuple) and len(reply) == len(wanted)
+    check(fits, f"replies= has {len(wanted)} flags, but the client's reply is {describe(reply)}: return a tuple of as many parts.")
+    return reply
+
+
+def mask_reply(reply: PyTree, wanted: tuple) -> PyTree:
+    """The reply with zeros in place of the parts that did not travel."""
+    parts = tuple(
+        part if is_static(flag) else jax.tree.map(lambda a, f=flag: jnp.where(f, a, jnp.zeros_like(a)), part)
+        for part, flag in zip(reply_parts(reply, wanted), wanted, strict=True)
+    )
+    return parts[0] if len(wanted) == 1 else parts
+
+
+def size(tree: PyTree) -> int:
+    """Bytes of a pytree of arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def site(path: Path, name: str, message: PyTree, reply: PyTree, sent: list, wanted: tuple) -> Site:
+    """What travels at a call site, from the message and the (mean) reply."""
+    shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)  # noqa: E731
+    flag = iter(range(len(sent) + len(wanted)))
+    number = lambda value: None if is_static(value) else next(flag)  # noqa: E731
+    down = []
+    flags = iter(sent)
+    for place, part in enumerate(message):
+        always = 0
+        for piece in jax.tree.leaves(part, is_leaf=lambda p: isinstance(p, When)):
+            if isinstance(piece, When):
+                down.append(Part(str(place), size(piece.value), number(next(flags))))
+            else:
+                always += size(piece)
+        if always:
+            down.append(Part(str(place), always, None))
+    up = [Part(str(i), size(part), number(f)) for i, (part, f) in enumerate(zip(reply_parts(reply, wanted), wanted, strict=True))]
+    return Site(path, name, shapes(message), shapes(reply), tuple(down), tuple(up), next(flag, len(sent) + len(wanted)))
+
+
+def check_times(times: Any, most: int | None) -> None:
+    """Refuse a loop whose number of rounds nothing bounds."""
+    if isinstance(times, int):
+        check(times >= 0, f"fed.repeat(times=...) cannot be negative; got {times}.")
+    elif most is None:
+        raise InputError("fed.repeat with a drawn number of rounds needs most=, the largest it can be.")
+
+
+def check_carry(before: PyTree, after: PyTree) -> None:
+    """Refuse a loop body that changes the carry's structure, shapes or dtypes."""
+    signature = lambda tree: jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), tree)  # noqa: E731
+    same = jax.tree.structure(before) == jax.tree.structure(after) and signature(before) == signature(after)
+    check(same, f"the body of a loop must return a carry like the one it was given, {describe(before)}; it returned {describe(after)}.")
