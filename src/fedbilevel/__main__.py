@@ -1,0 +1,5 @@
+"""`python -m fedbilevel`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,246 @@
+"""The command line: parses, calls the library, prints. Exit codes: 0 done, 1 the run failed, 2 bad usage."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import click
+import typer
+
+app = typer.Typer(
+    name="fedbilevel",
+    help="Federated bilevel optimisation: run, compare and inspect algorithms.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Task = Annotated[str, typer.Argument(help="quadratic, ridge, regularisation or hyper-representation (see `list`).")]
+Dataset = Annotated[Optional[str], typer.Option("--dataset", help="Data set; the task's default is embedded.")]
+DataDir = Annotated[Optional[str], typer.Option("--data-dir", help="Folder that holds the data set's files.")]
+Partition = Annotated[str, typer.Option("--partition", help="iid, shards, dirichlet or quantity.")]
+Alpha = Annotated[Optional[float], typer.Option("--alpha", help="Concentration of dirichlet and quantity.")]
+Clients = Annotated[Optional[int], typer.Option("--clients", help="How many clients there are.")]
+Cohort = Annotated[Optional[int], typer.Option("--cohort", help="How many clients each exchange asks; default all.")]
+Iterations = Annotated[Optional[int], typer.Option("--iterations", help="Outer iterations.")]
+Rounds = Annotated[Optional[int], typer.Option("--rounds", help="Communication rounds; the whole iterations that fit are run.")]
+Sets = Annotated[Optional[list[str]], typer.Option("--set", help="name=value, repeatable; in compare also algorithm.name=value.")]
+Out = Annotated[Optional[str], typer.Option("--out", help="Folder for config, history, summary and figures.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the --out folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in the --out folder.")]
+Engine = Annotated[str, typer.Option("--engine", help="simulation or loopback.")]
+Every = Annotated[int, typer.Option("--evaluate-every", help="Iterations between evaluations.")]
+Precision = Annotated[int, typer.Option("--precision", help="32 or 64 bits.")]
+
+DEFAULT_ROUNDS = 300
+
+
+@app.command()
+def run(
+    task: Task,
+    algorithm: Annotated[str, typer.Option("--algorithm", help="aggitd, fednest, ... (see `list`).")] = "aggitd",
+    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
+    clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
+    seed: Annotated[int, typer.Option("--seed", help="Decides the partition, the start and the run.")] = 0,
+    sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
+    engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
+):  # fmt: skip
+    """Run one algorithm on a task; without --set it takes the checked-in best settings."""
+    plan = _plan(task, [algorithm], (seed,), sets, iterations, rounds, cohort, engine, evaluate_every, precision,
+                 dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha, clients=clients)  # fmt: skip
+    _execute(plan, out, resume, overwrite, as_json)
+
+
+@app.command()
+def compare(
+    task: Task,
+    algorithms: Annotated[str, typer.Option("--algorithms", help="Names, separated by commas.")] = "aggitd,fednest",
+    seeds: Annotated[int, typer.Option("--seeds", help="How many seeds, from --seed on.")] = 3,
+    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
+    clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
+    seed: Annotated[int, typer.Option("--seed", help="The first seed.")] = 0,
+    sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
+    engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
+):  # fmt: skip
+    """Run several algorithms on the same task, data, cohorts and seeds."""
+    from .errors import check
+
+    names = [name.strip() for name in algorithms.split(",") if name.strip()]
+    check(names, "--algorithms takes names separated by commas, as in aggitd,fednest.")
+    check(len(set(names)) == len(names), f"--algorithms names one twice: {algorithms}.")
+    check(seeds >= 1, f"--seeds is how many seeds to run, at least 1; got {seeds}.")
+    plan = _plan(task, names, tuple(range(seed, seed + seeds)), sets, iterations, rounds, cohort, engine, evaluate_every, precision,
+                 dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha, clients=clients)  # fmt: skip
+    _execute(plan, out, resume, overwrite, as_json)
+
+
+@app.command()
+def protocol(
+    task: Task,
+    algorithm: Annotated[str, typer.Option("--algorithm", help="aggitd, fednest, ... (see `list`).")] = "aggitd",
+    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
+    clients: Clients = None, cohort: Cohort = None,
+    seed: Annotated[int, typer.Option("--seed", help="Decides the partition and the start.")] = 0,
+    sets: Sets = None, as_json: Json = False, precision: Precision = 32,
+):  # fmt: skip
+    """Print what one iteration exchanges: rounds and bytes, from the algorithm's own program."""
+    import jax
+
+    from .protocol import protocol as derive
+
+    plan = _plan(task, [algorithm], (seed,), sets, 1, None, cohort, "simulation", 1, precision,
+                 dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha, clients=clients)  # fmt: skip
+    jax.config.update("jax_enable_x64", precision == 64)
+    built = plan.build_task(seed)
+    table = derive(plan.build_algorithm(algorithm, built.dataset), built.problem, built.data, built.x, built.y, plan.build_engine())
+    print(table.to_json() if as_json else table)
+
+
+@app.command()
+def check(algorithm: Annotated[Optional[str], typer.Argument(help="An algorithm; default all.")] = None):
+    """Put the algorithms through the conformance suite."""
+    from .algorithms import ALGORITHMS, BIASED, checked
+    from .settings import algorithm_class
+    from .testing import CheckFailed, check_algorithm
+
+    failed = 0
+    for name in [algorithm] if algorithm else list(ALGORITHMS):
+        algorithm_class(name)
+        try:
+            report = check_algorithm(*checked(name))
+        except CheckFailed as failure:
+            report, failed = failure.report, failed + 1
+        print(report)
+        if name in BIASED:
+            print("         (its hypergradient is local by design, and biased where clients differ: not compared)")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_names(as_json: Json = False):
+    """List the tasks, algorithms, partitions and engines."""
+    from .algorithms import ALGORITHMS
+    from .experiment import ENGINES
+    from .partition import PARTITIONS
+    from .tasks import TASKS
+
+    about = {name: (kind.__doc__ or "").strip().splitlines()[0] for name, kind in ALGORITHMS.items()}
+    if as_json:
+        tasks = {k.name: {"summary": k.summary, "datasets": k.datasets} for k in TASKS.values()}
+        print(json.dumps({"tasks": tasks, "algorithms": about, "partitions": list(PARTITIONS), "engines": list(ENGINES)}, indent=2))
+        return
+    print("Tasks (data sets, the default first)")
+    for kind in TASKS.values():
+        print(f"  {kind.name:22}{kind.summary} ({', '.join(kind.datasets)})")
+    print("Algorithms")
+    for name, line in about.items():
+        print(f"  {name:22}{line}")
+    print(f"Partitions\n  {', '.join(PARTITIONS)}\nEngines\n  {', '.join(ENGINES)}")
+
+
+@app.command()
+def plot(folder: Annotated[str, typer.Argument(help="The --out folder of a run or a comparison.")]):
+    """Make the tables and figures of a results folder again."""
+    from rich.console import Console
+
+    from . import report
+
+    frame = report.read(folder)
+    files = report.write(Path(folder), frame)
+    report.show(report.summarise(frame), Console())
+    print("\n".join(str(file) for file in files))
+
+
+def _plan(task, algorithms, seeds, sets, iterations, rounds, cohort, engine, evaluate_every, precision, **options: Any):
+    from .errors import check, unknown_name
+    from .experiment import ENGINES, Plan
+    from .settings import parse
+    from .tasks import TASKS, Options
+
+    check(precision in (32, 64), f"--precision is 32 or 64; got {precision}.")
+    check(iterations is None or rounds is None, "give --iterations or --rounds, not both.")
+    for name, known in ((task, TASKS), (engine, ENGINES)):
+        if name not in known:
+            raise unknown_name("task" if known is TASKS else "engine", name, known)
+    if iterations is None and rounds is None:
+        rounds = DEFAULT_ROUNDS
+    settings = parse(sets or [], algorithms)
+    return Plan(task, Options(**options), settings, seeds, iterations, rounds, cohort, engine, evaluate_every, precision)
+
+
+def _execute(plan, out: str | None, resume: bool, overwrite: bool, as_json: bool) -> None:
+    """Run a plan, write its folder, print its table; exit with 1 if a run failed."""
+    from rich.console import Console
+
+    from . import report
+    from .errors import check
+    from .experiment import prepare, run_all, table
+
+    check(out is not None or not (resume or overwrite), "--resume and --overwrite go with --out.")
+    dataset = plan.build_task(plan.seeds[0]).dataset  # refuses a bad task, data set or partition before anything is written
+    for name in plan.algorithms:
+        plan.build_algorithm(name, dataset)
+    folder = None if out is None else prepare(out, plan, resume, overwrite)
+    outcomes = run_all(plan, folder, resume)
+    frame = table(outcomes)
+    summary = report.summarise(frame)
+    if folder is not None:
+        files = report.write(folder, frame)
+    if as_json:
+        print(report.to_json(summary))
+    else:
+        report.show(summary, Console())
+        if folder is not None:
+            print(f"Written to {folder}: config.json, history.csv, {', '.join(file.name for file in files)}")
+    failures = [o for o in outcomes if o.failure]
+    for outcome in failures:
+        print(f"failed: {outcome.algorithm}, seed {outcome.seed}: {outcome.failure}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: one sentence and exit code 2 for bad usage, 1 for a run that failed."""
+    _keep_compiled_programs()
+    from .errors import InputError, RunError
+
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        sys.exit(_say(error.format_message(), 2))
+    except InputError as error:
+        sys.exit(_say(str(error), 2))
+    except RunError as error:
+        sys.exit(_say(str(error), 1))
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.exit(_say("interrupted; with --out, add --resume to go on.", 130))
+    except OSError as error:
+        sys.exit(_say(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1))
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"fedbilevel: {sentence}", file=sys.stderr)
+    return code
+
+
+def _keep_compiled_programs() -> None:
+    """Let JAX keep compiled programs on disk, so that a second run starts at once (JAX_COMPILATION_CACHE_DIR moves it)."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        with contextlib.suppress(OSError):
+            folder = Path(base) / "fedbilevel" / "xla"
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+if __name__ == "__main__":
+    main()

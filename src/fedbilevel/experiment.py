@@ -1,0 +1,178 @@
+"""A run or comparison that leaves a folder behind: configuration, history, summary, figures.
+
+The folder holds config.json, history.csv (a row per evaluation), summary.csv and summary.md (a row per algorithm), and
+plots. A comparison goes through its (algorithm, seed) pairs in order and keeps each finished one, so that an interrupted
+one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .callbacks import CSV, Callback, Checkpoint, Progress
+from .engines import Loopback, Simulation
+from .errors import Diverged, InputError, RunError, check, unknown_name
+from .settings import algorithm_class, best
+from .solve import History, Result, solve
+from .tasks import TASKS, Options, Task
+
+ENGINES = {"simulation": Simulation, "loopback": Loopback}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        task, options: the task's name and how to build it (its seed is the first one).
+        algorithms: name -> settings given by the user, beyond the checked-in best ones.
+        seeds: the seeds to run each algorithm with.
+        iterations, rounds: one of the two.
+        cohort, engine, evaluate_every, precision: how to run.
+    """
+
+    task: str
+    options: Options
+    algorithms: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    iterations: int | None = None
+    rounds: int | None = None
+    cohort: int | None = None
+    engine: str = "simulation"
+    evaluate_every: int = 1
+    precision: int = 32
+
+    def build_task(self, seed: int) -> Task:
+        """The task for one seed."""
+        if self.task not in TASKS:
+            raise unknown_name("task", self.task, TASKS)
+        return TASKS[self.task](dataclasses.replace(self.options, seed=seed))
+
+    def build_algorithm(self, name: str, dataset: str):
+        """An algorithm with its best settings, overridden by the user's."""
+        kind = algorithm_class(name)
+        return kind(**{**best(self.task, dataset, name), **self.algorithms[name]})
+
+    def build_engine(self):
+        """The engine."""
+        if self.engine not in ENGINES:
+            raise unknown_name("engine", self.engine, ENGINES)
+        return ENGINES[self.engine](cohort=self.cohort)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json: every setting that decides the numbers, the algorithms' fields in full."""
+        plain = dataclasses.asdict(self)
+        dataset = self.options.dataset or TASKS[self.task].datasets[0]
+        plain["options"] = {k: v for k, v in plain["options"].items() if k not in ("seed", "data_dir")} | {"dataset": dataset}
+        plain["algorithms"] = {name: describe(self.build_algorithm(name, dataset)) for name in self.algorithms}
+        plain["seeds"] = list(self.seeds)
+        return plain
+
+
+def describe(algorithm: Any) -> dict[str, Any]:
+    """An algorithm's fields as plain values."""
+    fields = {f.name: getattr(algorithm, f.name) for f in dataclasses.fields(algorithm)}
+    return {k: (v.value if v.mode == "fixed" else v.mode) if k == "truncation" else v for k, v in fields.items()}
+
+
+def prepare(out: str | os.PathLike[str], plan: Plan, resume: bool, overwrite: bool) -> Path:
+    """The output folder, with its config.json.
+
+    Raises:
+        InputError: the folder is in use and neither `resume` nor `overwrite` is set, or `resume` finds another run.
+    """
+    folder = Path(out)
+    config = json.loads(json.dumps(plan.to_dict()))
+    file = folder / "config.json"
+    check(not folder.exists() or folder.is_dir(), f"{folder} is a file: name a folder for the results.")
+    if resume:
+        check(file.is_file(), f"{folder} holds no run to resume: leave --resume out, or name the run's folder.")
+        try:
+            saved = json.loads(file.read_text())
+        except ValueError:
+            raise InputError(f"{file} cannot be read: start again without --resume, with --overwrite.") from None
+        other = [k for k in config if saved.get(k) != config[k] and k not in ("iterations", "rounds", "seeds")]
+        what = "; ".join(f"{k} was {saved.get(k)} and is {config[k]}" for k in other)
+        check(not other, f"{folder} holds a run with other settings ({what}): use the same, or another folder.")
+    elif folder.exists() and any(folder.iterdir()):
+        check(overwrite, f"{folder} is not empty: name another folder, or add --resume to go on, or --overwrite.")
+        check(file.is_file(), f"{folder} is not empty and holds no results of ours: name another folder.")
+        _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    for pattern in ("config.json", "history.csv", "summary.csv", "summary.md", "*.png", "runs/*/*", "runs/*"):
+        for path in folder.glob(pattern):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How one (algorithm, seed) went: its history, and the sentence it failed with, if it did."""
+
+    algorithm: str
+    seed: int
+    history: History
+    failure: str | None
+    result: Result | None
+
+
+def run_all(plan: Plan, folder: Path | None, resume: bool, quiet: bool = False) -> list[Outcome]:
+    """Run every (algorithm, seed) of the plan; one that blows up is kept as far as it came, and the others still run."""
+    outcomes = []
+    jax.config.update("jax_enable_x64", plan.precision == 64)
+    for seed in plan.seeds:
+        task = plan.build_task(seed)
+        for name in plan.algorithms:
+            outcomes.append(_one(plan, task, name, seed, folder, resume, quiet))
+            if folder is not None:
+                write_history(folder, outcomes)
+    return outcomes
+
+
+def _one(plan: Plan, task: Task, name: str, seed: int, folder: Path | None, resume: bool, quiet: bool) -> Outcome:
+    callbacks: list[Callback] = [] if quiet else [Progress(f"{name}, seed {seed}")]
+    place = None
+    if folder is not None:
+        place = folder / "runs" / f"{name}-{seed}"
+        callbacks += [CSV(place / "history.csv", {"algorithm": name, "seed": seed}), Checkpoint(place)]
+    going_on = place if place is not None and resume and (place / "checkpoint.eqx").exists() else None
+    try:
+        result = solve(
+            task.problem, task.data, plan.build_algorithm(name, task.dataset), task.x, task.y, plan.iterations,
+            rounds=plan.rounds, key=task.key, engine=plan.build_engine(), callbacks=callbacks, metrics=task.metrics,
+            evaluate_every=plan.evaluate_every, resume=going_on,
+        )  # fmt: skip
+    except Diverged as failure:
+        history = failure.result.history if failure.result is not None else History()
+        return Outcome(name, seed, history, str(failure), failure.result)
+    except RunError as failure:
+        return Outcome(name, seed, History(), str(failure), None)
+    return Outcome(name, seed, result.history, None, result)
+
+
+def write_history(folder: Path, outcomes: list[Outcome]) -> None:
+    """history.csv of all runs so far, in one step."""
+    beside = folder / "history.new"
+    table(outcomes).to_csv(beside, index=False)
+    os.replace(beside, folder / "history.csv")
+
+
+def table(outcomes: list[Outcome]):
+    """All histories as one DataFrame, with the columns algorithm and seed first."""
+    import pandas
+
+    frames = [o.history.to_dataframe().assign(algorithm=o.algorithm, seed=o.seed) for o in outcomes if o.history]
+    frame = pandas.concat(frames, ignore_index=True)
+    first = ["algorithm", "seed"]
+    return frame[first + [c for c in frame.columns if c not in first]]

@@ -1,0 +1,170 @@
+"""Tables and figures of runs: from histories, or from a results folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError, check
+
+LEVELS = (0.80, 0.85, 0.88, 0.90)  # test accuracies whose first round the summary names
+AXES = {"rounds": "communication rounds", "megabytes": "payload, MB (down and up)", "seconds": "seconds of computation"}
+LOGARITHMIC = ("stationarity", "distance")
+FIXED = ("algorithm", "seed", "iteration", "rounds", "bytes_down", "bytes_up", "seconds")
+DIAGNOSTICS = ("hypergradient_norm", "vector_growth")
+
+
+def read(folder: str | Path):
+    """The history of a results folder, as a DataFrame.
+
+    Raises:
+        InputError: no such folder, no history in it, or one that cannot be read.
+    """
+    import pandas
+
+    file = Path(folder) / "history.csv"
+    check(Path(folder).is_dir(), f"there is no folder {folder}.")
+    check(file.is_file(), f"{folder} holds no history.csv: name the --out folder of a run or a comparison.")
+    try:
+        frame = pandas.read_csv(file)
+    except Exception as error:  # whatever pandas finds wrong with it
+        raise InputError(f"{file} cannot be read as a table ({type(error).__name__}).") from error
+    missing = [c for c in FIXED if c not in frame.columns]
+    check(not missing, f"{file} has no column {', '.join(missing)}: it is no history of ours.")
+    return frame
+
+
+def metrics_of(frame) -> list[str]:
+    """The metrics in a history, most telling first."""
+    return [c for c in frame.columns if c not in (*FIXED, *DIAGNOSTICS, "megabytes")]
+
+
+def summarise(frame):
+    """A row per algorithm: what it spent, where its metrics ended, and the first rounds at which accuracies were reached."""
+    import pandas
+
+    rows = []
+    for name, runs in frame.groupby("algorithm", sort=False):
+        last = runs.loc[runs.groupby("seed")["iteration"].idxmax()]
+        row: dict[str, Any] = {"algorithm": name, "seeds": len(last), "iterations": _short(last["iteration"]), "rounds": _short(last["rounds"])}
+        for metric in metrics_of(frame):
+            row[metric] = last[metric].mean()
+            row[f"{metric}_sd"] = last[metric].std(ddof=0)
+        if "test_accuracy" in frame.columns:
+            row |= {f"rounds_to_{level:.0%}": first_round(runs, level) for level in LEVELS}
+        row["megabytes_down"], row["megabytes_up"] = last["bytes_down"].mean() / 1e6, last["bytes_up"].mean() / 1e6
+        row["seconds"] = last["seconds"].mean()
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def first_round(runs, level: float) -> float:
+    """Median over seeds of the first round with that test accuracy; NaN unless most seeds reach it."""
+    reached = [seed["rounds"][seed["test_accuracy"] >= level].min() for _, seed in runs.groupby("seed")]
+    return float(np.median([np.inf if np.isnan(r) else r for r in reached])) if reached else np.nan
+
+
+def write(folder: Path, frame) -> list[Path]:
+    """summary.csv, summary.md and the figures of a history; returns the files."""
+    summary = summarise(frame)
+    summary.to_csv(folder / "summary.csv", index=False)
+    (folder / "summary.md").write_text(markdown(summary))
+    return [folder / "summary.csv", folder / "summary.md", *draw(folder, frame)]
+
+
+def cells(summary) -> tuple[list[str], list[list[str]]]:
+    """Headings and text cells of a summary, spreads beside their means."""
+    columns = [c for c in summary.columns if not c.endswith("_sd")]
+    text = lambda row, c: _figure(c, row[c]) + (f" ± {_figure(c, row[c + '_sd'])}" if c + "_sd" in summary.columns else "")  # noqa: E731
+    return [c.replace("_", " ") for c in columns], [[text(row, c) for c in columns] for _, row in summary.iterrows()]
+
+
+def markdown(summary) -> str:
+    """The summary as a Markdown table."""
+    head, rows = cells(summary)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def show(summary, console) -> None:
+    """The summary as a table in the terminal: a column per algorithm."""
+    from rich.table import Table
+
+    head, rows = cells(summary)
+    grid = Table("", *[row[0] for row in rows], title="At the end")
+    for i in range(1, len(head)):
+        grid.add_row(head[i], *[row[i] for row in rows])
+    console.print(grid)
+
+
+def draw(folder: Path, frame) -> list[Path]:
+    """One figure per metric: against rounds, bytes and seconds; mean and range over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    frame = frame.assign(megabytes=(frame["bytes_down"] + frame["bytes_up"]) / 1e6)
+    return [_figure_of(folder / f"{metric}.png", frame, metric, matplotlib) for metric in metrics_of(frame)]
+
+
+def _figure_of(path: Path, frame, metric: str, matplotlib) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    for panel, (axis, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
+        for colour, (name, runs) in enumerate(frame.groupby("algorithm", sort=False)):
+            grid, curves = curves_of(runs, axis, metric)
+            if len(grid) < 2:
+                continue
+            mean = curves.mean(axis=0)
+            line = panel.plot(grid, mean, label=str(name), color=f"C{colour}", linewidth=1.6)[0]
+            if len(curves) > 1:
+                panel.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+        panel.set_xlim(left=0)
+        if metric in LOGARITHMIC and (frame[metric] > 0).any():
+            panel.set_yscale("log")
+        if metric.endswith("accuracy"):
+            panel.set_ylim(0, 1)
+    seeds = frame["seed"].nunique()
+    figure.axes[0].set_ylabel(metric.replace("_", " "))
+    figure.axes[0].legend(loc="best", frameon=False)
+    figure.suptitle(f"{metric.replace('_', ' ')}" + (f": mean and range over {seeds} seeds" if seeds > 1 else ""), fontsize=11)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def curves_of(runs, axis: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """(grid, one curve per seed), interpolated up to where every seed has values."""
+    seeds = [seed.sort_values("iteration") for _, seed in runs.groupby("seed")]
+    end = min(seed[axis].max() for seed in seeds)
+    if not end > 0:
+        return np.zeros(0), np.zeros((0, 0))
+    grid = np.linspace(0, end, 400)
+    return grid, np.stack([np.interp(grid, seed[axis], seed[metric]) for seed in seeds])
+
+
+def to_json(summary) -> str:
+    """The summary as JSON records; what was not reached is null."""
+    rows = summary.replace([np.inf, -np.inf], np.nan).astype(object)
+    return json.dumps(rows.where(rows.notna(), None).to_dict(orient="records"), indent=2)
+
+
+def _short(values) -> str | int:
+    low, high = int(values.min()), int(values.max())
+    return low if low == high else f"{low}-{high}"
+
+
+def _figure(column: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if column.startswith("rounds_to"):
+        return f"{value:.0f}" if np.isfinite(value) else "never"
+    if column.endswith("accuracy") or column.endswith("accuracy_sd"):
+        return f"{value:.2%}"
+    if column in ("seeds", "iterations", "rounds"):
+        return str(value)
+    return f"{value:.4g}"

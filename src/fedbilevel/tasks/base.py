@@ -1,0 +1,147 @@
+"""A task: a problem with its data, a start, and metrics, ready for `solve`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from ..data import FederatedData
+from ..datasets import Dataset, load
+from ..errors import check, unknown_name
+from ..partition import partition
+from ..problem import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What `fb.solve` needs: `fb.solve(t.problem, t.data, algorithm, t.x, t.y, metrics=t.metrics, ...)`.
+
+    Attributes:
+        name, dataset: what it is called, and which data it stands on.
+        problem, data, x, y: the problem, the clients' data, and the start.
+        metrics: name -> fn(x, y) -> scalar.
+        key: the run's key, derived from the seed.
+    """
+
+    name: str
+    dataset: str
+    problem: Problem
+    data: FederatedData
+    x: PyTree
+    y: PyTree
+    metrics: Mapping[str, Callable[[PyTree, PyTree], Any]]
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to build a task.
+
+    Attributes:
+        dataset: name of the data set; None for the task's default.
+        data_dir: folder of data sets that are not embedded (MNIST, Fashion-MNIST).
+        partition: "iid", "shards", "dirichlet" or "quantity".
+        clients: how many; None for the task's default.
+        alpha: concentration of "dirichlet" and "quantity"; None for their default.
+        seed: decides the partition, the start and the run's randomness.
+    """
+
+    dataset: str | None = None
+    data_dir: str | os.PathLike[str] | None = None
+    partition: str = "iid"
+    clients: int | None = None
+    alpha: float | None = None
+    seed: int = 0
+
+    def keys(self) -> list[jax.Array]:
+        """Keys for the partition, the split, the start and the run."""
+        return list(jax.random.split(jax.random.key(self.seed), 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A task as the command line knows it.
+
+    Attributes:
+        name, summary: its name, and a line about it.
+        datasets: the data sets it runs on, the default first.
+        build: Options -> Task.
+    """
+
+    name: str
+    summary: str
+    datasets: tuple[str, ...]
+    build: Callable[[Options], Task]
+
+    def __call__(self, options: Options | None = None, **settings: Any) -> Task:
+        """Build the task: `kind(dataset="digits", clients=20, seed=0)`."""
+        names = [f.name for f in dataclasses.fields(Options)]
+        for name in settings:
+            if name not in names:
+                raise unknown_name(f"option of the task {self.name}", name, names)
+        options = options or Options(**settings)
+        dataset = self.datasets[0] if options.dataset is None else options.dataset
+        if dataset not in self.datasets:
+            raise unknown_name(f"data set for {self.name}", dataset, self.datasets)
+        clients = options.clients
+        good = clients is None or (isinstance(clients, int) and clients >= 1)
+        check(good, f"clients= is how many clients there are, a whole number of at least 1; got {clients!r}.")
+        return self.build(dataclasses.replace(options, dataset=dataset))
+
+
+def federated(options: Options, columns: Callable[[Dataset, np.ndarray], PyTree], clients: int, outer: float) -> tuple[Dataset, FederatedData]:
+    """Load a data set, partition its training rows, and split each client's for the two levels.
+
+    Args:
+        columns: (data set, row indices) -> one client's rows.
+        clients: how many, unless the options say.
+        outer: the share of a client's rows for the outer level.
+    """
+    assert options.dataset is not None
+    dataset = load(options.dataset, options.data_dir)
+    place, split, *_ = options.keys()
+    extra = {} if options.alpha is None else {"alpha": options.alpha}
+    parts = partition(options.partition, dataset.y_train, options.clients or clients, place, **extra)
+    return dataset, FederatedData.split([columns(dataset, rows) for rows in parts], outer, split)
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """-log softmax(logits)[label] of one example: logits (classes,), label () int."""
+    return jax.nn.logsumexp(logits) - jnp.take(logits, label)
+
+
+def classification_metrics(predict: Callable, dataset: Dataset) -> dict[str, Callable]:
+    """test_accuracy in [0, 1] and test_loss of predict(x, y, features) -> logits (rows, classes)."""
+    features, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
+
+    def accuracy(x, y):
+        return _accuracy(predict, x, y, features, labels)
+
+    def loss(x, y):
+        return _loss(predict, x, y, features, labels)
+
+    return {"test_accuracy": accuracy, "test_loss": loss}
+
+
+def _accuracy(predict, x, y, features, labels):
+    return _score(predict, x, y, features, labels)[0]
+
+
+def _loss(predict, x, y, features, labels):
+    return _score(predict, x, y, features, labels)[1]
+
+
+def _scores(predict, x, y, features, labels):
+    logits = predict(x, y, features)
+    losses = jax.vmap(cross_entropy)(logits, labels)
+    return jnp.mean((jnp.argmax(logits, axis=1) == labels).astype(logits.dtype)), jnp.mean(losses)
+
+
+_score = jax.jit(_scores, static_argnums=0)

@@ -1,0 +1,58 @@
+"""Quadratics with heterogeneous clients: every quantity has a closed form. The task for correctness and theory.
+
+    g_i(x, y) = mean over rows (h, b) of  y'H_i y / 2 - y'(B_i x + b)       f_i(x, y) = |y - t|^2 / 2 + |x|^2 / 20
+
+A client's rows carry its H_i and B_i (they differ between clients by `SPREAD`) and a noisy target, so that minibatches
+are noisy too. Curvatures of the mean H lie between about 1 and 10.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..data import FederatedData, generator
+from ..errors import check
+from ..problem import Problem
+from .base import Kind, Options, Task
+from .closed_form import closed_form_metrics
+
+UPPER, LOWER, ROWS = 4, 6, (5, 8, 11)
+SPREAD = 0.5
+
+
+def inner_loss(x, y, row):
+    """One row's quadratic in y."""
+    return 0.5 * y @ row["H"] @ y - y @ (row["B"] @ x + row["b"])
+
+
+def outer_loss(x, y, row):
+    """Half the squared distance to the row's target, plus a small penalty on x."""
+    return 0.5 * jnp.sum((y - row["t"]) ** 2) + 0.05 * jnp.sum(x**2)
+
+
+def build(options: Options) -> Task:
+    check(options.partition == "iid" and options.data_dir is None, "the quadratic task makes its own clients: leave --partition and --data-dir out.")
+    place, _, start, run = options.keys()
+    draw = generator(place)
+    basis, _ = np.linalg.qr(draw.normal(size=(LOWER, LOWER)))
+    common = basis @ np.diag(np.geomspace(1.0, 10.0, LOWER)) @ basis.T
+    cross = draw.normal(size=(LOWER, UPPER))
+    clients = [_client(draw, common, cross, ROWS[i % len(ROWS)]) for i in range(options.clients or 8)]
+    data = FederatedData.stack([inner for inner, _ in clients], [outer for _, outer in clients])
+    problem = Problem(inner_loss, outer_loss)
+    x, y = jnp.asarray(generator(start).normal(size=UPPER), float), jnp.zeros((LOWER,))
+    return Task("quadratic", "synthetic", problem, data, x, y, closed_form_metrics(problem, data), run)
+
+
+def _client(draw: np.random.Generator, common: np.ndarray, cross: np.ndarray, rows: int):
+    root = draw.normal(size=(LOWER, LOWER)) * SPREAD
+    hessian = common + root @ root.T
+    mixed = cross + SPREAD * draw.normal(size=cross.shape)
+    centre = SPREAD * draw.normal(size=LOWER)
+    repeat = lambda matrix: np.broadcast_to(matrix, (rows, *matrix.shape))  # noqa: E731
+    noisy = lambda middle: middle + 0.1 * draw.normal(size=(rows, LOWER))  # noqa: E731
+    return {"H": repeat(hessian), "B": repeat(mixed), "b": noisy(centre)}, {"t": noisy(centre + 1)}
+
+
+quadratic = Kind("quadratic", "random heterogeneous quadratics; everything has a closed form", ("synthetic",), build)

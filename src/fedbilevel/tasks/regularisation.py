@@ -1,0 +1,51 @@
+"""Regularisation tuning: one penalty per feature for multinomial logistic regression.
+
+x: log penalties (features,); y: weights and bias. Inner: cross-entropy on training rows plus
+sum_j exp(x_j) |weight_j|^2 / 2 (and a small fixed penalty on the bias); outer: cross-entropy on validation rows. The outer
+loss does not contain x: the hypergradient has no direct part.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from ..problem import Problem
+from .base import Kind, Options, Task, classification_metrics, cross_entropy, federated
+
+CLIENTS = {"digits": 20, "breast-cancer": 10, "mnist": 100, "fashion-mnist": 100}
+BIAS_PENALTY = 0.01
+
+
+def predict(x, y, a):
+    """Logits of a (rows, features)."""
+    return a @ y["weight"] + y["bias"][None]
+
+
+def outer_loss(x, y, example):
+    """Cross-entropy of one example."""
+    return cross_entropy(example["a"] @ y["weight"] + y["bias"], example["label"])
+
+
+def inner_loss(x, y, example):
+    """Cross-entropy of one example plus the penalties."""
+    penalty = jnp.sum(jnp.exp(x)[:, None] * y["weight"] ** 2) + BIAS_PENALTY * jnp.sum(y["bias"] ** 2)
+    return outer_loss(x, y, example) + 0.5 * penalty
+
+
+def build(options: Options) -> Task:
+    name = str(options.dataset)
+    columns = lambda d, rows: {"a": d.x_train[rows], "label": d.y_train[rows]}  # noqa: E731
+    dataset, data = federated(options, columns, CLIENTS[name], outer=0.3)
+    features, classes = dataset.x_train.shape[1], int(dataset.classes or 0)
+    x = jnp.zeros((features,))
+    y = {"weight": jnp.zeros((features, classes)), "bias": jnp.zeros((classes,))}
+    metrics = classification_metrics(predict, dataset)
+    return Task("regularisation", name, Problem(inner_loss, outer_loss), data, x, y, metrics, options.keys()[3])
+
+
+regularisation = Kind(
+    "regularisation",
+    "x: log penalties of logistic regression, y: its weights; no direct part in the hypergradient",
+    tuple(CLIENTS),
+    build,
+)

@@ -1,0 +1,65 @@
+"""Ridge tuning: one penalty per feature for least squares. A closed form exists for y*(x) and the hypergradient.
+
+x: log penalties (features,); y: weights (features, targets) and bias. Inner: half the squared error on training rows plus
+sum_j exp(x_j) |weight_j|^2 / 2 (and a small fixed penalty on the bias); outer: half the squared error on validation rows.
+On a classification data set the targets are the one-hot labels, centred.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..problem import Problem
+from .base import Kind, Options, Task, classification_metrics, federated
+from .closed_form import closed_form_metrics
+
+CLIENTS = {"digits": 20, "diabetes": 10, "mnist": 100, "fashion-mnist": 100}
+BIAS_PENALTY = 0.01
+_SMALL = 100  # lower variables up to which the closed-form metrics are quick enough to take while running
+
+
+def predict(x, y, a):
+    """Predictions (rows, targets) of a (rows, features)."""
+    return a @ y["weight"] + y["bias"][None]
+
+
+def outer_loss(x, y, example):
+    """Half the squared error of one example."""
+    return 0.5 * jnp.sum((example["a"] @ y["weight"] + y["bias"] - example["target"]) ** 2)
+
+
+def inner_loss(x, y, example):
+    """Half the squared error of one example plus the penalties."""
+    penalty = jnp.sum(jnp.exp(x)[:, None] * y["weight"] ** 2) + BIAS_PENALTY * jnp.sum(y["bias"] ** 2)
+    return outer_loss(x, y, example) + 0.5 * penalty
+
+
+def targets(dataset, labels) -> np.ndarray:
+    """(rows, targets): centred one-hot labels, or the numbers themselves."""
+    if dataset.classes is None:
+        return np.asarray(labels, np.float32)[:, None]
+    return np.eye(dataset.classes, dtype=np.float32)[labels] - np.float32(1 / dataset.classes)
+
+
+def build(options: Options) -> Task:
+    name = str(options.dataset)
+    columns = lambda d, rows: {"a": d.x_train[rows], "target": targets(d, d.y_train[rows])}  # noqa: E731
+    dataset, data = federated(options, columns, CLIENTS[name], outer=0.3)
+    features, outputs = dataset.x_train.shape[1], dataset.classes or 1
+    x = jnp.zeros((features,))
+    y = {"weight": jnp.zeros((features, outputs)), "bias": jnp.zeros((outputs,))}
+    problem = Problem(inner_loss, outer_loss)
+    if dataset.classes is None:
+        rows = {"a": jnp.asarray(dataset.x_test), "target": jnp.asarray(targets(dataset, dataset.y_test))}
+        error = jax.jit(lambda x, y: 2 * jnp.mean(jax.vmap(lambda row: outer_loss(x, y, row))(rows)))
+        metrics = {"test_error": error}
+    else:
+        metrics = classification_metrics(predict, dataset)
+    if features * outputs <= _SMALL:
+        metrics |= closed_form_metrics(problem, data)
+    return Task("ridge", name, problem, data, x, y, metrics, options.keys()[3])
+
+
+ridge = Kind("ridge", "x: log penalties of least squares, y: its weights; a closed form exists", tuple(CLIENTS), build)
