@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import click
 import typer
 
 app = typer.Typer(
@@ -40,6 +39,7 @@ Every = Annotated[int, typer.Option("--evaluate-every", help="Iterations between
 Precision = Annotated[int, typer.Option("--precision", help="32 or 64 bits.")]
 
 DEFAULT_ROUNDS = 300
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
 
 
 @app.command()
@@ -181,15 +181,20 @@ def _execute(plan, out: str | None, resume: bool, overwrite: bool, as_json: bool
     from rich.console import Console
 
     from . import report
-    from .errors import check
-    from .experiment import prepare, run_all, table
+    from .errors import InputError, check
+    from .experiment import clear, prepare, run_all, table
 
     check(out is not None or not (resume or overwrite), "--resume and --overwrite go with --out.")
     dataset = plan.build_task(plan.seeds[0]).dataset  # refuses a bad task, data set or partition before anything is written
     for name in plan.algorithms:
         plan.build_algorithm(name, dataset)
     folder = None if out is None else prepare(out, plan, resume, overwrite)
-    outcomes = run_all(plan, folder, resume)
+    try:
+        outcomes = run_all(plan, folder, resume)
+    except InputError:
+        if folder is not None and not resume:
+            clear(folder)  # nothing ran: leave nothing that the corrected command would stumble over
+        raise
     frame = table(outcomes)
     summary = report.summarise(frame)
     if folder is not None:
@@ -215,13 +220,13 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
-        sys.exit(_say(error.format_message(), 2))
+    except _UsageError as error:
+        sys.exit(_say(f"{error.format_message()} (see fedbilevel --help)", 2))
     except InputError as error:
         sys.exit(_say(str(error), 2))
     except RunError as error:
         sys.exit(_say(str(error), 1))
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(_say("interrupted; with --out, add --resume to go on.", 130))
     except OSError as error:
         sys.exit(_say(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1))

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from .callbacks import CSV, Callback, Checkpoint, Progress
+from .callbacks.checkpoint import differences
 from .engines import Loopback, Simulation
 from .errors import Diverged, InputError, RunError, check, unknown_name
 from .settings import algorithm_class, best
@@ -97,21 +98,29 @@ def prepare(out: str | os.PathLike[str], plan: Plan, resume: bool, overwrite: bo
             saved = json.loads(file.read_text())
         except ValueError:
             raise InputError(f"{file} cannot be read: start again without --resume, with --overwrite.") from None
-        other = [k for k in config if saved.get(k) != config[k] and k not in ("iterations", "rounds", "seeds")]
-        what = "; ".join(f"{k} was {saved.get(k)} and is {config[k]}" for k in other)
-        check(not other, f"{folder} holds a run with other settings ({what}): use the same, or another folder.")
+        kept = lambda plain: {k: v for k, v in _flat(plain).items() if k not in ("iterations", "rounds", "seeds")}  # noqa: E731
+        other = differences(kept(saved), kept(config))
+        check(not other, f"{folder} holds another run: {other}. Use the same settings, or another folder.")
     elif folder.exists() and any(folder.iterdir()):
         check(overwrite, f"{folder} is not empty: name another folder, or add --resume to go on, or --overwrite.")
         check(file.is_file(), f"{folder} is not empty and holds no results of ours: name another folder.")
-        _clear(folder)
+        clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 
-def _clear(folder: Path) -> None:
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def clear(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for pattern in ("config.json", "history.csv", "summary.csv", "summary.md", "*.png", "runs/*/*", "runs/*"):
+    for pattern in ("config.json", "history.csv", "summary.csv", "summary.md", "*.png", "runs/*/*", "runs/*", "runs"):
         for path in folder.glob(pattern):
             path.rmdir() if path.is_dir() else path.unlink()
 

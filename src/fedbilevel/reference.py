@@ -90,7 +90,7 @@ def hypergradient(
     step: float | None = None,
     solve_inner: bool = True,
 ) -> PyTree:
-    """grad Phi(x) at y*(x), like x; None where x has a leaf that is not a floating-point array, as in `eqx.filter_grad`.
+    """grad Phi(x) at y*(x), like x; None for leaves of x that are not floating-point arrays, as in `eqx.filter_grad`.
 
     Args:
         y: template, and start of the lower-level solve.
@@ -151,8 +151,8 @@ def _solution(problem, data, x, y):
     if reached and largest > 0 and smallest > 10 * jnp.finfo(smallest.dtype).eps * largest:
         return y
     raise RunError(
-        f"the lower-level problem was not solved: the search ended where |d_y g| = {gradient:.2g} and the curvature of g "
-        f"goes from {smallest:.2g} to {largest:.2g}; g must be bounded below and strongly convex in y, so add a "
+        f"the lower-level problem was not solved: the search ended where |d_y g| = {gradient:.2g} and the curvature of "
+        f"g goes from {smallest:.2g} to {largest:.2g}; g must be bounded below and strongly convex in y, so add a "
         f"regulariser such as 1e-3 * |y|^2 to the inner loss, or start from another y."
     )
 
@@ -191,8 +191,11 @@ class _Lower(NamedTuple):
     def hessian_vector(self, y, v):
         return ravel_pytree(self.mean("inner", self.problem.hessian_vector, self.unravel(y), self.unravel(v)))[0]
 
-    def cross_vector(self, y, v):
-        return self.mean("inner", self.problem.cross_vector, self.unravel(y), self.unravel(v))
+    def products(self, y, v):
+        """J v, like x, and H v, in one pass over the data."""
+        both = lambda *args: (self.problem.cross_vector(*args), self.problem.hessian_vector(*args))
+        cross, curvature = self.mean("inner", both, self.unravel(y), self.unravel(v))
+        return cross, ravel_pytree(curvature)[0]
 
     def outer_gradients(self, y):
         d_x, d_y = self.mean("outer", self.problem.outer_gradients, self.unravel(y))
@@ -234,8 +237,8 @@ class _Lower(NamedTuple):
             v = self.neumann(y, b, terms, step)
         else:
             v = self.solve(y, b, method == "exact", accuracy=0.1 * _rounding(b, 0.75))
-        h = jax.tree.map(jnp.subtract, d_x, self.cross_vector(y, v))
-        return h, _ratio(b - self.hessian_vector(y, v), b), step
+        cross, product = self.products(y, v)
+        return jax.tree.map(jnp.subtract, d_x, cross), _ratio(b - product, b), step
 
     def neumann(self, y, b, terms, step):
         """step * sum_{k < terms} (I - step H)^k b: its partial sums v, whose residuals b - H v are its next powers."""
@@ -258,8 +261,8 @@ class _Lower(NamedTuple):
 
         def back(carry, y):
             h, v = carry
-            h = jax.tree.map(lambda a, b: a - step.astype(b.dtype) * b, h, self.cross_vector(y, v))
-            return (h, v - step * self.hessian_vector(y, v)), None
+            cross, product = self.products(y, v)
+            return (jax.tree.map(lambda a, b: a - step.astype(b.dtype) * b, h, cross), v - step * product), None
 
         (h, v), _ = jax.lax.scan(back, (d_x, d_y), path, reverse=True)
         return h, _ratio(v, d_y), step
@@ -294,13 +297,19 @@ class _Lower(NamedTuple):
 
         wide = jnp.result_type(float)  # optimistix holds its step sizes in this dtype, whatever that of y
 
+        def value_and_gradient(z):
+            both = lambda *args: (self.problem.inner_value(*args), self.problem.inner_gradient(*args))
+            value, gradient = self.mean("inner", both, self.unravel(z.astype(y.dtype)))
+            return value.astype(wide), ravel_pytree(gradient)[0].astype(wide)
+
         @jax.custom_jvp
         def value(z):
-            return self.value(z.astype(y.dtype), "inner").astype(wide)
+            return value_and_gradient(z)[0]
 
         @value.defjvp
         def _(z, tangent):
-            return value(*z), jnp.sum(self.gradient(z[0].astype(y.dtype)).astype(wide) * tangent[0])
+            value, gradient = value_and_gradient(*z)
+            return value, jnp.sum(gradient * tangent[0])
 
         solver = optx.LBFGS(rtol=_rounding(y, 0.5), atol=_rounding(y, 0.5))
         end = optx.minimise(lambda z, _: value(z), solver, y.astype(wide), max_steps=2_000, throw=False).value

@@ -128,7 +128,7 @@ def _figure_of(path: Path, frame, metric: str, matplotlib) -> Path:
         if metric in LOGARITHMIC and (frame[metric] > 0).any():
             panel.set_yscale("log")
         if metric.endswith("accuracy"):
-            panel.set_ylim(0, 1)
+            panel.set_ylim(top=1)
     seeds = frame["seed"].nunique()
     figure.axes[0].set_ylabel(metric.replace("_", " "))
     figure.axes[0].legend(loc="best", frameon=False)

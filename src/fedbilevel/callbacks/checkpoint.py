@@ -85,7 +85,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two fingerprints, in words; empty if nothing does."""
     names = sorted(set(saved) | set(now))
     other = [f"{n} was {saved.get(n)!r} and is {now.get(n)!r}" for n in names if saved.get(n) != now.get(n)]
-    return "; ".join(other)
+    return "; ".join(other[:3]) + (f"; and {len(other) - 3} more" if len(other) > 3 else "")
 
 
 def checksum(tree: Any) -> str:
