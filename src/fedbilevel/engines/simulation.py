@@ -53,7 +53,7 @@ class Simulation(Engine):
         cohort = check_cohort(self.cohort, data.clients)
         protocol = plan(self, problem, data, algorithm, state, cohort, program)
         if self.mesh is not None:
-            data, state = _spread(data, self.mesh), jax.device_put(state, _replicated(self.mesh))
+            data = _spread(data, self.mesh)
         return _Simulated(self, problem, data, key, protocol, program)
 
 
@@ -104,6 +104,7 @@ class _Static:
 def _chunk(static, problem, data, algorithm, states, key, first, iterations, limit):
     """Up to `iterations` iterations, counted from `first`; stops after one that blows up."""
 
+    @jax.jit  # traced once, for the buffers' shapes and for the loop
     def one(k, states):
         fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, first + k), states[1])
         state, info = static.program(algorithm, fed, states[0])
@@ -169,20 +170,14 @@ def _by_client(mesh):
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
 
 
-def _replicated(mesh):
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-
 def _spread(data, mesh):
-    """Rows over the devices (padded to whole rows a device), what describes them everywhere."""
+    """Rows over the devices, padded to as many for each; what describes them stays everywhere."""
     devices = mesh.devices.shape[0]
 
-    def rows(leaf):
+    def spread(leaf):
         short = -leaf.shape[0] % devices
         padded = np.concatenate([leaf, np.zeros((short, *leaf.shape[1:]), leaf.dtype)]) if short else leaf
         return jax.device_put(padded, _by_client(mesh))
 
-    moved = jax.device_put(data, _replicated(mesh)) if devices == 1 else data
-    for level in ("inner", "outer"):
-        moved = eqx.tree_at(lambda d, n=level: getattr(d, n).rows, moved, jax.tree.map(rows, getattr(data, level).rows))
-    return moved
+    rows = lambda d: (d.inner.rows, d.outer.rows)  # noqa: E731
+    return eqx.tree_at(rows, data, jax.tree.map(spread, rows(data)))
