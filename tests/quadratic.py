@@ -118,12 +118,12 @@ class Quadratic:
         return self.compose(t, best, np.linalg.solve(self.hessians(t).mean(0), self.outer_y(t, best).mean(0)))
 
 
-def quadratic(seed: int = 0, clients: int = 5) -> Quadratic:
-    """A random instance; no two clients have the same numbers of rows."""
+def quadratic(seed: int = 0, clients: int = 5, sizes=((2, 3), (3, 5), (4, 7), (5, 4), (6, 6))) -> Quadratic:
+    """A random instance; (inner, outer) rows of the clients as in `sizes`, over and over."""
     draw = np.random.default_rng(seed)
     inside, outside = [], []
     for i in range(clients):
-        n, k, spread = 2 + i, 3 + (2 * i) % clients, 0.5 + i / clients
+        (n, k), spread = sizes[i % len(sizes)], 0.5 + i / clients
         inside.append({"a": spread * draw.normal(size=(n, DY)), "B": draw.normal(size=(n, DX, DY)), "c": i + draw.normal(size=(n, DY))})
         outside.append({"a": draw.normal(size=(k, DY)), "b": i + draw.normal(size=k), "C": draw.normal(size=(k, DX, DY))})
     x = {"u": jnp.asarray(draw.normal(size=DX - 1)), "k": jnp.asarray(0.7)}

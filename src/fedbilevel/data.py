@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .errors import check
@@ -43,10 +44,9 @@ class ClientRows(eqx.Module):
         weights = jnp.where(place < self.count, self.scale / self.count.astype(self.scale.dtype), 0.0)
         return Rows(self._take(jnp.minimum(place, self.count - 1)), weights, self.count)
 
-    def draw(self, key: Key[Array, ""], size: int) -> Rows:
-        """`size` rows, uniform with replacement: they depend on the key and the client's own count only."""
-        # a remainder, not `randint`: half the code to compile, and its bias (count / 2**32) is below any use
-        place = (jax.random.bits(key, (size,), jnp.uint32) % self.count.astype(jnp.uint32)).astype(jnp.int32)
+    def draw(self, key: Key[Array, ""], stream: Int[Array, ""] | int, size: int) -> Rows:
+        """`size` rows, uniform with replacement: they depend on the key, the stream and the client's own count only."""
+        place = random_below(key, stream, jnp.broadcast_to(self.count, (size,)))
         weights = jnp.full((size,), self.scale / size)
         return Rows(self._take(place), weights, jnp.asarray(size, jnp.int32))
 
@@ -176,6 +176,19 @@ class FederatedData(eqx.Module):
             outside.append(jax.tree.map(lambda a, o=order[:held]: a[o], rows))
             inside.append(jax.tree.map(lambda a, o=order[held:]: a[o], rows))
         return cls.stack(inside, outside, weights)
+
+
+def random_below(key: Key[Array, ""], stream: Int[Array, ""] | int, bounds: Int[Array, " n"]) -> Int[Array, " n"]:
+    """(n,) int32, each uniform in [0, bounds[j]); streams (below 2**31) are independent of each other and of `jax.random`.
+
+    One call of the hash behind jax's keys, where `fold_in` and `randint` would make five: half the time to compile a
+    program goes into these. A remainder maps its 32 bits, with a bias of bounds / 2**32, below any use.
+    """
+    n = bounds.shape[0]
+    high = jnp.asarray(stream).astype(jnp.uint32) | jnp.uint32(2**31)  # `jax.random` counts with a high word of small numbers
+    counters = jnp.concatenate([jnp.broadcast_to(high, (n,)), jnp.arange(n, dtype=jnp.uint32)])
+    bits = threefry_2x32(jax.random.key_data(key), counters)[:n]
+    return (bits % bounds.astype(jnp.uint32)).astype(jnp.int32)
 
 
 def generator(key: Key[Array, ""]) -> np.random.Generator:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from .data import ClientRows
+from .data import ClientRows, random_below
 from .errors import InputError, check
 from .problem import Problem, Rows
 
@@ -78,7 +78,7 @@ class Client(eqx.Module):
         place = ("inner", "outer").index(level)
         if size is None:
             return self.rows[place].all()
-        return self.rows[place].draw(jax.random.fold_in(self.key, 2 * draw + place), size)
+        return self.rows[place].draw(self.key, 2 * draw + place, size)
 
 
 class Federation(abc.ABC):
@@ -164,11 +164,11 @@ def sample_cohort(key: Key[Array, ""], clients: int, size: int, weights: Float[A
     """
     if size == clients:
         return jnp.arange(clients, dtype=jnp.int32)
-    key = jax.random.fold_in(key, _COHORT)
     if weights is not None:
+        key = jax.random.fold_in(key, _COHORT)
         return jnp.sort(jax.random.choice(key, clients, (size,), p=weights).astype(jnp.int32))
     tops = jnp.arange(clients - size, clients, dtype=jnp.int32)
-    draws = (jax.random.bits(key, (size,), jnp.uint32) % (tops + 1).astype(jnp.uint32)).astype(jnp.int32)
+    draws = random_below(key, 0, tops + 1)
 
     def place(k, chosen):
         taken = jnp.any(chosen == draws[k])

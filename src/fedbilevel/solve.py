@@ -330,4 +330,5 @@ def _check_key(key: Any) -> Key:
     good = isinstance(key, jax.Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
     if not good:
         raise InputError(f"key= is a jax.random.key(seed); got {key!r}.")
+    check(jax.random.key_impl(key) == "threefry2x32", f"key= must be a threefry key, jax.random.key(seed); got {key!r}.")
     return key

@@ -1,0 +1,92 @@
+# `make help` lists what there is. Needs make and Python 3.11 or newer; everything else goes into .venv, once.
+
+# The first of these that runs and is new enough makes .venv.
+PYTHON ?= python3.13 python3.12 python3.11 python3
+DEMO ?= fedbilevel compare hyper-representation --dataset digits --partition shards --clients 20 \
+	--algorithms aggitd,fednest --seeds 3 --rounds 300 --overwrite --out demo
+BENCHMARKS ?= $(filter-out benchmarks/search_settings.py, $(wildcard benchmarks/*.py))
+# More words for pytest, as in: make test ARGS="-k aggitd"
+ARGS ?=
+
+GOALS := help demo test test-slow lint types docs bench clean
+.PHONY: $(GOALS)
+.DEFAULT_GOAL := help
+
+ifneq ($(strip $(MAKEFILE_LIST)),Makefile)
+
+# Called from another folder, as in `make -f ../Makefile test`: go to this file's own folder first. All paths below are
+# relative to it, so that it may have spaces in its name.
+HERE := $(shell file='$(MAKEFILE_LIST)'; dirname "$${file# }")
+
+$(GOALS):
+	@$(MAKE) --no-print-directory -C "$(HERE)" $@
+
+else
+
+.NOTPARALLEL:
+unexport PYTHONPATH PYTHONHOME
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet
+
+# What the tests compile is kept: a second run starts with it.
+TESTS := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.venv/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	$(BIN)/python -m pytest -n 2
+
+help: ## this list
+	@awk -F ' *## ' '/^[a-z-]+:.*##/ { sub(/:.*/, "", $$1); printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/core ## AggITD against FedNest on handwritten digits, three seeds: tables and figures in demo/
+	$(BIN)/$(DEMO)
+
+test: .venv/core .venv/test ## the tests, but for the slow ones
+	$(TESTS) -m "not slow" $(ARGS)
+
+test-slow: .venv/core .venv/test ## the slow tests
+	$(TESTS) -m slow $(ARGS) || { code=$$?; [ $$code -eq 5 ] && echo "There are no slow tests." || exit $$code; }
+
+lint: .venv/dev ## ruff: the rules and the format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/core .venv/dev ## pyright
+	$(BIN)/pyright
+
+docs: .venv/docs ## the documentation, as pages in site/
+	$(BIN)/mkdocs build --strict
+
+bench: .venv/core ## the benchmarks
+	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+
+clean: ## remove what was built and kept, but for .venv
+	rm -rf demo site dist build .pytest_cache .ruff_cache .hypothesis .venv/xla
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv: one stamp for the environment, one for the package, one for each dependency group. They are renewed when
+# pyproject.toml is newer; else nothing is asked of any network.
+
+.venv/made:
+	@found=; for python in $(PYTHON); do \
+		if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+		then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "None of $(PYTHON) is a Python 3.11 or newer with venv and ensurepip: install one (on Debian, python3-venv" \
+			"too), or name it, as in: make demo PYTHON=/path/to/python3" >&2; exit 1; \
+	fi; \
+	echo "Making .venv with $$($$found --version)"; $$found -m venv .venv
+	@$(PIP) --upgrade "pip>=25.1"  # the first that installs dependency groups
+	@touch $@
+
+.venv/core: .venv/made pyproject.toml
+	@echo "Installing fedbilevel and what it needs into .venv: about a minute, this once"
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/test .venv/docs .venv/dev: .venv/%: .venv/made pyproject.toml
+	@echo "Installing the $* tools into .venv, this once"
+	@$(PIP) --group $*
+	@touch $@
+
+endif

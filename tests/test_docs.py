@@ -1,0 +1,143 @@
+"""What the documentation shows runs: the Python blocks of each page in order, and the fedbilevel commands.
+
+A block after `<!-- long -->` is left out; a line `--8<-- "file"` stands for that file, as it does on the page.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("**/*.md"))]
+BLOCK = re.compile(r"(?P<long><!-- long -->\s*)?^```(?P<language>python|bash)\n(?P<text>.*?)^```$", re.M | re.S)
+INCLUDED = re.compile(r'^--8<-- "(.+)"$', re.M)
+
+
+def blocks(page: str, language: str) -> list[tuple[int, str]]:
+    """(line, text) of the blocks of a page that are to be run."""
+    found = [match for match in BLOCK.finditer(page) if match["language"] == language and not match["long"]]
+    return [(page.count("\n", 0, match.start("text")) + 1, match["text"]) for match in found]
+
+
+def script(page: str) -> str:
+    """The page's Python as one file in which every statement stands on its own line of the page."""
+    lines: list[str] = []
+    for line, text in blocks(page, "python"):
+        included = INCLUDED.sub(lambda match: f"exec({(ROOT / match[1]).read_text()!r})", text)
+        lines += [""] * (line - 1 - len(lines)) + included.splitlines()
+    return "\n".join(lines)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The fedbilevel commands of the page, as lists of words."""
+    joined = [text.replace("\\\n", " ") for _, text in blocks(page, "bash")]
+    words = [shlex.split(line, comments=True) for text in joined for line in text.splitlines()]
+    return [line[1:] for line in words if line[:1] == ["fedbilevel"]]
+
+
+def run(*words: str, cwd: Path) -> None:
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if script(page.read_text()).strip()], ids=lambda page: page.stem
+)
+def test_the_python_of_a_page_runs(page, tmp_path):
+    file = tmp_path / f"{page.stem}.py"
+    file.write_text(script(page.read_text()))
+    run(str(file), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page.read_text())], ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run(page, tmp_path):
+    for words in commands(page.read_text()):
+        run("-m", "fedbilevel.cli", *words, cwd=tmp_path)
+
+
+PAGE = """# A page
+```python
+a = 1
+```
+<!-- long -->
+```python
+raise SystemExit("left out")
+```
+```py
+raise SystemExit("shown only")
+```
+```python
+assert a == 2
+```
+```bash
+make demo
+fedbilevel run quadratic \\
+  --rounds 13  # a comment
+```
+<!-- long -->
+```bash
+fedbilevel compare
+```
+"""
+
+
+def test_a_wrong_page_fails_at_its_own_line(tmp_path):
+    file = tmp_path / "page.py"
+    file.write_text(script(PAGE))
+    with pytest.raises(AssertionError, match=r'page.py", line 13(.|\n)*AssertionError'):
+        run(str(file), cwd=tmp_path)
+    file.write_text(script(PAGE.replace("a == 2", "a == 1")))
+    run(str(file), cwd=tmp_path)
+
+
+def test_commands_are_found():
+    assert commands(PAGE) == [["run", "quadratic", "--rounds", "13"]]
+
+
+SOURCE = ROOT / "src" / "fedbilevel"
+
+
+def rooms() -> list[str]:
+    """The modules and folders in the order of the design page."""
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs" / "design.md").read_text(), re.M)
+    return [name for row in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", row)]
+
+
+def imports_from_above(order: list[str]) -> list[str]:
+    """Imports (type-only ones apart) of a room that does not come before the importing one."""
+    found = []
+    for file in sorted(SOURCE.rglob("*.py")):
+        place = file.relative_to(SOURCE)
+        room = place.parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        tree = ast.parse(file.read_text())
+        typing = {
+            id(node)
+            for branch in ast.walk(tree)
+            if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+            for node in ast.walk(branch)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level == len(place.parts) and id(node) not in typing:
+                names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+                wrong = [
+                    name for name in names if name in order and order.index(name) >= order.index(room) and name != room
+                ]
+                found += [f"{place} imports {name}" for name in wrong]
+    return found
+
+
+def test_imports_point_the_way_that_the_design_page_says():
+    order = rooms()
+    there = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(order) == there - {"__init__"}
+    assert imports_from_above(order) == []
+    assert imports_from_above(order[::-1])
