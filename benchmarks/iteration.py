@@ -28,7 +28,10 @@ PROBLEM = fb.Problem(InnerLoss(), outer_loss)
 
 def setup():
     draw = np.random.default_rng(0)
-    rows = lambda n: {"a": draw.normal(size=(n, INPUTS)).astype("f"), "label": draw.integers(0, CLASSES, n).astype("i4")}  # noqa: E731
+    rows = lambda n: {
+        "a": draw.normal(size=(n, INPUTS)).astype("f"),
+        "label": draw.integers(0, CLASSES, n).astype("i4"),
+    }
     data = fb.FederatedData.stack([rows(ROWS) for _ in range(CLIENTS)], [rows(ROWS) for _ in range(CLIENTS)])
     return data, _layer(jax.random.key(1), INPUTS, HIDDEN), _layer(jax.random.key(2), HIDDEN, CLASSES)
 
@@ -48,10 +51,14 @@ def gathered(alg, data, key):
 
         return jax.vmap(one)(cohort)
 
-    stack = lambda parts: jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)  # noqa: E731
+    stack = lambda parts: jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     N, tau = alg.inner_rounds, alg.local_steps
     # a full batch is the same for every draw of an exchange: gathered once
-    draws = (lambda c, level, numbers: rows(c, level, 0)) if alg.batch_size is None else (lambda c, level, numbers: stack([rows(c, level, d) for d in numbers]))
+    draws = (
+        (lambda c, level, numbers: rows(c, level, 0))
+        if alg.batch_size is None
+        else (lambda c, level, numbers: stack([rows(c, level, d) for d in numbers]))
+    )
     turns = []
     for t in range(N):
         a, b = 1 + 2 * t, 2 + 2 * t
@@ -65,14 +72,14 @@ def gathered(alg, data, key):
 def bare(alg, x, y, Q, turns, final):
     """One AggITD iteration as a program of oracle calls."""
     N, lam, full = alg.inner_rounds, alg.hessian_lr, alg.batch_size is None
-    mean = lambda tree: jax.tree.map(lambda a: jnp.mean(a, axis=0), tree)  # noqa: E731
-    at = lambda rows, s: rows if full else jax.tree.map(lambda a: a[s], rows)  # noqa: E731
-    over = lambda f, *rows: mean(jax.vmap(f)(*rows))  # noqa: E731
-    swap = lambda rows: rows if full else jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), rows)  # noqa: E731
+    mean = lambda tree: jax.tree.map(lambda a: jnp.mean(a, axis=0), tree)
+    at = lambda rows, s: rows if full else jax.tree.map(lambda a: a[s], rows)
+    over = lambda f, *rows: mean(jax.vmap(f)(*rows))
+    swap = lambda rows: rows if full else jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), rows)
 
     def vector(t, y, r, inner, outer):
-        factor = lambda: over(lambda rows: hessian_factor(PROBLEM, x, y, r, lam, rows), inner)  # noqa: E731
-        start = lambda: over(lambda rows: PROBLEM.outer_gradients(x, y, rows)[1], outer)  # noqa: E731
+        factor = lambda: over(lambda rows: hessian_factor(PROBLEM, x, y, r, lam, rows), inner)
+        start = lambda: over(lambda rows: PROBLEM.outer_gradients(x, y, rows)[1], outer)
         return jax.lax.cond(t > Q, factor, lambda: jax.lax.cond(t == Q, start, lambda: r))
 
     def turn(t, loop):
@@ -80,14 +87,18 @@ def bare(alg, x, y, Q, turns, final):
         q_rows, r_rows, outer, steps = jax.tree.map(lambda a: a[t], turns)
         q = over(lambda rows: PROBLEM.inner_gradient(x, y, rows), q_rows)
         r = vector(t, y, r, r_rows, outer)
-        local = lambda rows: fedsvrg(lambda z, s: PROBLEM.inner_gradient(x, z, at(rows, s)), y, q, alg.inner_lr, alg.local_steps)  # noqa: E731
+        local = lambda rows: fedsvrg(
+            lambda z, s: PROBLEM.inner_gradient(x, z, at(rows, s)), y, q, alg.inner_lr, alg.local_steps
+        )
         return over(local, swap(steps)), r
 
     y, r = jax.lax.fori_loop(0, N, turn, (y, jax.tree.map(jnp.zeros_like, y)))
     inner, outer, h_inner, h_outer, u_inner, u_outer = final
     v = jax.tree.map(lambda a: lam * (N + 1) * a, vector(N, y, r, inner, outer))
     h = over(lambda i, o: hypergradient(PROBLEM, x, y, v, i, o), h_inner, h_outer)
-    move = lambda i, o: fedsvrg(lambda z, s: hypergradient(PROBLEM, z, y, v, at(i, s), at(o, s)), x, h, alg.outer_lr, alg.outer_steps)  # noqa: E731
+    move = lambda i, o: fedsvrg(
+        lambda z, s: hypergradient(PROBLEM, z, y, v, at(i, s), at(o, s)), x, h, alg.outer_lr, alg.outer_steps
+    )
     return over(move, swap(u_inner), swap(u_outer)), y
 
 
@@ -99,10 +110,13 @@ def compare(name: str, alg, runs: int) -> None:
     carry = execution.start(alg, state)
     rows = gathered(alg, data, key)
     program = jax.jit(bare)
-    ours = lambda: execution.advance(alg, carry, 1, 1e10)  # noqa: E731
-    theirs = lambda: jax.block_until_ready(program(alg_arrays(alg), x, y, *rows))  # noqa: E731
+    ours = lambda: execution.advance(alg, carry, 1, 1e10)
+    theirs = lambda: jax.block_until_ready(program(alg_arrays(alg), x, y, *rows))
     (after, _), other = ours(), theirs()
-    gap = max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(jax.tree.leaves((after.state.x, after.state.y)), jax.tree.leaves(other), strict=True))
+    gap = max(
+        float(jnp.max(jnp.abs(a - b)))
+        for a, b in zip(jax.tree.leaves((after.state.x, after.state.y)), jax.tree.leaves(other), strict=True)
+    )
     assert gap < 1e-4, f"not the same computation: {gap}"
     times = {"ours": [], "bare": []}
     for _ in range(runs):
@@ -112,7 +126,11 @@ def compare(name: str, alg, runs: int) -> None:
             times[label].append(time.perf_counter() - begin)
     ours_ms, bare_ms = (1e3 * statistics.median(times[k]) for k in ("ours", "bare"))
     ratios = sorted(a / b for a, b in zip(times["ours"], times["bare"], strict=True))
-    print(f"{name:48} {ours_ms:9.2f} {bare_ms:9.2f} {ours_ms / bare_ms:7.3f}   {ratios[len(ratios) // 4]:.3f} - {ratios[-len(ratios) // 4]:.3f}   {gap:.0e}", flush=True)
+    print(
+        f"{name:48} {ours_ms:9.2f} {bare_ms:9.2f} {ours_ms / bare_ms:7.3f}   "
+        f"{ratios[len(ratios) // 4]:.3f} - {ratios[-len(ratios) // 4]:.3f}   {gap:.0e}",
+        flush=True,
+    )
 
 
 def alg_arrays(alg):
@@ -124,12 +142,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=30)
     runs = parser.parse_args().runs
-    print(f"AggITD, N = 5, {COHORT} of {CLIENTS} clients, network {INPUTS}-{HIDDEN}-{CLASSES}, {runs} runs each, JAX {jax.__version__} on {jax.devices()[0].platform}")
+    print(
+        f"AggITD, N = 5, {COHORT} of {CLIENTS} clients, network {INPUTS}-{HIDDEN}-{CLASSES}, "
+        f"{runs} runs each, JAX {jax.__version__} on {jax.devices()[0].platform}"
+    )
     print(f"{'':48} {'ours, ms':>9} {'bare, ms':>9} {'ratio':>7}   middle half of ratios   difference")
     common = {"inner_rounds": 5, "inner_lr": 0.01, "hessian_lr": 0.01, "outer_lr": 0.01}
     compare("full batches of 300 rows, 5 local steps", fb.AggITD(local_steps=5, outer_steps=1, **common), runs)
-    compare("minibatches of 64 rows, 5 local steps", fb.AggITD(local_steps=5, outer_steps=5, batch_size=64, **common), runs)
-    compare("minibatches of 64 rows, 1 local step", fb.AggITD(local_steps=1, outer_steps=1, batch_size=64, **common), runs)
+    compare(
+        "minibatches of 64 rows, 5 local steps", fb.AggITD(local_steps=5, outer_steps=5, batch_size=64, **common), runs
+    )
+    compare(
+        "minibatches of 64 rows, 1 local step", fb.AggITD(local_steps=1, outer_steps=1, batch_size=64, **common), runs
+    )
 
 
 if __name__ == "__main__":

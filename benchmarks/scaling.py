@@ -28,15 +28,20 @@ def measure(clients: int, cohort: int, client_batch: int | None, rounds: int, it
     from fedbilevel.tasks.hyper_representation import InnerLoss, _layer, outer_loss
 
     draw = np.random.default_rng(0)
-    rows = {"a": draw.normal(size=(clients, ROWS, INPUTS)).astype("f"), "label": draw.integers(0, CLASSES, (clients, ROWS)).astype("i4")}
-    part = lambda level: [jax.tree.map(lambda a, i=i: a[i][level], rows) for i in range(clients)]  # noqa: E731
+    rows = {
+        "a": draw.normal(size=(clients, ROWS, INPUTS)).astype("f"),
+        "label": draw.integers(0, CLASSES, (clients, ROWS)).astype("i4"),
+    }
+    part = lambda level: [jax.tree.map(lambda a, i=i: a[i][level], rows) for i in range(clients)]
     data = fb.FederatedData.stack(part(slice(0, 20)), part(slice(20, ROWS)))
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(data)) / 1e6
     x, y = _layer(jax.random.key(1), INPUTS, HIDDEN), _layer(jax.random.key(2), HIDDEN, CLASSES)
     alg = fb.AggITD(inner_rounds=rounds, local_steps=2, outer_steps=2, batch_size=16, outer_lr=0.01)
     begin = time.perf_counter()
     problem = fb.Problem(InnerLoss(), outer_loss)
-    run = fb.Simulation(cohort=cohort, client_batch=client_batch).bind(problem, data, alg, alg.init(x, y), jax.random.key(0))
+    run = fb.Simulation(cohort=cohort, client_batch=client_batch).bind(
+        problem, data, alg, alg.init(x, y), jax.random.key(0)
+    )
     traced = time.perf_counter() - begin
     carry = run.start(alg, alg.init(x, y))
     begin = time.perf_counter()
@@ -62,22 +67,30 @@ def _resident() -> float:
 
 
 def line(label: str, **settings) -> None:
-    code = f"import json, sys; sys.path.insert(0, {sys.path[0]!r}); import scaling; print(json.dumps(scaling.measure(**{settings!r})))"
+    imports = f"import json, sys; sys.path.insert(0, {sys.path[0]!r}); import scaling"
+    code = f"{imports}; print(json.dumps(scaling.measure(**{settings!r})))"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     m = json.loads(out.splitlines()[-1])
-    print(f"{label:34} {m['trace']:7.2f} {m['compile']:9.2f} {1e3 * m['iteration']:12.2f} {m['peak']:8.0f} {m['data']:8.1f} {m['grown']:8.1f}", flush=True)
+    print(
+        f"{label:44} {m['trace']:7.2f} {m['compile']:9.2f} {1e3 * m['iteration']:12.2f} {m['peak']:8.0f} "
+        f"{m['data']:8.1f} {m['grown']:8.1f}",
+        flush=True,
+    )
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     base = {"clients": 100, "cohort": 10, "client_batch": None, "rounds": 5, "iterations": 0}
-    print(f"{'':34} {'trace s':>7} {'compile s':>9} {'iteration ms':>12} {'peak MB':>8} {'data MB':>8} {'grown MB':>8}")
+    print(f"{'':44} {'trace s':>7} {'compile s':>9} {'iteration ms':>12} {'peak MB':>8} {'data MB':>8} {'grown MB':>8}")
     for rounds in (5, 50, 200):
         line(f"N = {rounds}", **{**base, "rounds": rounds})
     for clients in (100, 1_000, 10_000):
         line(f"{clients:,} clients, cohort 10", **{**base, "clients": clients})
     for cohort, batch in ((10, None), (100, None), (1_000, None), (1_000, 100), (1_000, 10)):
-        line(f"1,000 clients, cohort {cohort:,}" + (f", client_batch {batch}" if batch else ""), **{**base, "clients": 1_000, "cohort": cohort, "client_batch": batch})
+        line(
+            f"1,000 clients, cohort {cohort:,}" + (f", client_batch {batch}" if batch else ""),
+            **{**base, "clients": 1_000, "cohort": cohort, "client_batch": batch},
+        )
     line("2,000 iterations more", **{**base, "iterations": 2_000})
 
 

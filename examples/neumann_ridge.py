@@ -9,11 +9,11 @@ from fedbilevel.datasets import load
 
 
 class Neumann(fb.Algorithm):
-    """y <- y - lr d_y g, then v <- v - lr (H v - d_y f), then x <- x - outer_lr h: inner_rounds + terms + 1 rounds."""
+    """lr = inner_lr: y -= lr d_y g, then v -= lr (H v - d_y f), then x -= outer_lr h; inner_rounds + terms + 1 rounds."""
 
     inner_rounds: int = fb.count(10)
     terms: int = fb.count(10)
-    lr: float = fb.rate(0.1)
+    inner_lr: float = fb.rate(0.1)
     outer_lr: float = fb.rate(0.3)
 
     def step(self, fed, state):
@@ -22,7 +22,7 @@ class Neumann(fb.Algorithm):
         return fb.State(x, y), {"hypergradient_norm": optax.tree.norm(h)}
 
     def estimate(self, fed, x, y):
-        down = lambda point, gradient: optax.tree.add_scale(point, -self.lr, gradient)
+        down = lambda point, gradient: optax.tree.add_scale(point, -self.inner_lr, gradient)
         y = fed.repeat(self.inner_rounds, lambda t, y: down(y, fed.average(self.gradient, x, y)), y)
         zero = optax.tree.zeros_like(y)  # from here the series' terms add up: lr sum_k (I - lr H)^k d_y f
         v = fed.repeat(self.terms, lambda k, v: down(v, fed.average(self.residual, x, y, v)), zero)

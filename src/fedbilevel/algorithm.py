@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from .errors import InputError, check
@@ -70,7 +71,7 @@ class Algorithm(eqx.Module):
         for field in dataclasses.fields(self):
             value, role = getattr(self, field.name), field.metadata.get("role")
             where = f"{type(self).__name__}({field.name}=...)"
-            if role == "rate" and not isinstance(value, jax.core.Tracer | jax.Array):
+            if role == "rate" and not isinstance(value, Tracer | jax.Array):
                 good = isinstance(value, float) and np.isfinite(value) and value > 0
                 check(good, f"{where} is a step size, a positive number; got {value!r}.")
             if role == "count" and not (value is None and field.metadata["optional"]):
@@ -129,6 +130,6 @@ class Truncation(eqx.Module):
 
     def check_range(self, owner: str, most: int) -> None:
         """Refuse a fixed number outside {0, ..., most}."""
-        if self.mode == "fixed" and not isinstance(self.value, jax.core.Tracer):
+        if self.mode == "fixed" and not isinstance(self.value, Tracer):
             good = 0 <= int(self.value) <= most
             check(good, f"{owner}(truncation=...) as a number lies in 0..{most}; got {self.value}.")

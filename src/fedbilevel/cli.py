@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -21,16 +21,20 @@ app = typer.Typer(
 )
 
 Task = Annotated[str, typer.Argument(help="quadratic, ridge, regularisation or hyper-representation (see `list`).")]
-Dataset = Annotated[Optional[str], typer.Option("--dataset", help="Data set; the task's default is embedded.")]
-DataDir = Annotated[Optional[str], typer.Option("--data-dir", help="Folder that holds the data set's files.")]
+Dataset = Annotated[str | None, typer.Option("--dataset", help="Data set; the task's default is embedded.")]
+DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder that holds the data set's files.")]
 Partition = Annotated[str, typer.Option("--partition", help="iid, shards, dirichlet or quantity.")]
-Alpha = Annotated[Optional[float], typer.Option("--alpha", help="Concentration of dirichlet and quantity.")]
-Clients = Annotated[Optional[int], typer.Option("--clients", help="How many clients there are.")]
-Cohort = Annotated[Optional[int], typer.Option("--cohort", help="How many clients each exchange asks; default all.")]
-Iterations = Annotated[Optional[int], typer.Option("--iterations", help="Outer iterations.")]
-Rounds = Annotated[Optional[int], typer.Option("--rounds", help="Communication rounds; the whole iterations that fit are run.")]
-Sets = Annotated[Optional[list[str]], typer.Option("--set", help="name=value, repeatable; in compare also algorithm.name=value.")]
-Out = Annotated[Optional[str], typer.Option("--out", help="Folder for config, history, summary and figures.")]
+Alpha = Annotated[float | None, typer.Option("--alpha", help="Concentration of dirichlet and quantity.")]
+Clients = Annotated[int | None, typer.Option("--clients", help="How many clients there are.")]
+Cohort = Annotated[int | None, typer.Option("--cohort", help="How many clients each exchange asks; default all.")]
+Iterations = Annotated[int | None, typer.Option("--iterations", help="Outer iterations.")]
+Rounds = Annotated[
+    int | None, typer.Option("--rounds", help="Communication rounds; the whole iterations that fit are run.")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="name=value, repeatable; in compare also algorithm.name=value.")
+]
+Out = Annotated[str | None, typer.Option("--out", help="Folder for config, history, summary and figures.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the --out folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in the --out folder.")]
@@ -76,7 +80,8 @@ def compare(
     check(names, "--algorithms takes names separated by commas, as in aggitd,fednest.")
     check(len(set(names)) == len(names), f"--algorithms names one twice: {algorithms}.")
     check(seeds >= 1, f"--seeds is how many seeds to run, at least 1; got {seeds}.")
-    plan = _plan(task, names, tuple(range(seed, seed + seeds)), sets, iterations, rounds, cohort, engine, evaluate_every, precision,
+    several = tuple(range(seed, seed + seeds))
+    plan = _plan(task, names, several, sets, iterations, rounds, cohort, engine, evaluate_every, precision,
                  dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha, clients=clients)  # fmt: skip
     _execute(plan, out, resume, overwrite, as_json)
 
@@ -97,14 +102,15 @@ def protocol(
 
     plan = _plan(task, [algorithm], (seed,), sets, 1, None, cohort, "simulation", 1, precision,
                  dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha, clients=clients)  # fmt: skip
-    jax.config.update("jax_enable_x64", precision == 64)
-    built = plan.build_task(seed)
-    table = derive(plan.build_algorithm(algorithm, built.dataset), built.problem, built.data, built.x, built.y, plan.build_engine())
+    with jax.enable_x64(precision == 64):
+        built = plan.build_task(seed)
+        alg = plan.build_algorithm(algorithm, built.dataset)
+        table = derive(alg, built.problem, built.data, built.x, built.y, plan.build_engine())
     print(table.to_json() if as_json else table)
 
 
 @app.command()
-def check(algorithm: Annotated[Optional[str], typer.Argument(help="An algorithm; default all.")] = None):
+def check(algorithm: Annotated[str | None, typer.Argument(help="An algorithm; default all.")] = None):
     """Put the algorithms through the conformance suite."""
     from .algorithms import ALGORITHMS, BIASED, checked
     from .settings import algorithm_class
@@ -135,7 +141,12 @@ def list_names(as_json: Json = False):
     about = {name: (kind.__doc__ or "").strip().splitlines()[0] for name, kind in ALGORITHMS.items()}
     if as_json:
         tasks = {k.name: {"summary": k.summary, "datasets": k.datasets} for k in TASKS.values()}
-        print(json.dumps({"tasks": tasks, "algorithms": about, "partitions": list(PARTITIONS), "engines": list(ENGINES)}, indent=2))
+        print(
+            json.dumps(
+                {"tasks": tasks, "algorithms": about, "partitions": list(PARTITIONS), "engines": list(ENGINES)},
+                indent=2,
+            )
+        )
         return
     print("Tasks (data sets, the default first)")
     for kind in TASKS.values():
@@ -173,7 +184,9 @@ def _plan(task, algorithms, seeds, sets, iterations, rounds, cohort, engine, eva
     if iterations is None and rounds is None:
         rounds = DEFAULT_ROUNDS
     settings = parse(sets or [], algorithms)
-    return Plan(task, Options(**options), settings, seeds, iterations, rounds, cohort, engine, evaluate_every, precision)
+    return Plan(
+        task, Options(**options), settings, seeds, iterations, rounds, cohort, engine, evaluate_every, precision
+    )
 
 
 def _execute(plan, out: str | None, resume: bool, overwrite: bool, as_json: bool) -> None:
@@ -185,7 +198,9 @@ def _execute(plan, out: str | None, resume: bool, overwrite: bool, as_json: bool
     from .experiment import clear, prepare, run_all, table
 
     check(out is not None or not (resume or overwrite), "--resume and --overwrite go with --out.")
-    dataset = plan.build_task(plan.seeds[0]).dataset  # refuses a bad task, data set or partition before anything is written
+    dataset = plan.build_task(
+        plan.seeds[0]
+    ).dataset  # refuses a bad task, data set or partition before anything is written
     for name in plan.algorithms:
         plan.build_algorithm(name, dataset)
     folder = None if out is None else prepare(out, plan, resume, overwrite)

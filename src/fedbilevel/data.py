@@ -109,7 +109,7 @@ class FederatedData(eqx.Module):
         cls,
         inner: Sequence[PyTree],
         outer: Sequence[PyTree],
-        weights: None | Literal["rows"] | Sequence[float] = None,
+        weights: Literal["rows"] | Sequence[float] | None = None,
     ) -> FederatedData:
         """Put the clients' own data sets side by side.
 
@@ -133,7 +133,7 @@ class FederatedData(eqx.Module):
         m = len(inner)
         uniform = weights is None
         scale = np.ones(m) if uniform else p_outer / p_inner
-        as_level = lambda level, scale: Level(  # noqa: E731
+        as_level = lambda level, scale: Level(
             jax.tree.map(jnp.asarray, level.rows),
             jnp.asarray(level.offsets, jnp.int32),
             jnp.asarray(level.counts, jnp.int32),
@@ -152,7 +152,7 @@ class FederatedData(eqx.Module):
         clients: Sequence[PyTree],
         outer: float,
         key: Key[Array, ""],
-        weights: None | Literal["rows"] | Sequence[float] = None,
+        weights: Literal["rows"] | Sequence[float] | None = None,
     ) -> FederatedData:
         """Split each client's one data set at random into inner (training) and outer (validation) rows.
 
@@ -185,7 +185,9 @@ def random_below(key: Key[Array, ""], stream: Int[Array, ""] | int, bounds: Int[
     program goes into these. A remainder maps its 32 bits, with a bias of bounds / 2**32, below any use.
     """
     n = bounds.shape[0]
-    high = jnp.asarray(stream).astype(jnp.uint32) | jnp.uint32(2**31)  # `jax.random` counts with a high word of small numbers
+    high = jnp.asarray(stream).astype(jnp.uint32) | jnp.uint32(
+        2**31
+    )  # `jax.random` counts with a high word of small numbers
     counters = jnp.concatenate([jnp.broadcast_to(high, (n,)), jnp.arange(n, dtype=jnp.uint32)])
     bits = threefry_2x32(jax.random.key_data(key), counters)[:n]
     return (bits % bounds.astype(jnp.uint32)).astype(jnp.int32)
@@ -247,5 +249,7 @@ def _weights(weights, inner_counts, outer_counts) -> tuple[np.ndarray, np.ndarra
         return inner_counts / inner_counts.sum(), outer_counts / outer_counts.sum()
     p = np.asarray(weights, dtype=float)
     check(p.shape == (m,), f"weights= needs one number for each of the {m} clients; got shape {p.shape}.")
-    check(np.isfinite(p).all() and (p > 0).all(), f"the clients' weights must be positive and finite; got {p.tolist()}.")
+    check(
+        np.isfinite(p).all() and (p > 0).all(), f"the clients' weights must be positive and finite; got {p.tolist()}."
+    )
     return p / p.sum(), p / p.sum()

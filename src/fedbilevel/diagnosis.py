@@ -23,7 +23,9 @@ def rates(algorithm: Any) -> dict[str, float]:
 
 def largest(tree: Any) -> float:
     """The largest absolute value in a pytree; NaN if one is NaN."""
-    values = [np.max(np.abs(np.asarray(leaf)), initial=0.0) for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    values = [
+        np.max(np.abs(np.asarray(leaf)), initial=0.0) for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)
+    ]
     return float(np.max(values, initial=0.0)) if values else 0.0
 
 
@@ -44,13 +46,13 @@ def diagnose(execution: Execution, algorithm: Any, healthy: Carry, failed: Carry
     length = min(max(failed.iteration - healthy.iteration, 20), _MOST)
     after, record = execution.advance(frozen, healthy, length, limit)
     before, now = largest(healthy.state.y), largest(after.state.y)
-    advice = lambda step: f"lower {step} (now {steps[step]:g})"  # noqa: E731
+    advice = lambda step: f"lower {step} (now {steps[step]:g})"
     if "inner_lr" in steps and not now <= 1e3 * (1 + before):
         return f"{what}; with x held fixed the lower rounds alone blow up: {advice('inner_lr')}."
     stretch = float(np.max(np.asarray(getattr(record.info, "vector_growth", 0.0)), initial=0.0))
     if "hessian_lr" in steps and not stretch <= _STRETCHED:
         return (
-            f"{what}; the Hessian factors (I - hessian_lr H) stretch their vector {stretch:.3g}-fold: {advice('hessian_lr')} "
-            f"below 2 / (largest curvature of the inner loss)."
+            f"{what}; the Hessian factors (I - hessian_lr H) stretch their vector {stretch:.3g}-fold: "
+            f"{advice('hessian_lr')} below 2 / (largest curvature of the inner loss)."
         )
     return f"{what}; with x held fixed everything stays finite: {advice('outer_lr')}."

@@ -70,7 +70,9 @@ class Plan:
         """For config.json: every setting that decides the numbers, the algorithms' fields in full."""
         plain = dataclasses.asdict(self)
         dataset = self.options.dataset or TASKS[self.task].datasets[0]
-        plain["options"] = {k: v for k, v in plain["options"].items() if k not in ("seed", "data_dir")} | {"dataset": dataset}
+        plain["options"] = {k: v for k, v in plain["options"].items() if k not in ("seed", "data_dir")} | {
+            "dataset": dataset
+        }
         plain["algorithms"] = {name: describe(self.build_algorithm(name, dataset)) for name in self.algorithms}
         plain["seeds"] = list(self.seeds)
         return plain
@@ -98,7 +100,7 @@ def prepare(out: str | os.PathLike[str], plan: Plan, resume: bool, overwrite: bo
             saved = json.loads(file.read_text())
         except ValueError:
             raise InputError(f"{file} cannot be read: start again without --resume, with --overwrite.") from None
-        kept = lambda plain: {k: v for k, v in _flat(plain).items() if k not in ("iterations", "rounds", "seeds")}  # noqa: E731
+        kept = lambda plain: {k: v for k, v in _flat(plain).items() if k not in ("iterations", "rounds", "seeds")}
         other = differences(kept(saved), kept(config))
         check(not other, f"{folder} holds another run: {other}. Use the same settings, or another folder.")
     elif folder.exists() and any(folder.iterdir()):
@@ -139,13 +141,13 @@ class Outcome:
 def run_all(plan: Plan, folder: Path | None, resume: bool, quiet: bool = False) -> list[Outcome]:
     """Run every (algorithm, seed) of the plan; one that blows up is kept as far as it came, and the others still run."""
     outcomes = []
-    jax.config.update("jax_enable_x64", plan.precision == 64)
-    for seed in plan.seeds:
-        task = plan.build_task(seed)
-        for name in plan.algorithms:
-            outcomes.append(_one(plan, task, name, seed, folder, resume, quiet))
-            if folder is not None:
-                write_history(folder, outcomes)
+    with jax.enable_x64(plan.precision == 64):
+        for seed in plan.seeds:
+            task = plan.build_task(seed)
+            for name in plan.algorithms:
+                outcomes.append(_one(plan, task, name, seed, folder, resume, quiet))
+                if folder is not None:
+                    write_history(folder, outcomes)
     return outcomes
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from .data import ClientRows, random_below
 from .errors import InputError, check
@@ -156,7 +156,9 @@ def client_key(key: Key[Array, ""], index: int | Int[Array, ""]) -> Key[Array, "
 
 
 @functools.partial(jax.jit, static_argnames=("clients", "size"))
-def sample_cohort(key: Key[Array, ""], clients: int, size: int, weights: Float[Array, " m"] | None) -> Int[Array, " size"]:
+def sample_cohort(
+    key: Key[Array, ""], clients: int, size: int, weights: Float[Array, " m"] | None
+) -> Int[Array, " size"]:
     """Client indices in ascending order: everyone, a uniform subset, or draws in proportion to the weights.
 
     The uniform subset is Floyd's: its cost depends on the cohort, not on how many clients there are. In proportion to

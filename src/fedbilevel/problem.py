@@ -159,16 +159,14 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
         ("inner", problem.inner_value, problem.inner, inner),
         ("outer", problem.outer_value, problem.outer, outer),
     ):
-        if type(problem)._mean is Problem._mean and getattr(type(problem), f"{level}_value") is getattr(Problem, f"{level}_value"):
-            one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows.examples)
-            call = (
-                (lambda rows: loss(x, y, rows.examples, rows.weights))
-                if problem.batched
-                else (lambda rows, one=one: loss(x, y, one_example(one)))
-            )
-        else:  # the problem brings its own oracles: judge what those return
-            call = lambda rows: value(x, y, rows)  # noqa: E731
-        out = _shape_of(call, rows, level)
+        own = getattr(type(problem), f"{level}_value") is not getattr(Problem, f"{level}_value")
+        if own:  # the problem brings its own oracles: judge what those return
+            out = _shape_of(value, x, y, rows, level=level)
+        elif problem.batched:
+            out = _shape_of(loss, x, y, rows.examples, rows.weights, level=level)
+        else:
+            first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows.examples)
+            out = _shape_of(loss, x, y, first, level=level)
         takes = "a batch" if problem.batched else "one example"
         check(
             isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating),
@@ -176,20 +174,14 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
         )
 
 
-def one_example(shapes: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-
-
-def _shape_of(call: Callable, rows: Rows, level: str) -> PyTree:
+def _shape_of(loss: Callable, x: PyTree, y: PyTree, *data: PyTree, level: str) -> PyTree:
     try:
-        return eqx.filter_eval_shape(call, rows)
+        return eqx.filter_eval_shape(loss, x, y, *data)
     except InputError:
         raise
     except Exception as error:  # whatever the user's loss raises, on whatever shapes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"the {level} loss failed on rows {describe(rows.examples)}: {type(error).__name__}: {reason}"
-        ) from error
+        raise InputError(f"the {level} loss failed on {describe(data[0])}: {type(error).__name__}: {reason}") from error
 
 
 def describe(tree: PyTree) -> str:

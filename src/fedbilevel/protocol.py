@@ -19,6 +19,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
 from .algorithm import Algorithm
@@ -94,7 +96,14 @@ class Protocol:
     def __str__(self) -> str:
         head = ("exchange", "down", "up", "times", "bytes down", "bytes up")
         rows = [
-            (e.name, e.down, e.up, _range(e.times, e.times_most), _range(e.bytes_down, e.bytes_down_most), _range(e.bytes_up, e.bytes_up_most))
+            (
+                e.name,
+                e.down,
+                e.up,
+                _range(e.times, e.times_most),
+                _range(e.bytes_down, e.bytes_down_most),
+                _range(e.bytes_up, e.bytes_up_most),
+            )
             for e in self.exchanges
         ]
         total = (
@@ -102,7 +111,7 @@ class Protocol:
             _range(self.bytes_down, self.bytes_down_most), _range(self.bytes_up, self.bytes_up_most),
         )  # fmt: skip
         widths = [max(len(row[i]) for row in (head, *rows, total)) for i in range(len(head))]
-        line = lambda row: "  ".join(  # noqa: E731
+        line = lambda row: "  ".join(
             cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         rule = "  ".join("-" * w for w in widths)
@@ -135,7 +144,9 @@ def protocol(
     return trace(algorithm, bind(problem, x_rest, y_rest), data, algorithm.init(x, y), cohort)
 
 
-def trace(algorithm: Algorithm, problem: Problem, data: FederatedData, state: Any, cohort: int, program=None) -> Protocol:
+def trace(
+    algorithm: Algorithm, problem: Problem, data: FederatedData, state: Any, cohort: int, program=None
+) -> Protocol:
     """The protocol of `program(algorithm, fed, state)`, by default of `algorithm.step`."""
     program = program or step
     check_losses(problem, state.x, state.y, data.inner.client(0).all(), data.outer.client(0).all())
@@ -188,6 +199,22 @@ class _AbstractFederation(TracedFederation):
         super().randint(low, high)
         return self._given[len(self.draws) - 1]
 
+    def repeat(self, times, body, carry, most=None):
+        path = self._scopes.advance()
+        check_times(times, most)
+        run = self._body(path, body)
+
+        def turn(loop, t):
+            new = run(t, loop)
+            going = lambda new, old: jnp.where(t < times, new, old)
+            return (new if isinstance(times, int) else jax.tree.map(going, new, loop)), None
+
+        # a scan, of which what does not count can be cut away
+        length = times if isinstance(times, int) else most
+        loop, _ = jax.lax.scan(turn, (self._ledger(), carry), jnp.arange(length, dtype=jnp.int32))
+        self._restore(loop[0])
+        return loop[1]
+
     def until(self, condition, body, carry, most):
         self.depends_on_data = True
         check_times(most, most)
@@ -198,7 +225,9 @@ def _discover(program, algorithm, problem, data, state, cohort) -> tuple[_Abstra
     found = []
 
     def run(algorithm, state, opaque, key):
-        fed = _AbstractFederation(algorithm, problem, data, cohort, key, None, opaque, None, client_state(algorithm, state))
+        fed = _AbstractFederation(
+            algorithm, problem, data, cohort, key, None, opaque, None, client_state(algorithm, state)
+        )
         out = program(algorithm, fed, state)
         found.append(fed)
         return out
@@ -206,9 +235,13 @@ def _discover(program, algorithm, problem, data, state, cohort) -> tuple[_Abstra
     after, info = eqx.filter_eval_shape(run, as_leaves(algorithm), state, jnp.zeros(()), jax.random.key(0))
     before = eqx.filter_eval_shape(lambda: state)
     same = jax.tree.structure(before) == jax.tree.structure(after) and all(
-        (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+        (a.shape, a.dtype) == (b.shape, b.dtype)
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     )
-    check(same or program is not step, f"{type(algorithm).__name__}.step must return a state like the one it was given, {before}; it returned {after}.")
+    check(
+        same or program is not step,
+        f"{type(algorithm).__name__}.step must return a state like the one it was given, {before}; it returned {after}.",
+    )
     check(found[0].sites, f"{type(algorithm).__name__} exchanges nothing: its step never calls fed.average.")
     return found[0], info
 
@@ -226,7 +259,9 @@ def client_state(algorithm: Algorithm, state: Any) -> PyTree:
 def _combinations(ranges: list[tuple[int, int]]) -> tuple[np.ndarray, str]:
     combinations = math.prod(high - low for low, high in ranges)
     if combinations <= _ENUMERATED:
-        return np.array(list(itertools.product(*(range(*r) for r in ranges))), np.int32).reshape(combinations, len(ranges)), "exact"
+        return np.array(list(itertools.product(*(range(*r) for r in ranges))), np.int32).reshape(
+            combinations, len(ranges)
+        ), "exact"
     draw = np.random.default_rng(0)
     return np.stack([draw.integers(low, high, _SAMPLED) for low, high in ranges], 1).astype(np.int32), "sampled"
 
@@ -248,23 +283,28 @@ def _evaluate(program, algorithm, problem, data, state, cohort, layout, draws, k
 
     def run(opaque, given, key):
         filled = jax.tree.map(lambda a: jnp.broadcast_to(opaque.astype(a.dtype), a.shape), state)
-        fed = _AbstractFederation(algorithm, problem, data, cohort, key, dict(layout), opaque, given, client_state(algorithm, state))
+        fed = _AbstractFederation(
+            algorithm, problem, data, cohort, key, dict(layout), opaque, given, client_state(algorithm, state)
+        )
         program(algorithm, fed, filled)
         return fed.counts
 
-    if len(keys) == 1:
-        many = jax.vmap(run, in_axes=(None, 0, None))
-        keys = keys[0]
-    else:
-        many = jax.vmap(run, in_axes=(None, 0, 0))
     opaque = jnp.asarray([0.0, jnp.nan, 1.0, -1.0, 1e6])
-    return jax.vmap(many, in_axes=(0, None, None))(opaque, draws, keys)
+    whole, shape = jax.make_jaxpr(run, return_shape=True)(opaque[0], draws[0], keys[0])
+    kept, _ = dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=True)
+    counting = jaxpr_as_fun(ClosedJaxpr(kept, whole.consts))
+
+    def counts(*args):
+        return jax.tree.unflatten(jax.tree.structure(shape), counting(*args))
+
+    many = jax.vmap(counts, in_axes=(None, 0, 0 if len(keys) > 1 else None))
+    return jax.vmap(many, in_axes=(0, None, None))(opaque, draws, keys if len(keys) > 1 else keys[0])
 
 
 def bytes_of(site: Site, counts: np.ndarray, cohort: int) -> tuple[np.ndarray, np.ndarray]:
     """Payload bytes (down, up) over the cohort, for counts of shape (..., 1 + flags) at a site."""
     counts = counts.astype(object)  # Python integers: int32 overflows, and so may int64 over a long run
-    of = lambda parts: sum(part.bytes * counts[..., 0 if part.flag is None else 1 + part.flag] for part in parts)  # noqa: E731
+    of = lambda parts: sum(part.bytes * counts[..., 0 if part.flag is None else 1 + part.flag] for part in parts)
     zero = 0 * counts[..., 0]
     return cohort * of(site.down) + zero, cohort * of(site.up) + zero
 
@@ -275,12 +315,8 @@ def _summary(algorithm, clients, cohort, sites, counts, kind, info) -> Protocol:
         site, count = sites[path], counts[path]
         down, up = bytes_of(site, count, cohort)
         totals += np.stack([count[:, 0].astype(object), down, up])
-        lines.append(
-            Exchange(
-                site.name, *_labels(algorithm, site),
-                _mean(count[:, 0]), int(count[:, 0].max()), _mean(down), int(down.max()), _mean(up), int(up.max()),
-            )  # fmt: skip
-        )
+        spent = [(_mean(each), int(each.max())) for each in (count[:, 0], down, up)]
+        lines.append(Exchange(site.name, *_labels(algorithm, site), *itertools.chain(*spent)))  # pyright: ignore[reportArgumentType]
     rounds, down, up = totals
     return Protocol(
         type(algorithm).__name__, clients, cohort, tuple(lines),
@@ -290,9 +326,9 @@ def _summary(algorithm, clients, cohort, sites, counts, kind, info) -> Protocol:
 
 def _labels(algorithm, site: Site) -> tuple[str, str]:
     """Names of the parts: the message's from the method's signature, the reply's by their place."""
-    names = [name for name in inspect.signature(getattr(algorithm, site.name)).parameters][1:]
-    show = lambda text, part: text if part.flag is None else f"[{text}]"  # noqa: E731
-    name = lambda place: names[place] if place < len(names) else f"#{place}"  # noqa: E731
+    names = list(inspect.signature(getattr(algorithm, site.name)).parameters)[1:]
+    show = lambda text, part: text if part.flag is None else f"[{text}]"
+    name = lambda place: names[place] if place < len(names) else f"#{place}"
     down = ", ".join(show(name(int(part.label)), part) for part in site.down)
     up = ", ".join(show(f"{part.bytes} B", part) for part in site.up)
     return down, up

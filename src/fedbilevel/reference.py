@@ -115,18 +115,18 @@ def hypergradient(
     problem, data, x, y = _enter(problem, data, x, y)
     if solve_inner and method != "unrolled":
         y = _solution(problem, data, x, y)
-    step = None if step is None else jnp.asarray(step, jax.tree.leaves(y)[0].dtype)
+    size = None if step is None else jnp.asarray(step, jax.tree.leaves(y)[0].dtype)
     if method == "unrolled":
-        h, left, step = _run(_Lower.unrolled, problem, data, x, y, terms or UNROLLED_TERMS, step)
+        h, left, size = _run(_Lower.unrolled, problem, data, x, y, terms or UNROLLED_TERMS, size)
         limit = math.inf  # a nonconvex start may rightly grow
     else:
         count = None if terms is None else jnp.asarray(terms, jnp.int32)
-        h, left, step = _run(_Lower.implicit, problem, data, x, y, method, count, step)
+        h, left, size = _run(_Lower.implicit, problem, data, x, y, method, count, size)
         limit = 1.01  # a larger residual than without any term: the series diverges
     limit = limit if terms else math.sqrt(jnp.finfo(left.dtype).eps)
-    if not (math.isfinite(left) and left <= limit and (step is None or step > 0)):
+    if not (math.isfinite(left) and left <= limit and (size is None or size > 0)):
         hint = (
-            f" at step {step:.3g}: keep step= below 2 / L, give terms=, or use 'cg'" if series else ": is H singular?"
+            f" at step {size:.3g}: keep step= below 2 / L, give terms=, or use 'cg'" if series else ": is H singular?"
         )
         raise RunError(f"{method!r} did not converge (relative residual {left:.2g} in H v = d_y f){hint}.")
     return h

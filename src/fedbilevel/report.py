@@ -49,7 +49,12 @@ def summarise(frame):
     rows = []
     for name, runs in frame.groupby("algorithm", sort=False):
         last = runs.loc[runs.groupby("seed")["iteration"].idxmax()]
-        row: dict[str, Any] = {"algorithm": name, "seeds": len(last), "iterations": _short(last["iteration"]), "rounds": _short(last["rounds"])}
+        row: dict[str, Any] = {
+            "algorithm": name,
+            "seeds": len(last),
+            "iterations": _short(last["iteration"]),
+            "rounds": _short(last["rounds"]),
+        }
         for metric in metrics_of(frame):
             row[metric] = last[metric].mean()
             row[f"{metric}_sd"] = last[metric].std(ddof=0)
@@ -78,7 +83,9 @@ def write(folder: Path, frame) -> list[Path]:
 def cells(summary) -> tuple[list[str], list[list[str]]]:
     """Headings and text cells of a summary, spreads beside their means."""
     columns = [c for c in summary.columns if not c.endswith("_sd")]
-    text = lambda row, c: _figure(c, row[c]) + (f" ± {_figure(c, row[c + '_sd'])}" if c + "_sd" in summary.columns else "")  # noqa: E731
+    text = lambda row, c: (
+        _figure(c, row[c]) + (f" ± {_figure(c, row[c + '_sd'])}" if c + "_sd" in summary.columns else "")
+    )
     return [c.replace("_", " ") for c in columns], [[text(row, c) for c in columns] for _, row in summary.iterrows()]
 
 
@@ -116,12 +123,14 @@ def _figure_of(path: Path, frame, metric: str, matplotlib) -> Path:
     for panel, (axis, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
         for colour, (name, runs) in enumerate(frame.groupby("algorithm", sort=False)):
             grid, curves = curves_of(runs, axis, metric)
-            if len(grid) < 2:
-                continue
             mean = curves.mean(axis=0)
-            line = panel.plot(grid, mean, label=str(name), color=f"C{colour}", linewidth=1.6)[0]
+            line = panel.plot(
+                grid, mean, label=str(name), color=f"C{colour}", linewidth=1.6, marker="o" if len(grid) == 1 else None
+            )[0]
             if len(curves) > 1:
-                panel.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
+                panel.fill_between(
+                    grid, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0
+                )
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
         panel.set_xlim(left=0)
@@ -132,7 +141,9 @@ def _figure_of(path: Path, frame, metric: str, matplotlib) -> Path:
     seeds = frame["seed"].nunique()
     figure.axes[0].set_ylabel(metric.replace("_", " "))
     figure.axes[0].legend(loc="best", frameon=False)
-    figure.suptitle(f"{metric.replace('_', ' ')}" + (f": mean and range over {seeds} seeds" if seeds > 1 else ""), fontsize=11)
+    figure.suptitle(
+        f"{metric.replace('_', ' ')}" + (f": mean and range over {seeds} seeds" if seeds > 1 else ""), fontsize=11
+    )
     figure.savefig(path, dpi=130)
     return path
 
@@ -141,9 +152,7 @@ def curves_of(runs, axis: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """(grid, one curve per seed), interpolated up to where every seed has values."""
     seeds = [seed.sort_values("iteration") for _, seed in runs.groupby("seed")]
     end = min(seed[axis].max() for seed in seeds)
-    if not end > 0:
-        return np.zeros(0), np.zeros((0, 0))
-    grid = np.linspace(0, end, 400)
+    grid = np.linspace(0, end, 400) if end > 0 else np.zeros(1)  # a run that blew up at once has its start only
     return grid, np.stack([np.interp(grid, seed[axis], seed[metric]) for seed in seeds])
 
 

@@ -21,7 +21,7 @@ def algorithm_class(name: str) -> type[Algorithm]:
 
 def best(task: str, dataset: str, algorithm: str) -> dict[str, Any]:
     """The checked-in best settings of (task, data set, algorithm); {} where none are checked in."""
-    text = resources.files(__package__).joinpath("settings.toml").read_text()
+    text = resources.files("fedbilevel").joinpath("settings.toml").read_text()
     return dict(tomllib.loads(text).get(task, {}).get(dataset, {}).get(algorithm, {}))
 
 
@@ -43,7 +43,9 @@ def parse(words: list[str], algorithms: list[str]) -> dict[str, dict[str, Any]]:
             raise unknown_name("algorithm in this run called", owner, algorithms)
         takers = [owner] if dot else [a for a in algorithms if field in known[a]]
         if not takers or field not in known[takers[0]]:
-            raise unknown_name(f"setting of {owner or ', '.join(algorithms)}", field, {f for a in algorithms for f in known[a]})
+            raise unknown_name(
+                f"setting of {owner or ', '.join(algorithms)}", field, {f for a in algorithms for f in known[a]}
+            )
         for taker in takers:
             settings[taker][field] = _value(known[taker][field], text)
     return settings

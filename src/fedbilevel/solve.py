@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -102,7 +101,9 @@ def solve(
         InputError: something cannot be used (a sentence says what, and what to do).
         Diverged: the iterates blew up; its `result` holds everything up to the last finite iteration.
     """
-    run = Run(problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, resume)
+    run = Run(
+        problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, resume
+    )
     return run.go()
 
 
@@ -127,7 +128,9 @@ def estimate_hypergradient(
     """
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
-    execution = (engine or Simulation()).bind(bind(problem, x_rest, y_rest), data, algorithm, State(x, y), _check_key(key), _estimate)
+    execution = (engine or Simulation()).bind(
+        bind(problem, x_rest, y_rest), data, algorithm, State(x, y), _check_key(key), _estimate
+    )
     carry, _ = execution.advance(algorithm, execution.start(algorithm, State(x, y)), 1, np.inf)
     return carry.state.x, eqx.combine(carry.state.y, y_rest)
 
@@ -147,13 +150,30 @@ class Run:
         goal, progress: the iterations or rounds asked for, and how many of them are done.
     """
 
-    def __init__(self, problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, resume):
+    def __init__(
+        self,
+        problem,
+        data,
+        algorithm,
+        x,
+        y,
+        iterations,
+        rounds,
+        key,
+        engine,
+        callbacks,
+        metrics,
+        evaluate_every,
+        resume,
+    ):
         check(isinstance(data, FederatedData), f"data is a FederatedData (stack or split); got {type(data).__name__}.")
         check(isinstance(problem, Problem), f"problem is a fedbilevel.Problem; got {type(problem).__name__}.")
         check(isinstance(algorithm, Algorithm), f"algorithm is an instance such as AggITD(...); got {algorithm!r}.")
         check((iterations is None) != (rounds is None), "give iterations= or rounds=, one of the two.")
         for name, value in (("iterations", iterations), ("rounds", rounds), ("evaluate_every", evaluate_every)):
-            whole = value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1)
+            whole = value is None or (
+                isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
+            )
             check(whole, f"{name}= is a whole number of at least 1; got {value!r}.")
         self.algorithm, self.metrics = algorithm, dict(metrics or {})
         self._x, self._x_rest = trainable(x, "x")
@@ -166,7 +186,10 @@ class Run:
         self._most_iterations, self._budget = iterations, rounds
         if rounds is not None:
             least = self.protocol.rounds_most
-            check(rounds >= least, f"{rounds} rounds are too few: one iteration of {type(algorithm).__name__} takes up to {least}.")
+            check(
+                rounds >= least,
+                f"{rounds} rounds are too few: one iteration of {type(algorithm).__name__} takes up to {least}.",
+            )
         self.goal = iterations or rounds
         self.carry = self._execution.start(algorithm, state)
         self.history = History()
@@ -249,7 +272,11 @@ class Run:
         return min(left, paced, to_row)
 
     def _fewest_rounds(self) -> int:
-        return self.protocol.rounds_most if self.protocol.rounds == self.protocol.rounds_most and self.protocol.kind == "exact" else 1
+        return (
+            self.protocol.rounds_most
+            if self.protocol.rounds == self.protocol.rounds_most and self.protocol.kind == "exact"
+            else 1
+        )
 
     def _stretch(self, length: int) -> bool:
         """Advance by `length` iterations; False if they do not fit the budget (nothing is changed then)."""
@@ -330,5 +357,7 @@ def _check_key(key: Any) -> Key:
     good = isinstance(key, jax.Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
     if not good:
         raise InputError(f"key= is a jax.random.key(seed); got {key!r}.")
-    check(jax.random.key_impl(key) == "threefry2x32", f"key= must be a threefry key, jax.random.key(seed); got {key!r}.")
+    check(
+        jax.random.key_impl(key) == "threefry2x32", f"key= must be a threefry key, jax.random.key(seed); got {key!r}."
+    )
     return key

@@ -66,7 +66,9 @@ class Report:
     def __str__(self) -> str:
         width = max(len(what) for what, _, _ in self.lines)
         marks = {True: "ok    ", False: "FAILED"}
-        return "\n".join([self.name, *(f"  {marks[good]} {what.ljust(width)}  {detail}" for what, good, detail in self.lines)])
+        return "\n".join(
+            [self.name, *(f"  {marks[good]} {what.ljust(width)}  {detail}" for what, good, detail in self.lines)]
+        )
 
 
 def heterogeneous(clients: int = 8, seed: int = 0) -> tuple[Problem, FederatedData, PyTree, PyTree]:
@@ -131,9 +133,14 @@ def check_algorithm(algorithm: Algorithm, accurate: Algorithm | None = None, tol
             def check():
                 one, other = runs["simulation"], run(name, engine)
                 gap = distance((one.x, one.y), (other.x, other.y))
-                ledgers = [[(r["rounds"], r["bytes_down"], r["bytes_up"]) for r in each.history] for each in (one, other)]
+                ledgers = [
+                    [(r["rounds"], r["bytes_down"], r["bytes_up"]) for r in each.history] for each in (one, other)
+                ]
                 if ledgers[0] != ledgers[1]:
-                    return False, f"ledgers differ: {ledgers[0][-1]} against {ledgers[1][-1]} (rounds, bytes down, bytes up)"
+                    return (
+                        False,
+                        f"ledgers differ: {ledgers[0][-1]} against {ledgers[1][-1]} (rounds, bytes down, bytes up)",
+                    )
                 return gap <= _AGREE, f"largest difference {gap:.1e}"
 
             return check
@@ -161,7 +168,9 @@ def check_algorithm(algorithm: Algorithm, accurate: Algorithm | None = None, tol
 
 def distance(one: PyTree, other: PyTree) -> float:
     """The largest absolute difference of two pytrees, relative to the first where that is above one."""
-    gaps = jax.tree.map(lambda a, b: np.max(np.abs(np.asarray(a) - np.asarray(b)) / np.maximum(1, np.abs(a)), initial=0.0), one, other)
+    gaps = jax.tree.map(
+        lambda a, b: np.max(np.abs(np.asarray(a) - np.asarray(b)) / np.maximum(1, np.abs(a)), initial=0.0), one, other
+    )
     return float(max(jax.tree.leaves(gaps)))
 
 
@@ -200,14 +209,15 @@ def _compiles_once(algorithm, problem, data, x, y) -> tuple[bool, str]:
     first, longer, other = go(algorithm, 1), go(algorithm, 5), go(slower, 5)
     # each run derives its protocol anew, abstractly; beyond that nothing may be traced again
     abstract = traced(lambda: protocol(algorithm, same, data, x, y, engine=engine))
-    detail = f"{first - abstract} traces of the loss to compile; {longer - abstract} for more iterations, {other - abstract} for other steps"
+    more, changed = longer - abstract, other - abstract
+    detail = f"{first - abstract} traces of the loss to compile; {more} for more iterations, {changed} for other steps"
     return first > abstract and longer == other == abstract, detail
 
 
 def _accurate(algorithm, problem, data, x, y, tolerance) -> tuple[bool, str]:
     h, _ = estimate_hypergradient(problem, data, algorithm, x, y, key=jax.random.key(0))
     true = reference.hypergradient(problem, data, x, y)
-    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     error = float(np.linalg.norm(flat(h) - flat(true)) / np.linalg.norm(flat(true)))
     return error <= tolerance, f"relative error {error:.1e}"
 
@@ -227,7 +237,7 @@ def check_problem(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, t
     """
     report = Report("problem: oracles against central differences")
     with jax.enable_x64(True):
-        wide = lambda tree: jax.tree.map(_widen, tree)  # noqa: E731
+        wide = lambda tree: jax.tree.map(_widen, tree)
         x, x_rest = trainable(wide(x), "x")
         y, y_rest = trainable(wide(y), "y")
         bound, data = bind(problem, x_rest, y_rest), wide(data)
@@ -236,25 +246,39 @@ def check_problem(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, t
         for i in range(min(data.clients, 3)):
             inner, outer = data.inner.alone(i).all(), data.outer.alone(i).all()
             for what, exact, difference in _comparisons(bound, x, y, dx, dy, v, inner, outer):
-                report.add(f"client {i}: {what}", lambda e=exact, d=difference: _close(float(e()), float(d()), tolerance))
-            curvature = lambda n=inner: float(_dot(v, bound.hessian_vector(x, y, v, n)))  # noqa: E731
-            report.add(f"client {i}: inner loss curves upwards", lambda c=curvature: (c() > 0, f"curvature {c():.3g} along a direction"))
+                report.add(
+                    f"client {i}: {what}", lambda e=exact, d=difference: _close(float(e()), float(d()), tolerance)
+                )
+            curvature = lambda n=inner: float(_dot(v, bound.hessian_vector(x, y, v, n)))
+            report.add(
+                f"client {i}: inner loss curves upwards",
+                lambda c=curvature: (c() > 0, f"curvature {c():.3g} along a direction"),
+            )
     return report.conclude()
 
 
 def _comparisons(problem, x, y, dx, dy, v, inner: Rows, outer: Rows):
     step = 1e-5
-    move = lambda at, d, s: jax.tree.map(lambda a, b: a + s * step * b, at, d)  # noqa: E731
-    along = lambda f: (f(1.0) - f(-1.0)) / (2 * step)  # noqa: E731
-    grad_y = lambda x, y: problem.inner_gradient(x, y, inner)  # noqa: E731
+    move = lambda at, d, s: jax.tree.map(lambda a, b: a + s * step * b, at, d)
+    along = lambda f: (f(1.0) - f(-1.0)) / (2 * step)
+    grad_y = lambda x, y: problem.inner_gradient(x, y, inner)
+    hessian = lambda d: problem.hessian_vector(x, y, d, inner)
+    direct = lambda place: problem.outer_gradients(x, y, outer)[place]
+    f = lambda x, y: problem.outer_value(x, y, outer)
+    g = lambda y: problem.inner_value(x, y, inner)
+    x_at, y_at, v_at = (lambda s: move(x, dx, s)), (lambda s: move(y, dy, s)), (lambda s: move(y, v, s))
     return [
-        ("inner_gradient", lambda: _dot(dy, grad_y(x, y)), lambda: along(lambda s: problem.inner_value(x, move(y, dy, s), inner))),
-        ("outer_gradients, x", lambda: _dot(dx, problem.outer_gradients(x, y, outer)[0]), lambda: along(lambda s: problem.outer_value(move(x, dx, s), y, outer))),
-        ("outer_gradients, y", lambda: _dot(dy, problem.outer_gradients(x, y, outer)[1]), lambda: along(lambda s: problem.outer_value(x, move(y, dy, s), outer))),
-        ("hessian_vector", lambda: _dot(dy, problem.hessian_vector(x, y, v, inner)), lambda: along(lambda s: _dot(dy, grad_y(x, move(y, v, s))))),
-        ("hessian is symmetric", lambda: _dot(dy, problem.hessian_vector(x, y, v, inner)), lambda: _dot(v, problem.hessian_vector(x, y, dy, inner))),
-        ("cross_vector", lambda: _dot(dx, problem.cross_vector(x, y, v, inner)), lambda: along(lambda s: _dot(v, grad_y(move(x, dx, s), y)))),
-    ]  # fmt: skip
+        ("inner_gradient", lambda: _dot(dy, grad_y(x, y)), lambda: along(lambda s: g(y_at(s)))),
+        ("outer_gradients, x", lambda: _dot(dx, direct(0)), lambda: along(lambda s: f(x_at(s), y))),
+        ("outer_gradients, y", lambda: _dot(dy, direct(1)), lambda: along(lambda s: f(x, y_at(s)))),
+        ("hessian_vector", lambda: _dot(dy, hessian(v)), lambda: along(lambda s: _dot(dy, grad_y(x, v_at(s))))),
+        ("hessian is symmetric", lambda: _dot(dy, hessian(v)), lambda: _dot(v, hessian(dy))),
+        (
+            "cross_vector",
+            lambda: _dot(dx, problem.cross_vector(x, y, v, inner)),
+            lambda: along(lambda s: _dot(v, grad_y(x_at(s), y))),
+        ),
+    ]
 
 
 def _widen(leaf):
@@ -265,7 +289,9 @@ def _widen(leaf):
 def _direction(key, like: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(structure, [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(
+        structure, [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
+    )
 
 
 def _dot(one: PyTree, other: PyTree):

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from .errors import InputError, check
 from .federation import Federation, When, client_method, exchange_key, sample_cohort
@@ -68,7 +68,10 @@ class Scopes:
     def check(self) -> None:
         """Refuse a communication inside `lax.scan`, `vmap` or `jit`."""
         inside = get_opaque_trace_state(convention="nnx") != self._level
-        check(not inside, "fed was used inside jax.lax.scan, vmap or jit: use fed.repeat (or fed.until) for loops of rounds.")
+        check(
+            not inside,
+            "fed was used inside jax.lax.scan, vmap or jit: use fed.repeat (or fed.until) for loops of rounds.",
+        )
 
     def advance(self) -> Path:
         """The path of the next call site or loop."""
@@ -93,7 +96,15 @@ class TracedFederation(Federation):
     through the compiled loops beside the algorithm's own carry.
     """
 
-    def __init__(self, algorithm: Any, clients: int, cohort: int, weights: Any, key: Key[Array, ""], layout: dict[Path, int] | None):
+    def __init__(
+        self,
+        algorithm: Any,
+        clients: int,
+        cohort: int,
+        weights: Any,
+        key: Key[Array, ""],
+        layout: dict[Path, int] | None,
+    ):
         self.clients, self.cohort_size = clients, cohort
         self.sites: dict[Path, Site] = {}
         self._algorithm, self._weights, self._key = algorithm, weights, key
@@ -223,7 +234,10 @@ def reply_parts(reply: PyTree, wanted: tuple) -> tuple:
     if len(wanted) == 1:
         return (reply,)
     fits = isinstance(reply, tuple) and len(reply) == len(wanted)
-    check(fits, f"replies= has {len(wanted)} flags, but the client's reply is {describe(reply)}: return a tuple of as many parts.")
+    check(
+        fits,
+        f"replies= has {len(wanted)} flags, but the client's reply is {describe(reply)}: return a tuple of as many parts.",
+    )
     return reply
 
 
@@ -243,9 +257,9 @@ def size(tree: PyTree) -> int:
 
 def site(path: Path, name: str, message: PyTree, reply: PyTree, sent: list, wanted: tuple) -> Site:
     """What travels at a call site, from the message and the (mean) reply."""
-    shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)  # noqa: E731
+    shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
     flag = iter(range(len(sent) + len(wanted)))
-    number = lambda value: None if is_static(value) else next(flag)  # noqa: E731
+    number = lambda value: None if is_static(value) else next(flag)
     down = []
     flags = iter(sent)
     for place, part in enumerate(message):
@@ -257,7 +271,10 @@ def site(path: Path, name: str, message: PyTree, reply: PyTree, sent: list, want
                 always += size(piece)
         if always:
             down.append(Part(str(place), always, None))
-    up = [Part(str(i), size(part), number(f)) for i, (part, f) in enumerate(zip(reply_parts(reply, wanted), wanted, strict=True))]
+    up = [
+        Part(str(i), size(part), number(f))
+        for i, (part, f) in enumerate(zip(reply_parts(reply, wanted), wanted, strict=True))
+    ]
     return Site(path, name, shapes(message), shapes(reply), tuple(down), tuple(up), next(flag, len(sent) + len(wanted)))
 
 
@@ -271,6 +288,10 @@ def check_times(times: Any, most: int | None) -> None:
 
 def check_carry(before: PyTree, after: PyTree) -> None:
     """Refuse a loop body that changes the carry's structure, shapes or dtypes."""
-    signature = lambda tree: jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), tree)  # noqa: E731
+    signature = lambda tree: jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), tree)
     same = jax.tree.structure(before) == jax.tree.structure(after) and signature(before) == signature(after)
-    check(same, f"the body of a loop must return a carry like the one it was given, {describe(before)}; it returned {describe(after)}.")
+    check(
+        same,
+        f"the body of a loop must return a carry like the one it was given, {describe(before)}; "
+        f"it returned {describe(after)}.",
+    )

@@ -36,7 +36,9 @@ def decode(schema: PyTree, payload: bytes, travels: tuple[bool, ...]) -> PyTree:
         stop = start + leaf.size * leaf.dtype.itemsize
         arrays[id(leaf)] = np.frombuffer(payload[start:stop], leaf.dtype).reshape(leaf.shape)
         start = stop
-    return jax.tree.map(lambda leaf: arrays[id(leaf)] if id(leaf) in arrays else np.zeros(leaf.shape, leaf.dtype), schema)
+    return jax.tree.map(
+        lambda leaf: arrays[id(leaf)] if id(leaf) in arrays else np.zeros(leaf.shape, leaf.dtype), schema
+    )
 
 
 def message_schema(message: PyTree, flags: tuple[bool, ...]) -> tuple[PyTree, tuple[bool, ...]]:

@@ -82,7 +82,7 @@ class AggITD(CorrectedLower, CorrectedUpper):
     def _estimate(self, fed, x, y):
         N, full = self.inner_rounds, self.truncation.full
         Q = jnp.zeros((), jnp.int32) if full else self.truncation.draw(fed, N)
-        started = lambda t: (t > Q, t >= Q)  # whether r^{t-1} exists, whether r^t does  # noqa: E731
+        started = lambda t: (t > Q, t >= Q)  # whether r^{t-1} exists, whether r^t does
 
         def turn(t, loop):
             y, r, last, first = loop
@@ -108,7 +108,9 @@ class AggITD(CorrectedLower, CorrectedUpper):
 
     def anchor(self, client: Client, x: PyTree, y: PyTree, r: When) -> tuple[PyTree, PyTree]:
         """q_i = d_y g_i(x, y^t), and r_i where wanted."""
-        new = jax.lax.cond(client.wanted[1], lambda: self._vector(client, x, y, r), lambda: optax.tree.zeros_like(r.value))
+        new = jax.lax.cond(
+            client.wanted[1], lambda: self._vector(client, x, y, r), lambda: optax.tree.zeros_like(r.value)
+        )
         return self.gradient(client, x, y), new
 
     def vector(self, client: Client, x: PyTree, y: PyTree, r: When) -> PyTree:
@@ -121,7 +123,9 @@ class AggITD(CorrectedLower, CorrectedUpper):
             return client.problem.outer_gradients(x, y, client.batch("outer", self.batch_size))[1]
 
         def factor():
-            return hessian_factor(client.problem, x, y, r.value, self.hessian_lr, client.batch("inner", self.batch_size, 1))
+            return hessian_factor(
+                client.problem, x, y, r.value, self.hessian_lr, client.batch("inner", self.batch_size, 1)
+            )
 
         if self.truncation.full:  # Horner: (I - lam H) z + lam d_y f
             scaled = optax.tree.scale(self.hessian_lr, start())

@@ -48,7 +48,7 @@ class _LocalHypergradient(NeumannFields):
 
     def local_hypergradient(self, client: Client, x: PyTree, y: PyTree, draw: Any = 0) -> PyTree:
         """h_i with the client's own Hessian; `draw` numbers the local step, so that all its rows are fresh."""
-        rows = lambda level, k: client.batch(level, self.batch_size, draw * (self.neumann_terms + 1) + k)  # noqa: E731
+        rows = lambda level, k: client.batch(level, self.batch_size, draw * (self.neumann_terms + 1) + k)
         outer = rows("outer", 0)
         start = client.problem.outer_gradients(x, y, outer)[1]
 

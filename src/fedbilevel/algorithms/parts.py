@@ -85,7 +85,7 @@ class CorrectedLower(LowerLoop):
 
     def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """FedSVRG steps on y around the mean gradient q at y."""
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, client.batch("inner", self.batch_size, s))  # noqa: E731
+        gradient = lambda z, s: client.problem.inner_gradient(x, z, client.batch("inner", self.batch_size, s))
         return fedsvrg(gradient, y, q, self.inner_lr, self.local_steps)
 
     def lower_round(self, fed: Federation, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
@@ -118,7 +118,7 @@ class LocalLower(LowerLoop):
 
     def lower(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """Plain gradient steps on y."""
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, client.batch("inner", self.batch_size, s))  # noqa: E731
+        gradient = lambda z, s: client.problem.inner_gradient(x, z, client.batch("inner", self.batch_size, s))
         return local_descent(gradient, y, self.inner_lr, self.local_steps)
 
     def lower_loop(self, fed: Federation, x: PyTree, y: PyTree) -> PyTree:
@@ -170,7 +170,9 @@ class NeumannFields(LowerLoop):
     def cut(self, series: PyTree, last: PyTree) -> PyTree:
         """v from the sum of the terms ("full") or from the last one, scaled so that its mean is the sum."""
         full = self.truncation.full
-        return optax.tree.scale(self.hessian_lr if full else self.hessian_lr * self.neumann_terms, series if full else last)
+        return optax.tree.scale(
+            self.hessian_lr if full else self.hessian_lr * self.neumann_terms, series if full else last
+        )
 
 
 def growth(last: Float[Array, ""], first: Float[Array, ""]) -> Float[Array, ""]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ class Checkpoint(Callback):
         self._saved = time.monotonic()
 
 
-def save(path: Path, carry: Carry, totals: dict[str, Any], history: list[dict[str, Any]], fingerprint: dict[str, Any]) -> None:
+def save(
+    path: Path, carry: Carry, totals: dict[str, Any], history: list[dict[str, Any]], fingerprint: dict[str, Any]
+) -> None:
     """Write a checkpoint, beside the old one and then in its place."""
     head = {"iteration": carry.iteration, "totals": totals, "history": history, "fingerprint": fingerprint}
     beside = path.with_suffix(".new")
@@ -71,13 +74,21 @@ def load(folder: str | os.PathLike[str], start: Carry, fingerprint: dict[str, An
         with path.open("rb") as file:
             head = json.loads(file.readline())
             other = differences(head["fingerprint"], fingerprint)
-            check(not other, f"the checkpoint in {folder} is of another run: {other}. Use the same settings, or another folder.")
-            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if eqx.is_array(a) else a, (start.state, start.client_state))
+            check(
+                not other,
+                f"the checkpoint in {folder} is of another run: {other}. Use the same settings, or another folder.",
+            )
+            like = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if eqx.is_array(a) else a,
+                (start.state, start.client_state),
+            )
             state, client_state = eqx.tree_deserialise_leaves(file, like)
     except InputError:
         raise
     except Exception as error:  # truncated, or not a checkpoint at all
-        raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): start without resuming.") from error
+        raise InputError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): start without resuming."
+        ) from error
     return Carry(state, client_state, int(head["iteration"])), head["totals"], head["history"]
 
 
@@ -90,9 +101,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
 
 def checksum(tree: Any) -> str:
     """A short digest of a pytree's numbers."""
-    import zlib
-
     value = 0
     for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)), value)
+        value = zlib.crc32(np.asarray(leaf).tobytes(), value)
     return f"{value:08x}"

@@ -21,7 +21,8 @@ class CSV(Callback):
 
     def __init__(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None):
         self.path, self.extra = Path(path), dict(extra or {})
-        self._file = self._writer = None
+        self._file: Any = None
+        self._writer: Any = None
 
     def start(self, run) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

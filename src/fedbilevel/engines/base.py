@@ -52,7 +52,15 @@ class Record:
 class Execution(abc.ABC):
     """An engine bound to a problem, data, the structure of an algorithm, and a key."""
 
-    def __init__(self, engine: Any, problem: Problem, data: FederatedData, key: Key[Array, ""], protocol: Protocol, program: Callable):
+    def __init__(
+        self,
+        engine: Any,
+        problem: Problem,
+        data: FederatedData,
+        key: Key[Array, ""],
+        protocol: Protocol,
+        program: Callable,
+    ):
         self.engine, self.problem, self.data, self.key = engine, problem, data, key
         self.protocol, self.program = protocol, program
 
@@ -81,7 +89,13 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def bind(
-        self, problem: Problem, data: FederatedData, algorithm: Any, state: Any, key: Key[Array, ""], program: Callable = iteration
+        self,
+        problem: Problem,
+        data: FederatedData,
+        algorithm: Any,
+        state: Any,
+        key: Key[Array, ""],
+        program: Callable = iteration,
     ) -> Execution:
         """Check everything, trace the protocol, and get ready to run `program(algorithm, fed, state)`."""
 
@@ -93,7 +107,7 @@ def plan(engine: Engine, problem, data, algorithm, state, cohort: int, program) 
 
 def within(state: PyTree, info: PyTree, limit: Float[Array, ""]) -> Bool[Array, ""]:
     """Whether the state stays within the limit and the diagnostics are finite (NaN fails both)."""
-    inexact = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]  # noqa: E731
+    inexact = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
     small = [jnp.all(jnp.abs(leaf) <= limit.astype(leaf.real.dtype)) for leaf in inexact(state)]
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in inexact(info)]
     return jnp.all(jnp.stack([*small, *finite]))

@@ -16,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import ClientError, InputError, check
-from ..federation import Client, Federation, Reply, check_cohort, client_key, client_method, exchange_key, mean_reply, sample_cohort
+from ..federation import (
+    Client,
+    Federation,
+    Reply,
+    check_cohort,
+    client_key,
+    client_method,
+    exchange_key,
+    mean_reply,
+    sample_cohort,
+)
 from ..problem import describe, strong
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
@@ -72,7 +82,9 @@ class _Looped(Execution):
             finite = bool(within(state, info, jnp.asarray(limit, jnp.result_type(float))))
             if not finite:
                 break
-            rounds.append(fed.rounds), down.append(fed.bytes_down), up.append(fed.bytes_up)
+            rounds.append(fed.rounds)
+            down.append(fed.bytes_down)
+            up.append(fed.bytes_up)
         info = jax.tree.map(lambda *leaves: np.stack(leaves), *infos) if infos else None
         seconds = time.perf_counter() - begin - self.compiling
         return carry, Record(len(rounds), rounds, down, up, info, finite, seconds)
@@ -154,7 +166,10 @@ class _LoopedFederation(Federation):
             what = f"it was sent {describe(message)} and holds {int(inner)} inner and {int(outer)} outer rows"
             raise ClientError(f"{where}: {type(error).__name__}: {error} ({what}).") from error
         same = describe(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), reply)) == describe(site.reply)
-        check(same, f"client {index} replied to {name} with {describe(reply)}, where the protocol says {describe(site.reply)}.")
+        check(
+            same,
+            f"client {index} replied to {name} with {describe(reply)}, where the protocol says {describe(site.reply)}.",
+        )
         return encode(reply_parts(reply, wanted), wanted), out.state
 
     def repeat(self, times, body, carry, most=None):

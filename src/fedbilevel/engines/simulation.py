@@ -46,8 +46,14 @@ class Simulation(Engine):
         batch = self.client_batch
         whole = batch is None or (isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1)
         check(whole, f"client_batch= is how many clients run at a time, at least 1; got {batch!r}.")
-        check(self.mesh is None or isinstance(self.mesh, jax.sharding.Mesh), f"mesh= takes a jax.sharding.Mesh; got {self.mesh!r}.")
-        check(self.mesh is None or batch is None, "mesh= spreads the cohort over devices and client_batch= runs it piecewise: use one.")
+        check(
+            self.mesh is None or isinstance(self.mesh, jax.sharding.Mesh),
+            f"mesh= takes a jax.sharding.Mesh; got {self.mesh!r}.",
+        )
+        check(
+            self.mesh is None or batch is None,
+            "mesh= spreads the cohort over devices and client_batch= runs it piecewise: use one.",
+        )
 
     def bind(self, problem, data, algorithm, state, key, program=iteration):
         cohort = check_cohort(self.cohort, data.clients)
@@ -84,7 +90,7 @@ class _Simulated(Execution):
     def _run(self, algorithm, carry, iterations, limit):
         layout = tuple(sorted((path, site.flags) for path, site in self.protocol.sites.items()))
         static = _Static(self.program, self.protocol.cohort, self.engine.client_batch, self.engine.mesh, layout)
-        count = lambda n: jnp.asarray(n, jnp.int32)  # noqa: E731
+        count = lambda n: jnp.asarray(n, jnp.int32)
         return _chunk(
             static, self.problem, self.data, as_leaves(algorithm), (carry.state, carry.client_state),
             self.key, count(carry.iteration), count(iterations), jnp.asarray(limit, jnp.result_type(float)),
@@ -160,7 +166,7 @@ class _SimulatedFederation(TracedFederation):
         if slots > size:
             replies, states, index = jax.tree.map(lambda leaf: leaf[:size], (replies, states, index))
         if states is not None:
-            put = lambda all, new: all.at[index].set(new.astype(all.dtype))  # noqa: E731
+            put = lambda all, new: all.at[index].set(new.astype(all.dtype))
             self.client_state = jax.tree.map(put, self.client_state, states)
         full = self._data.weights is not None and size == self.clients and cohort is None
         return mean_reply(replies, self._data.weights if full else None)
@@ -179,5 +185,5 @@ def _spread(data, mesh):
         padded = np.concatenate([leaf, np.zeros((short, *leaf.shape[1:]), leaf.dtype)]) if short else leaf
         return jax.device_put(padded, _by_client(mesh))
 
-    rows = lambda d: (d.inner.rows, d.outer.rows)  # noqa: E731
+    rows = lambda d: (d.inner.rows, d.outer.rows)
     return eqx.tree_at(rows, data, jax.tree.map(spread, rows(data)))

@@ -96,7 +96,9 @@ class Kind:
         return self.build(dataclasses.replace(options, dataset=dataset))
 
 
-def federated(options: Options, columns: Callable[[Dataset, np.ndarray], PyTree], clients: int, outer: float) -> tuple[Dataset, FederatedData]:
+def federated(
+    options: Options, columns: Callable[[Dataset, np.ndarray], PyTree], clients: int, outer: float
+) -> tuple[Dataset, FederatedData]:
     """Load a data set, partition its training rows, and split each client's for the two levels.
 
     Args:

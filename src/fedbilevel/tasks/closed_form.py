@@ -16,5 +16,7 @@ def closed_form_metrics(problem: Problem, data: FederatedData) -> dict[str, Call
     return {
         "value": lambda x, y: reference.value(problem, data, x, y),
         "stationarity": lambda x, y: reference.stationarity(problem, data, x, y),
-        "distance": lambda x, y: optax.tree.norm(optax.tree.sub(y, reference.solution(problem, data, x, y)), squared=True),
+        "distance": lambda x, y: optax.tree.norm(
+            optax.tree.sub(y, reference.solution(problem, data, x, y)), squared=True
+        ),
     }

@@ -32,7 +32,10 @@ def outer_loss(x, y, row):
 
 
 def build(options: Options) -> Task:
-    check(options.partition == "iid" and options.data_dir is None, "the quadratic task makes its own clients: leave --partition and --data-dir out.")
+    check(
+        options.partition == "iid" and options.data_dir is None,
+        "the quadratic task makes its own clients: leave --partition and --data-dir out.",
+    )
     place, _, start, run = options.keys()
     draw = generator(place)
     basis, _ = np.linalg.qr(draw.normal(size=(LOWER, LOWER)))
@@ -50,8 +53,8 @@ def _client(draw: np.random.Generator, common: np.ndarray, cross: np.ndarray, ro
     hessian = common + root @ root.T
     mixed = cross + SPREAD * draw.normal(size=cross.shape)
     centre = SPREAD * draw.normal(size=LOWER)
-    repeat = lambda matrix: np.broadcast_to(matrix, (rows, *matrix.shape))  # noqa: E731
-    noisy = lambda middle: middle + 0.1 * draw.normal(size=(rows, LOWER))  # noqa: E731
+    repeat = lambda matrix: np.broadcast_to(matrix, (rows, *matrix.shape))
+    noisy = lambda middle: middle + 0.1 * draw.normal(size=(rows, LOWER))
     return {"H": repeat(hessian), "B": repeat(mixed), "b": noisy(centre)}, {"t": noisy(centre + 1)}
 
 

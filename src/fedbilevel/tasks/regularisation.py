@@ -34,7 +34,7 @@ def inner_loss(x, y, example):
 
 def build(options: Options) -> Task:
     name = str(options.dataset)
-    columns = lambda d, rows: {"a": d.x_train[rows], "label": d.y_train[rows]}  # noqa: E731
+    columns = lambda d, rows: {"a": d.x_train[rows], "label": d.y_train[rows]}
     dataset, data = federated(options, columns, CLIENTS[name], outer=0.3)
     features, classes = dataset.x_train.shape[1], int(dataset.classes or 0)
     x = jnp.zeros((features,))

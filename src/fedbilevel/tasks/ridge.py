@@ -45,7 +45,7 @@ def targets(dataset, labels) -> np.ndarray:
 
 def build(options: Options) -> Task:
     name = str(options.dataset)
-    columns = lambda d, rows: {"a": d.x_train[rows], "target": targets(d, d.y_train[rows])}  # noqa: E731
+    columns = lambda d, rows: {"a": d.x_train[rows], "target": targets(d, d.y_train[rows])}
     dataset, data = federated(options, columns, CLIENTS[name], outer=0.3)
     features, outputs = dataset.x_train.shape[1], dataset.classes or 1
     x = jnp.zeros((features,))
