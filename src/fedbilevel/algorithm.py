@@ -78,6 +78,10 @@ class Algorithm(eqx.Module):
                 good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
                 check(good, f"{where} is a count, a whole number of at least 1; got {value!r}.")
 
+    def __repr__(self) -> str:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
     def init(self, x: PyTree, y: PyTree) -> Any:
         """The state before the first iteration; it must have the fields `x` and `y`."""
         return State(x, y)
@@ -88,7 +92,10 @@ class Algorithm(eqx.Module):
 
     @abc.abstractmethod
     def step(self, fed: Federation, state: Any) -> tuple[Any, Any]:
-        """One outer iteration at the server: (the next state, the iteration's diagnostics)."""
+        """One outer iteration at the server: (the next state, the iteration's diagnostics).
+
+        The diagnostics are `Info`, or a dict of scalars of your own: each becomes a column of the history.
+        """
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         """(hypergradient estimate like x, the lower variable y after its rounds), without moving x.
@@ -118,6 +125,9 @@ class Truncation(eqx.Module):
             whole = whole or (isinstance(choice, jax.Array) and jnp.issubdtype(choice.dtype, jnp.integer))
             check(whole, f"truncation= is 'uniform', 'full' or a whole number; got {choice!r}.")
             self.mode, self.value = "fixed", choice
+
+    def __repr__(self) -> str:
+        return repr(self.mode if self.mode != "fixed" else self.value)
 
     @property
     def full(self) -> bool:

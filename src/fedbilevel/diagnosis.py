@@ -47,8 +47,9 @@ def diagnose(execution: Execution, algorithm: Any, healthy: Carry, failed: Carry
     after, record = execution.advance(frozen, healthy, length, limit)
     before, now = largest(healthy.state.y), largest(after.state.y)
     advice = lambda step: f"lower {step} (now {steps[step]:g})"
-    if "inner_lr" in steps and not now <= 1e3 * (1 + before):
-        return f"{what}; with x held fixed the lower rounds alone blow up: {advice('inner_lr')}."
+    if not now <= 1e3 * (1 + before):
+        others = ["inner_lr"] if "inner_lr" in steps else [name for name in steps if name != "outer_lr"]
+        return f"{what}; with x held fixed the lower rounds alone blow up: {' or '.join(map(advice, others))}."
     stretch = float(np.max(np.asarray(getattr(record.info, "vector_growth", 0.0)), initial=0.0))
     if "hessian_lr" in steps and not stretch <= _STRETCHED:
         return (

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from .data import ClientRows, random_below
-from .errors import InputError, check
+from .errors import InputError, check, unknown_name
 from .problem import Problem, Rows
 
 
@@ -75,7 +75,12 @@ class Client(eqx.Module):
         Within one exchange the same `draw` gives the same rows and another one independent rows; rows of the two
         levels are independent, and so are rows of different exchanges.
         """
+        if level not in ("inner", "outer"):
+            raise unknown_name("level", level, ("inner", "outer"))
         place = ("inner", "outer").index(level)
+        check(
+            size is None or size >= 1, f"client.batch needs a size of at least 1, or None for all rows; got {size!r}."
+        )
         if size is None:
             return self.rows[place].all()
         return self.rows[place].draw(self.key, 2 * draw + place, size)
@@ -203,7 +208,7 @@ def check_cohort(cohort: int | None, clients: int) -> int:
 def client_method(algorithm: Any, method: Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
     """A client method's name, and that method of the algorithm as configured (what a client's own copy would run)."""
     name, owner = getattr(method, "__name__", None), getattr(method, "__self__", None)
-    known = isinstance(name, str) and type(owner) is type(algorithm)
+    known = isinstance(name, str) and type(owner) is type(algorithm) and hasattr(algorithm, name)
     check(
         known,
         f"fed.average takes a method of {type(algorithm).__name__}, as in fed.average(self.anchor, x, y); got {method!r}.",

@@ -25,9 +25,9 @@ from jaxtyping import PyTree
 
 from .algorithm import Algorithm
 from .data import FederatedData
-from .errors import check
+from .errors import InputError, check
 from .federation import Client, Reply, check_cohort
-from .problem import Problem, bind, check_losses, strong, trainable
+from .problem import Problem, bind, check_losses, describe, strong, trainable
 from .tracing import Path, Site, TracedFederation, check_times
 
 _ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
@@ -183,9 +183,26 @@ class _AbstractFederation(TracedFederation):
             rows = (self._data.inner.client(0), self._data.outer.client(0))
             client = Client(self._problem, rows, self._client_shape, key, flags)
             out = method(client, *message)
+            if isinstance(out, Reply):
+                stateful = jax.tree.leaves(self._client_shape)
+                check(
+                    stateful, f"{where} returns Reply(...), but {owner}.client_init gives no state to renew: write it."
+                )
             return out.reply if isinstance(out, Reply) else out
 
-        shapes = eqx.filter_eval_shape(reply, message, key)
+        owner = type(self._algorithm).__name__
+        where = f"{owner}.{name}"
+        try:
+            shapes = eqx.filter_eval_shape(reply, message, key)
+        except (InputError, jax.errors.ConcretizationTypeError):
+            raise
+        except Exception as error:  # whatever a user's method raises
+            sent = describe(eqx.filter_eval_shape(lambda: message))
+            raise InputError(
+                f"{where} fails on the message {sent}: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        good = jax.tree.leaves(shapes) and all(isinstance(s, jax.ShapeDtypeStruct) for s in jax.tree.leaves(shapes))
+        check(good, f"{where} must return a pytree of arrays; it returned {describe(shapes)}.")
         return jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), s.shape), shapes)
 
     def randint(self, low, high):
@@ -229,10 +246,19 @@ def _discover(program, algorithm, problem, data, state, cohort) -> tuple[_Abstra
             algorithm, problem, data, cohort, key, None, opaque, None, client_state(algorithm, state)
         )
         out = program(algorithm, fed, state)
+        pair = isinstance(out, tuple) and len(out) == 2
+        check(pair, f"{name}.step must return (state, diagnostics), two things; it returned {describe(out)}.")
         found.append(fed)
         return out
 
-    after, info = eqx.filter_eval_shape(run, as_leaves(algorithm), state, jnp.zeros(()), jax.random.key(0))
+    name = type(algorithm).__name__
+    try:
+        after, info = eqx.filter_eval_shape(run, as_leaves(algorithm), state, jnp.zeros(()), jax.random.key(0))
+    except jax.errors.ConcretizationTypeError as error:
+        raise InputError(
+            f"{name} asks Python to decide (if, while, int, float) on a value known only while running: use jnp.where, "
+            f"jax.lax.cond, fed.repeat(most=) or fed.until. {_first_line(error)}"
+        ) from error
     before = eqx.filter_eval_shape(lambda: state)
     same = jax.tree.structure(before) == jax.tree.structure(after) and all(
         (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -240,10 +266,15 @@ def _discover(program, algorithm, problem, data, state, cohort) -> tuple[_Abstra
     )
     check(
         same or program is not step,
-        f"{type(algorithm).__name__}.step must return a state like the one it was given, {before}; it returned {after}.",
+        f"{name}.step must return a state like the one it was given, {describe(before)}; "
+        f"it returned {describe(after)}.",
     )
     check(found[0].sites, f"{type(algorithm).__name__} exchanges nothing: its step never calls fed.average.")
     return found[0], info
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no reason given").splitlines()[0]
 
 
 def as_leaves(algorithm: Any) -> Any:

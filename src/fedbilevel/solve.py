@@ -169,6 +169,9 @@ class Run:
         check(isinstance(data, FederatedData), f"data is a FederatedData (stack or split); got {type(data).__name__}.")
         check(isinstance(problem, Problem), f"problem is a fedbilevel.Problem; got {type(problem).__name__}.")
         check(isinstance(algorithm, Algorithm), f"algorithm is an instance such as AggITD(...); got {algorithm!r}.")
+        check(
+            engine is None or isinstance(engine, Engine), f"engine is Simulation(...) or Loopback(...); got {engine!r}."
+        )
         check((iterations is None) != (rounds is None), "give iterations= or rounds=, one of the two.")
         for name, value in (("iterations", iterations), ("rounds", rounds), ("evaluate_every", evaluate_every)):
             whole = value is None or (
@@ -329,7 +332,7 @@ class Run:
         row["seconds"] = round(row["seconds"], 6)
         if self.metrics:
             x, y = self._variables()
-            row.update({name: float(metric(x, y)) for name, metric in self.metrics.items()})
+            row.update({name: _number(name, metric, x, y) for name, metric in self.metrics.items()})
         return row | self._diagnostics(info)
 
     def _diagnostics(self, info: Any) -> dict[str, float]:
@@ -345,6 +348,12 @@ class Run:
     def _result(self) -> Result:
         x, y = self._variables()
         return Result(x, y, self.history, self.protocol, self.carry.state, self.iteration)
+
+
+def _number(name: str, metric: Callable, x: PyTree, y: PyTree) -> float:
+    value = metric(x, y)
+    check(np.shape(value) == (), f"the metric {name!r} must return a scalar; it returned {value!r}.")
+    return float(value)
 
 
 def _fields(info: Any) -> dict[str, Any]:

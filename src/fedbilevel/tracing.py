@@ -127,6 +127,7 @@ class TracedFederation(Federation):
         message, sent = normalise(message)
         wanted = wanted_flags(replies)
         key = exchange_key(self._key, self._counter)
+        cohort = None if cohort is None else jnp.asarray(cohort, jnp.int32)
         reply = self.exchange(name, method, message, wanted, key, cohort)
         self.sites[path] = site(path, name, message, reply, sent, wanted)
         reply = mask_reply(reply, wanted)
