@@ -3,7 +3,7 @@
 # The first of these that runs and is new enough makes .venv.
 PYTHON ?= python3.13 python3.12 python3.11 python3
 DEMO ?= fedbilevel compare hyper-representation --dataset digits --partition shards --clients 20 \
-	--algorithms aggitd,fednest --seeds 3 --rounds 300 --overwrite --out demo
+	--algorithms aggitd,fednest --seeds 3 --rounds 200 --overwrite --out demo
 BENCHMARKS ?= $(filter-out benchmarks/search_settings.py, $(wildcard benchmarks/*.py))
 # More words for pytest, as in: make test ARGS="-k aggitd"
 ARGS ?=

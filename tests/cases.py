@@ -1,6 +1,6 @@
 """What test_engines.py runs on every engine, also in a process of its own: every algorithm, and one with client state.
 
-    python cases.py FILE        runs all of them on a mesh of all devices and writes the results to FILE
+`python cases.py FILE` runs all of them on a mesh of all devices and writes the results to FILE.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class OneRound(fb.Algorithm):
 
     def turn(self, client, x, y, c):
         """(y_i - y, a_i - c_i, a_i), where a_i = d_y g_i at y becomes the client's new c_i."""
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, client.batch("inner", self.batch_size, s))  # noqa: E731
+        gradient = lambda z, s: client.problem.inner_gradient(x, z, client.batch("inner", self.batch_size, s))
         a, correction = gradient(y, 0), optax.tree.sub(c, client.state)
 
         def step(s, z):

@@ -124,8 +124,9 @@ def quadratic(seed: int = 0, clients: int = 5, sizes=((2, 3), (3, 5), (4, 7), (5
     inside, outside = [], []
     for i in range(clients):
         (n, k), spread = sizes[i % len(sizes)], 0.5 + i / clients
-        inside.append({"a": spread * draw.normal(size=(n, DY)), "B": draw.normal(size=(n, DX, DY)), "c": i + draw.normal(size=(n, DY))})
-        outside.append({"a": draw.normal(size=(k, DY)), "b": i + draw.normal(size=k), "C": draw.normal(size=(k, DX, DY))})
+        normal = lambda *shape: draw.normal(size=shape)
+        inside.append({"a": spread * normal(n, DY), "B": normal(n, DX, DY), "c": i + normal(n, DY)})
+        outside.append({"a": normal(k, DY), "b": i + normal(k), "C": normal(k, DX, DY)})
     x = {"u": jnp.asarray(draw.normal(size=DX - 1)), "k": jnp.asarray(0.7)}
     y = {"w": jnp.asarray(draw.normal(size=DY - 1)), "deep": {"s": jnp.asarray(draw.normal())}}
     return Quadratic(fb.Problem(inner, outer), fb.FederatedData.stack(inside, outside), x, y, inside, outside)

@@ -17,28 +17,28 @@ from fedbilevel.callbacks import Callback, Checkpoint
 from fedbilevel.callbacks.checkpoint import FILE
 
 Q0 = quadratic(seed=6, clients=6)
-NEST = fb.FedNest(inner_rounds=1, local_steps=1, neumann_terms=3, outer_lr=0.02, batch_size=2)  # draws N', cohorts and rows
+SETTINGS = {"inner_rounds": 1, "local_steps": 1, "neumann_terms": 3, "outer_lr": 0.02, "batch_size": 2}
+NEST = fb.FedNest(**SETTINGS)  # draws N', cohorts and rows
 STATEFUL = OneRound(batch_size=2)
 METRICS = {"size": lambda x, y: jnp.sum(y["w"] ** 2)}
 both = pytest.mark.parametrize("algorithm", [NEST, STATEFUL], ids=["fednest", "one-round"])
 
 
 def solve(algorithm=NEST, iterations=12, **options):
-    options = {"key": jax.random.key(0), "x": Q0.x, "y": Q0.y, "data": Q0.data, "engine": fb.Simulation(cohort=3), **options}
-    x, y, data = (options.pop(name) for name in ("x", "y", "data"))
-    return fb.solve(Q0.problem, data, algorithm, x, y, iterations, **options)
+    good = {"data": Q0.data, "x": Q0.x, "y": Q0.y, "key": jax.random.key(0), "engine": fb.Simulation(cohort=3)}
+    return fb.solve(**{**good, "problem": Q0.problem, "algorithm": algorithm, "iterations": iterations, **options})
 
 
 def same(one, other):
     """Equal in every number but the seconds."""
     np.testing.assert_array_equal(*(flat(eqx.filter(run.state, eqx.is_array)) for run in (one, other)))
-    rows = [[{name: value for name, value in row.items() if name != "seconds"} for row in run.history] for run in (one, other)]
-    np.testing.assert_equal(*rows)
+    rows = lambda run: [{name: value for name, value in row.items() if name != "seconds"} for row in run.history]
+    np.testing.assert_equal(rows(one), rows(other))
     assert one.iteration == other.iteration
 
 
 @both
-@pytest.mark.parametrize("options", [{}, {"metrics": METRICS}, {"metrics": METRICS, "evaluate_every": 4}], ids=["", "m", "m4"])
+@pytest.mark.parametrize("options", [{}, {"metrics": METRICS}, {"metrics": METRICS, "evaluate_every": 4}], ids=str)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, algorithm, options):
     whole = solve(algorithm, **options)
     part = solve(algorithm, 6, callbacks=[Checkpoint(tmp_path)], **options)
@@ -105,7 +105,7 @@ def test_a_budget_of_rounds_is_resumed_and_a_finished_run_is_finished(tmp_path, 
     same(solve(rounds=40, **options, resume=tmp_path), whole)
 
 
-# Refused ---------------------------------------------------------------------------------------------------------------------
+# Refused --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ OTHERS = {
     "inner_lr": {"algorithm": dataclasses.replace(NEST, inner_lr=0.02)},
     "neumann_terms": {"algorithm": dataclasses.replace(NEST, neumann_terms=2)},
     "batch_size": {"algorithm": dataclasses.replace(NEST, batch_size=3)},
-    "algorithm": {"algorithm": fb.FedNestSGD(inner_rounds=1, local_steps=1, neumann_terms=3, outer_lr=0.02, batch_size=2)},
+    "algorithm": {"algorithm": fb.FedNestSGD(**SETTINGS)},
     "evaluate_every": {"evaluate_every": 2},
     "start": {"x": jax.tree.map(lambda a: a + 1, Q0.x)},
     "data": {"data": quadratic(seed=7, clients=6).data},

@@ -57,7 +57,9 @@ def test_compare_json_and_a_setting_for_one_algorithm(fedbilevel, tmp_path):
     assert algorithms["fednest"]["hessian_lr"] == 0.02
     assert algorithms["aggitd"]["hessian_lr"] == 0.01
     frame = history(out)
-    assert set(zip(frame["algorithm"], frame["seed"], strict=True)) == {(a, s) for a in ("aggitd", "fednest") for s in (0, 1)}
+    assert set(zip(frame["algorithm"], frame["seed"], strict=True)) == {
+        (a, s) for a in ("aggitd", "fednest") for s in (0, 1)
+    }
     start = frame[frame["iteration"] == 0].set_index(["seed", "algorithm"])["test_error"]
     assert start[0, "aggitd"] == start[0, "fednest"]
     (out / "test_error.png").unlink()
@@ -67,7 +69,18 @@ def test_compare_json_and_a_setting_for_one_algorithm(fedbilevel, tmp_path):
 
 def test_resuming_gives_the_uninterrupted_numbers(fedbilevel, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = ["run", "ridge", "--dataset", "diabetes", "--clients", "4", "--set", "inner_rounds=2", "--set", "batch_size=5"]
+    words = [
+        "run",
+        "ridge",
+        "--dataset",
+        "diabetes",
+        "--clients",
+        "4",
+        "--set",
+        "inner_rounds=2",
+        "--set",
+        "batch_size=5",
+    ]
     assert fedbilevel(*words, "--iterations", 6, "--out", whole)[0] == 0
     assert fedbilevel(*words, "--iterations", 2, "--out", parts)[0] == 0
     assert len(history(parts)) == 3
@@ -171,7 +184,9 @@ def test_an_output_folder_in_use_is_left_alone(fedbilevel, tmp_path):
     assert not any((tmp_path / "new").iterdir())  # the corrected command finds nothing in its way
 
 
-@pytest.mark.parametrize("images", [b"no images at all", bytes([0, 0, 8, 3, 0, 0, 0, 2, 255, 255, 255, 255, 0, 0, 0, 1, 7])])
+@pytest.mark.parametrize(
+    "images", [b"no images at all", bytes([0, 0, 8, 3, 0, 0, 0, 2, 255, 255, 255, 255, 0, 0, 0, 1, 7])]
+)
 def test_files_that_are_no_idx_files(fedbilevel, tmp_path, images):
     code, _, error = fedbilevel("run", "ridge", "--dataset", "mnist", "--data-dir", idx_folder(tmp_path, images))
     assert code == 2

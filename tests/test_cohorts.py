@@ -29,7 +29,7 @@ def fits(numbers, probabilities) -> bool:
     return np.sum((seen - expected) ** 2 / expected) < degrees + 5 * np.sqrt(2 * degrees)
 
 
-# Cohorts -----------------------------------------------------------------------------------------------------------------
+# Cohorts --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("clients", "size"), [(7, 3), (5, 4), (6, 1), (2, 1)])
@@ -57,7 +57,7 @@ def test_with_weights_clients_come_in_proportion():
     assert not fits(cohorts.ravel(), [0.25] * 4)
 
 
-# Minibatches ---------------------------------------------------------------------------------------------------------------
+# Minibatches ----------------------------------------------------------------------------------------------------------
 
 
 def rows_of(data, index, key, padded, size=50, draw=0):
@@ -98,13 +98,13 @@ def test_minibatch_rows_are_uniform_over_the_clients_own_rows():
     assert not fits(np.minimum(rows[0] - 1000, 5), [1 / 7] * 7)
 
 
-# Weights -----------------------------------------------------------------------------------------------------------------------
+# Weights --------------------------------------------------------------------------------------------------------------
 
 
 def stacked(q, weights, copies=None):
     """Weighted clients; and the same rows pooled in one client, client i's repeated copies[level][i] times."""
     copies = copies or ([1] * len(q.inner), [1] * len(q.outer))
-    repeat = lambda rows, times: {k: np.repeat(a, times, axis=0) for k, a in rows.items()}  # noqa: E731
+    repeat = lambda rows, times: {k: np.repeat(a, times, axis=0) for k, a in rows.items()}
     pooled = []
     for level, times in zip((q.inner, q.outer), copies, strict=True):
         each = [repeat(rows, n) for rows, n in zip(level, times, strict=True)]
@@ -123,7 +123,7 @@ def test_weighted_clients_are_their_pooled_data(weights):
             np.testing.assert_allclose(shares / shares.sum(), np.array(weights) / 6)
     data, pooled = stacked(q, weights, copies)
     algorithm = fb.AggITD(inner_rounds=3, inner_lr=0.1, local_steps=1, hessian_lr=0.1, truncation="full")
-    run = lambda data: fb.solve(q.problem, data, algorithm, q.x, q.y, 2, key=KEYS[0])  # noqa: E731
+    run = lambda data: fb.solve(q.problem, data, algorithm, q.x, q.y, 2, key=KEYS[0])
     one, other, plain = run(data), run(pooled), run(q.data)
     np.testing.assert_allclose(flat((one.x, one.y)), flat((other.x, other.y)), rtol=0, atol=1e-12)
     assert np.abs(flat((plain.x, plain.y)) - flat((other.x, other.y))).max() > 1e-3
@@ -146,7 +146,8 @@ class Probe(fb.Algorithm):
 
 def probe(q, data, cohort, iterations):
     """(iterations, numbers) of the fresh and of the drawn cohorts' means."""
-    history = fb.solve(q.problem, data, Probe(), q.x, q.y, iterations, key=KEYS[1], engine=fb.Simulation(cohort=cohort)).history
+    engine = fb.Simulation(cohort=cohort)
+    history = fb.solve(q.problem, data, Probe(), q.x, q.y, iterations, key=KEYS[1], engine=engine).history
     names = sorted(name for name in history[-1] if name.startswith("fresh"))
     kinds = ("fresh", "drawn")
     return {kind: np.stack([history.column(name.replace("fresh", kind))[1:] for name in names], 1) for kind in kinds}

@@ -17,6 +17,7 @@ import pytest
 import fedbilevel as fb
 
 CLIENTS = range(3)
+KEY = jax.random.key(0)
 
 
 def inner(x, y, e):
@@ -84,7 +85,7 @@ def corrected_steps(x, y, q, lr, steps, who):
     return over(who, one)
 
 
-# Cohorts: fresh ones for every factor, or one for all (algorithms.md 6.4) -------------------------------------------------
+# Cohorts: fresh ones for every factor, or one for all (algorithms.md 6.4) ---------------------------------------------
 
 N, LR, TAU, LAM = 2, 0.2, 2, 0.25
 
@@ -185,15 +186,14 @@ def test_fresh_cohorts_are_unbiased_and_a_fixed_one_is_not(name):
     kind, settings = KINDS[name][:2]
     for cohorts, expected, other in (("fresh", fresh, fixed), ("fixed", fixed, fresh)):
         algorithm = probing(kind, cohorts)(inner_lr=LR, local_steps=TAU, hessian_lr=LAM, **settings)
-        engine = fb.Simulation(cohort=1)
-        run = fb.solve(PROBLEM, DATA, algorithm, jnp.asarray(X), jnp.asarray(Y), 20_000, key=jax.random.key(0), engine=engine)
+        run = fb.solve(PROBLEM, DATA, algorithm, X, Y, 20_000, key=KEY, engine=fb.Simulation(cohort=1))
         h = np.stack([run.history.column("h0"), run.history.column("h1")], 1)[1:]
         error = h.std(0) / np.sqrt(len(h))
         assert (np.abs(h.mean(0) - expected) < 5 * error).all()
         assert (np.abs(h.mean(0) - other) > 5 * error).any()
 
 
-# The centralised limit, and finite differences ----------------------------------------------------------------------------
+# The centralised limit, and finite differences ------------------------------------------------------------------------
 
 
 def test_one_client_and_one_local_step_is_gradient_descent_on_y_and_v_in_lock_step():
@@ -209,11 +209,11 @@ def test_one_client_and_one_local_step_is_gradient_descent_on_y_and_v_in_lock_st
             v = v - lam * (hessian(x, at, me) @ v - outer_y(at, me))
         return x - outer_lr * compose(x, path[rounds], v, me), path[rounds]
 
-    steps = dict(inner_lr=lr, hessian_lr=lam, outer_lr=outer_lr)
+    steps = {"inner_lr": lr, "hessian_lr": lam, "outer_lr": outer_lr}
     algorithm = fb.AggITD(inner_rounds=rounds, local_steps=1, truncation="full", **steps)
-    data = fb.FederatedData.stack([INNER[2]], [OUTER[2]])
     for iterations in (1, 10):
-        run = fb.solve(PROBLEM, data, algorithm, jnp.asarray(X), jnp.asarray(Y), iterations, key=jax.random.key(0))
+        data = fb.FederatedData.stack([INNER[2]], [OUTER[2]])
+        run = fb.solve(PROBLEM, data, algorithm, X, Y, iterations, key=KEY)
         x, y = X, Y
         for _ in range(iterations):
             x, y = descend(x, y)
@@ -227,24 +227,22 @@ def solution(x):
     y = np.zeros(2)
     for _ in range(50):
         y = y - np.linalg.solve(hessian(x, y, CLIENTS), gradient(x, y, CLIENTS))
-    assert np.abs(gradient(x, y, CLIENTS)).max() < 1e-13
     return y
 
 
 def phi(x):
     y = solution(x)
-    value = lambda i: np.log1p(np.exp(-OUTER[i]["b"] * (OUTER[i]["a"] @ y))).mean() + OUTER[i]["s"].mean() / 2 * (x @ x)  # noqa: E731
+    value = lambda i: np.log1p(np.exp(-OUTER[i]["b"] * (OUTER[i]["a"] @ y))).mean() + OUTER[i]["s"].mean() / 2 * (x @ x)
     return np.mean([value(i) for i in CLIENTS])
 
 
 def test_the_hypergradient_is_the_slope_of_phi():
     differences = np.array([(phi(X + d) - phi(X - d)) / 2e-4 for d in 1e-4 * np.eye(2)])
-    direct = compose(X, solution(X), np.zeros(2), CLIENTS)
-    assert np.abs(differences - direct).max() > 1e-2  # the implicit part matters
+    assert np.abs(differences - compose(X, solution(X), np.zeros(2), CLIENTS)).max() > 1e-2  # more than d_x f
     estimates = {}
     for rounds in (5, 800):
         algorithm = fb.AggITD(inner_rounds=rounds, inner_lr=0.05, local_steps=3, hessian_lr=0.1, truncation="full")
-        h, y = fb.estimate_hypergradient(PROBLEM, DATA, algorithm, jnp.asarray(X), jnp.asarray(Y), key=jax.random.key(0))
+        h, y = fb.estimate_hypergradient(PROBLEM, DATA, algorithm, X, Y, key=KEY)
         estimates[rounds] = np.asarray(h)
     np.testing.assert_allclose(y, solution(X), rtol=0, atol=1e-10)
     np.testing.assert_allclose(estimates[800], differences, rtol=0, atol=1e-7)

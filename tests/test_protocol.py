@@ -95,10 +95,10 @@ def test_the_protocol_is_the_formula_expected_and_at_most(kind, dtype):
 
 
 def test_the_published_counts():
-    count = lambda algorithm: fb.protocol(algorithm, *task()).rounds  # noqa: E731
+    count = lambda algorithm: fb.protocol(algorithm, *task()).rounds
     assert count(fb.AggITD(inner_rounds=5)) == 13 == 2 * 5 + 3
     T, N = 4, 6
-    nest = dict(inner_rounds=T, neumann_terms=N)
+    nest = {"inner_rounds": T, "neumann_terms": N}
     assert count(fb.FedNest(**nest)) == 2 * T + (N + 5) / 2
     assert count(fb.FedNest(**nest, truncation="full")) == 2 * T + N + 3
     assert count(fb.FedNestSGD(**nest, truncation="full")) == T + N + 3
@@ -139,7 +139,7 @@ def test_the_drawn_numbers_are_uniform_and_change_from_iteration_to_iteration(ki
     assert len({tuple(pair) for pair in np.stack([costs[:-1, 2], costs[1:, 2]], 1)}) == 9  # any after any
 
 
-# Algorithms of a user's own ------------------------------------------------------------------------------------------------
+# Algorithms of a user's own -------------------------------------------------------------------------------------------
 
 
 class Own(fb.Algorithm):
@@ -162,7 +162,7 @@ class Drawing(Own):
     def step(self, fed, state):
         x, y = state.x, state.y
         y = fed.repeat(fed.randint(1, 4), lambda t, y: self.move(fed, x, y, down=t > 0), y, most=3)
-        inner = lambda t, y: fed.repeat(fed.randint(0, 2), lambda _, y: self.move(fed, x, y, up=False), y, most=1)  # noqa: E731
+        inner = lambda t, y: fed.repeat(fed.randint(0, 2), lambda _, y: self.move(fed, x, y, up=False), y, most=1)
         return fb.State(x, fed.repeat(2, inner, y)), {}
 
 
@@ -175,7 +175,7 @@ class Plain(Own):
 
 class Until(Own):
     def step(self, fed, state):
-        small = lambda y: optax.tree.norm(y) > 1.0  # noqa: E731
+        small = lambda y: optax.tree.norm(y) > 1.0
         return fb.State(state.x, fed.until(small, lambda t, y: self.move(fed, state.x, y), state.y, most=7)), {}
 
 
@@ -211,7 +211,8 @@ def test_draws_within_loops_are_sampled():
     error = np.sqrt((2 / 3 + 2 / 4) / 2000)  # of the mean of 2000 samples; variances of {1, 2, 3} and of two coins
     assert abs(protocol.rounds - (2 + 1)) < 5 * error
     assert protocol.rounds_most == 3 + 2
-    assert abs(protocol.bytes_down - 8 * COHORT * ((DX + DY) * 3 + DX * (1 + 1))) < 5 * error * 8 * COHORT * (2 * DX + DY)
+    one = 8 * COHORT  # bytes of a number
+    assert abs(protocol.bytes_down - one * ((DX + DY) * 3 + DX * (1 + 1))) < 5 * error * one * (2 * DX + DY)
 
 
 @pytest.mark.parametrize(("kind", "rounds"), [(Until, 7), (Flagged, 1), (Counted, 5)])
@@ -230,4 +231,5 @@ def test_the_table_and_the_json_say_the_same():
     assert "Plain" in lines[0] and f"{COHORT} of {CLIENTS}" in lines[0]
     assert lines[-1].split()[:2] == ["total", "3"]
     assert any("[more]" in line and line.startswith("gradient") for line in lines)
-    assert {name: json.loads(protocol.to_json())[name] for name in COLUMNS} == {name: getattr(protocol, name) for name in COLUMNS}
+    read = json.loads(protocol.to_json())
+    assert [read[name] for name in COLUMNS] == [getattr(protocol, name) for name in COLUMNS]

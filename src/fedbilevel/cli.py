@@ -43,6 +43,7 @@ Every = Annotated[int, typer.Option("--evaluate-every", help="Iterations between
 Precision = Annotated[int, typer.Option("--precision", help="32 or 64 bits.")]
 
 DEFAULT_ROUNDS = 300
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
 
 
@@ -234,6 +235,8 @@ def main() -> None:
 
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except _UsageError as error:
         sys.exit(_say(f"{error.format_message()} (see fedbilevel --help)", 2))
@@ -242,7 +245,7 @@ def main() -> None:
     except RunError as error:
         sys.exit(_say(str(error), 1))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_say("interrupted; with --out, add --resume to go on.", 130))
+        sys.exit(_say("interrupted: what was run is kept with --out; the same command with --resume goes on.", 1))
     except OSError as error:
         sys.exit(_say(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1))
 

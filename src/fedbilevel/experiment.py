@@ -145,9 +145,11 @@ def run_all(plan: Plan, folder: Path | None, resume: bool, quiet: bool = False) 
         for seed in plan.seeds:
             task = plan.build_task(seed)
             for name in plan.algorithms:
-                outcomes.append(_one(plan, task, name, seed, folder, resume, quiet))
-                if folder is not None:
-                    write_history(folder, outcomes)
+                try:
+                    outcomes.append(_one(plan, task, name, seed, folder, resume, quiet))
+                finally:  # also after Ctrl-C: what there is so far can be looked at
+                    if folder is not None:
+                        gather(plan, folder)
     return outcomes
 
 
@@ -172,11 +174,18 @@ def _one(plan: Plan, task: Task, name: str, seed: int, folder: Path | None, resu
     return Outcome(name, seed, result.history, None, result)
 
 
-def write_history(folder: Path, outcomes: list[Outcome]) -> None:
-    """history.csv of all runs so far, in one step."""
-    beside = folder / "history.new"
-    table(outcomes).to_csv(beside, index=False)
-    os.replace(beside, folder / "history.csv")
+def gather(plan: Plan, folder: Path) -> None:
+    """Put the histories of all runs so far, finished or not, into history.csv, in one step."""
+    import pandas
+
+    files = [folder / "runs" / f"{name}-{seed}" / "history.csv" for seed in plan.seeds for name in plan.algorithms]
+    frames = [
+        pandas.read_csv(file, float_precision="round_trip") for file in files if file.is_file() and file.stat().st_size
+    ]
+    if frames:
+        beside = folder / "history.new"
+        pandas.concat(frames, ignore_index=True).to_csv(beside, index=False)
+        os.replace(beside, folder / "history.csv")
 
 
 def table(outcomes: list[Outcome]):
