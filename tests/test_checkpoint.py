@@ -38,7 +38,11 @@ def same(one, other):
 
 
 @both
-@pytest.mark.parametrize("options", [{}, {"metrics": METRICS}, {"metrics": METRICS, "evaluate_every": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"metrics": METRICS}, {"metrics": METRICS, "evaluate_every": 4}],
+    ids=["plain", "metrics", "every-4"],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, algorithm, options):
     whole = solve(algorithm, **options)
     part = solve(algorithm, 6, callbacks=[Checkpoint(tmp_path)], **options)

@@ -8,10 +8,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+import optax.tree
 
 from .engines.base import Carry, Execution
 
-_MOST = 200  # iterations repeated at most
+_LEAST, _MOST = 50, 200  # iterations repeated
+_UNSETTLED = 10.0  # how much the steps of y grow, at least, where the lower rounds diverge (noise keeps them alike)
 _STRETCHED = 1.05  # a Hessian factor with a usable step never stretches; the margin is for rounding and minibatches
 
 
@@ -42,18 +44,43 @@ def diagnose(execution: Execution, algorithm: Any, healthy: Carry, failed: Carry
     what = f"{name} blew up in iteration {failed.iteration}: {' and '.join(worst)} left the finite range"
     if "outer_lr" not in steps:
         return f"{what}; lower its step sizes ({', '.join(f'{k} = {v:g}' for k, v in steps.items())})."
-    frozen = eqx.tree_at(lambda a: a.outer_lr, algorithm, 0.0)
-    length = min(max(failed.iteration - healthy.iteration, 20), _MOST)
-    after, record = execution.advance(frozen, healthy, length, limit)
-    before, now = largest(healthy.state.y), largest(after.state.y)
+    length = min(max(failed.iteration - healthy.iteration, _LEAST), _MOST)
+    frozen = _with(
+        algorithm, "outer_lr", 1e-30
+    )  # x stays where it is, and what is measured relative to the step is finite
     advice = lambda step: f"lower {step} (now {steps[step]:g})"
-    if not now <= 1e3 * (1 + before):
+    settles, stretch = _with_x_fixed(execution, frozen, healthy, length, limit)
+    if not settles:
         others = ["inner_lr"] if "inner_lr" in steps else [name for name in steps if name != "outer_lr"]
         return f"{what}; with x held fixed the lower rounds alone blow up: {' or '.join(map(advice, others))}."
-    stretch = float(np.max(np.asarray(getattr(record.info, "vector_growth", 0.0)), initial=0.0))
-    if "hessian_lr" in steps and not stretch <= _STRETCHED:
+    bound = "below 2 / (largest curvature of the inner loss)"
+    if "hessian_lr" in steps and stretch > _STRETCHED:
         return (
             f"{what}; the Hessian factors (I - hessian_lr H) stretch their vector {stretch:.3g}-fold: "
-            f"{advice('hessian_lr')} below 2 / (largest curvature of the inner loss)."
+            f"{advice('hessian_lr')} {bound}."
         )
+    if "hessian_lr" in steps and stretch == 0:  # not measured: see which step, ten times lower, helps
+        helps = lambda step: (
+            execution.advance(_with(algorithm, step, steps[step] / 10), healthy, length, limit)[1].finite
+        )
+        if helps("hessian_lr") and not helps("outer_lr"):
+            cure = "ten times lower, hessian_lr keeps everything finite and outer_lr does not"
+            return f"{what}; {cure}: {advice('hessian_lr')} {bound}."
     return f"{what}; with x held fixed everything stays finite: {advice('outer_lr')}."
+
+
+def _with(algorithm: Any, name: str, value: float) -> Any:
+    return eqx.tree_at(lambda a: getattr(a, name), algorithm, value)
+
+
+def _with_x_fixed(execution: Execution, frozen: Any, start: Carry, length: int, limit: float) -> tuple[bool, float]:
+    """(whether y settles: its steps do not grow; how much the Hessian factors stretch, zero where not measured)."""
+    first, one = execution.advance(frozen, start, 1, limit)
+    later, rest = execution.advance(frozen, first, length - 2, limit)
+    last, end = execution.advance(frozen, later, 1, limit)
+    moved = lambda a, b: largest(optax.tree.sub(a.state.y, b.state.y))
+    grown = np.divide(moved(last, later), moved(first, start) or 1.0)
+    finite = all(np.isfinite(largest(carry.state.y)) for carry in (first, later, last))
+    measured = [getattr(record.info, "vector_growth", None) for record in (one, rest, end)]
+    stretch = max((float(np.max(m)) for m in measured if m is not None and np.size(m)), default=0.0)
+    return bool(finite and largest(last.state.y) <= limit and grown <= _UNSETTLED), stretch

@@ -192,6 +192,13 @@ def mean_reply(replies: PyTree, weights: Float[Array, " cohort"] | None) -> PyTr
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1), replies)
 
 
+def full_weights(
+    weights: Float[Array, " m"] | None, cohort: Int[Array, " n"], clients: int
+) -> Float[Array, " n"] | None:
+    """The weights of a mean over everyone; None for a cohort, which is drawn in proportion to them."""
+    return None if weights is None or cohort.shape[0] < clients else weights[cohort]
+
+
 def check_cohort(cohort: int | None, clients: int) -> int:
     """How many clients one exchange asks; None means all."""
     if cohort is None:

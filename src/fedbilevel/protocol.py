@@ -151,14 +151,14 @@ def trace(
     program = program or step
     check_losses(problem, state.x, state.y, data.inner.client(0).all(), data.outer.client(0).all())
     found, info = _discover(program, algorithm, problem, data, state, cohort)
-    if found.loops_draw:
-        draws, kind = np.zeros((_SAMPLED, len(found.draws)), np.int32), "sampled"
-    else:
-        draws, kind = _combinations(found.draws)
-    if found.depends_on_data:
-        kind = "bound"
+    draws, kind = _combinations(found.draws, found.loops_draw)
     layout = {path: site.flags for path, site in found.sites.items()}
-    counts, kind = _count(program, algorithm, problem, data, state, cohort, layout, draws, kind, found.loops_draw)
+    run = (as_leaves(algorithm), problem, data, state, cohort, tuple(sorted(layout.items())), jnp.asarray(draws))
+    counts, depends = _evaluate(program, *run, by_draw=found.loops_draw, most=False)
+    if found.depends_on_data or depends:
+        counts, _ = _evaluate(program, *run, by_draw=found.loops_draw, most=True)
+        counts, kind = jax.tree.map(lambda value: value.max(axis=0, keepdims=True), counts), "bound"
+    counts = jax.tree.map(np.asarray, counts)
     return _summary(algorithm, data.clients, cohort, found.sites, counts, kind, info)
 
 
@@ -170,10 +170,10 @@ def step(algorithm: Algorithm, fed: Any, state: Any) -> tuple[Any, Any]:
 class _AbstractFederation(TracedFederation):
     """Replies are opaque: shaped like the real ones, filled with a number from outside."""
 
-    def __init__(self, algorithm, problem, data, cohort, key, layout, opaque, draws, client_state):
+    def __init__(self, algorithm, problem, data, cohort, key, layout, opaque, draws, client_state, most=False):
         super().__init__(algorithm, data.clients, cohort, data.weights, key, layout)
         self._problem, self._data, self._opaque, self._given = problem, data, opaque, draws
-        self._client_shape = client_state
+        self._client_shape, self._most = client_state, most
         self.draws: list[tuple[int, int]] = []
         self.loops_draw = self.depends_on_data = False
 
@@ -221,16 +221,21 @@ class _AbstractFederation(TracedFederation):
         check_times(times, most)
         run = self._body(path, body)
 
+        whole = isinstance(times, int) or self._most
+
         def turn(loop, t):
             new = run(t, loop)
             going = lambda new, old: jnp.where(t < times, new, old)
-            return (new if isinstance(times, int) else jax.tree.map(going, new, loop)), None
+            return (new if whole else jax.tree.map(going, new, loop)), None
 
         # a scan, of which what does not count can be cut away
         length = times if isinstance(times, int) else most
         loop, _ = jax.lax.scan(turn, (self._ledger(), carry), jnp.arange(length, dtype=jnp.int32))
         self._restore(loop[0])
         return loop[1]
+
+    def travelled(self, flags):
+        return [True] * len(flags) if self._most else flags
 
     def until(self, condition, body, carry, most):
         self.depends_on_data = True
@@ -287,49 +292,42 @@ def client_state(algorithm: Algorithm, state: Any) -> PyTree:
     return strong(jax.tree.map(jnp.asarray, algorithm.client_init(state.x, state.y)))
 
 
-def _combinations(ranges: list[tuple[int, int]]) -> tuple[np.ndarray, str]:
+def _combinations(ranges: list[tuple[int, int]], sample: bool) -> tuple[np.ndarray, str]:
+    """Rows of numbers the server may draw: all of them, or a sample where they are too many or drawn within loops."""
     combinations = math.prod(high - low for low, high in ranges)
-    if combinations <= _ENUMERATED:
-        return np.array(list(itertools.product(*(range(*r) for r in ranges))), np.int32).reshape(
-            combinations, len(ranges)
-        ), "exact"
+    if combinations <= _ENUMERATED and not sample:
+        every = list(itertools.product(*(range(*r) for r in ranges)))
+        return np.array(every, np.int32).reshape(combinations, len(ranges)), "exact"
     draw = np.random.default_rng(0)
     return np.stack([draw.integers(low, high, _SAMPLED) for low, high in ranges], 1).astype(np.int32), "sampled"
 
 
-def _count(program, algorithm, problem, data, state, cohort, layout, draws, kind, loops_draw):
-    """Counts per site, (draws, 1 + flags), and the kind; opaque numbers that change them mean they depend on data."""
-    keys = jax.random.split(jax.random.key(0), len(draws) if loops_draw else 1)
-    args = as_leaves(algorithm), problem, data, state, cohort, tuple(sorted(layout.items())), jnp.asarray(draws), keys
-    counts = jax.tree.map(np.asarray, _evaluate(program, *args))
-    depends = any((value != value[:1]).any() for value in counts.values())
-    if depends or kind == "bound":
-        return {path: value.max(axis=(0, 1), keepdims=True)[0] for path, value in counts.items()}, "bound"
-    return {path: value[0] for path, value in counts.items()}, kind
-
-
 @eqx.filter_jit
-def _evaluate(program, algorithm, problem, data, state, cohort, layout, draws, keys):
-    """Counts per site, (opaque numbers, draws, 1 + flags): the program with everything but its exchanges cut away."""
+def _evaluate(program, algorithm, problem, data, state, cohort, layout, draws, *, by_draw, most):
+    """(counts per site, (draws, 1 + flags); whether they depend on data): the program with all but its exchanges cut away.
+
+    by_draw: draws within loops get a key for each row of `draws`. most: count every conditional part, and every loop in
+    full.
+    """
 
     def run(opaque, given, key):
         filled = jax.tree.map(lambda a: jnp.broadcast_to(opaque.astype(a.dtype), a.shape), state)
-        fed = _AbstractFederation(
-            algorithm, problem, data, cohort, key, dict(layout), opaque, given, client_state(algorithm, state)
-        )
+        kept = client_state(algorithm, state)
+        fed = _AbstractFederation(algorithm, problem, data, cohort, key, dict(layout), opaque, given, kept, most)
         program(algorithm, fed, filled)
         return fed.counts
 
-    opaque = jnp.asarray([0.0, jnp.nan, 1.0, -1.0, 1e6])
-    whole, shape = jax.make_jaxpr(run, return_shape=True)(opaque[0], draws[0], keys[0])
-    kept, _ = dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=True)
+    keys = jax.random.split(jax.random.key(0), len(draws))
+    whole, shape = jax.make_jaxpr(run, return_shape=True)(jnp.zeros(()), draws[0], keys[0])
+    kept, used = dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=[False, True, True])
     counting = jaxpr_as_fun(ClosedJaxpr(kept, whole.consts))
+    depends = used[0]
+    opaque = (jnp.zeros(()),) if depends else ()
 
-    def counts(*args):
-        return jax.tree.unflatten(jax.tree.structure(shape), counting(*args))
+    def counts(given, key):
+        return jax.tree.unflatten(jax.tree.structure(shape), counting(*opaque, given, key))
 
-    many = jax.vmap(counts, in_axes=(None, 0, 0 if len(keys) > 1 else None))
-    return jax.vmap(many, in_axes=(0, None, None))(opaque, draws, keys if len(keys) > 1 else keys[0])
+    return jax.vmap(counts, in_axes=(0, 0 if by_draw else None))(draws, keys if by_draw else keys[0]), depends
 
 
 def bytes_of(site: Site, counts: np.ndarray, cohort: int) -> tuple[np.ndarray, np.ndarray]:

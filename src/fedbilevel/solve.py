@@ -132,6 +132,15 @@ def estimate_hypergradient(
         bind(problem, x_rest, y_rest), data, algorithm, State(x, y), _check_key(key), _estimate
     )
     carry, _ = execution.advance(algorithm, execution.start(algorithm, State(x, y)), 1, np.inf)
+    for part, quantity, step in (
+        (carry.state.y, "the lower variable", "inner_lr"),
+        (carry.state.x, "it", "hessian_lr"),
+    ):
+        if not np.isfinite(largest(part)):
+            name = type(algorithm).__name__
+            raise Diverged(
+                f"the hypergradient estimate of {name} is not finite, for {quantity} blew up: lower its {step}."
+            )
     return carry.state.x, eqx.combine(carry.state.y, y_rest)
 
 
@@ -202,10 +211,12 @@ class Run:
         self._healthy = self.carry
         self._pace: float | None = None
         self._last_info: Any = None
+        self._last_row: dict[str, Any] | None = None
         if resume is not None:
             self.carry, totals, rows = load(resume, self.carry, self.fingerprint())
-            off_grid = rows[-1]["iteration"] % evaluate_every and rows[-1]["iteration"] < (iterations or np.inf)
-            self.history.extend(rows[:-1] if off_grid else rows)  # a last row that the uninterrupted run would not have
+            off_grid = rows[-1]["iteration"] % evaluate_every != 0  # a last row: the uninterrupted run may not have it
+            self._last_row = rows.pop() if off_grid else None
+            self.history.extend(rows)
             for name, value in totals.items():
                 setattr(self, name, value)
 
@@ -252,7 +263,8 @@ class Run:
                 for callback in self._callbacks:
                     callback.advance(self)
             if self.history[-1]["iteration"] < self.iteration:
-                self._record([self._row(self._last_info)])
+                restored = self._last_row if self._last_row and self._last_row["iteration"] == self.iteration else None
+                self._record([restored or self._row(self._last_info)])
         except BaseException as failure:
             error = failure
             raise

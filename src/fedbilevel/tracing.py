@@ -131,12 +131,16 @@ class TracedFederation(Federation):
         reply = self.exchange(name, method, message, wanted, key, cohort)
         self.sites[path] = site(path, name, message, reply, sent, wanted)
         reply = mask_reply(reply, wanted)
-        flags = [flag for flag in (*sent, *wanted) if not is_static(flag)]
+        flags = self.travelled([flag for flag in (*sent, *wanted) if not is_static(flag)])
         if self.counts is not None:
             travelled = jnp.stack([jnp.asarray(flag, jnp.int32) for flag in (True, *flags)])
             self.counts = {**self.counts, path: self.counts[path] + travelled}
         self._counter = self._counter + 1
         return reply
+
+    def travelled(self, flags: list[Any]) -> list[Any]:
+        """What is counted for the conditional parts of an exchange."""
+        return flags
 
     def repeat(self, times, body, carry, most=None):
         path = self._scopes.advance()

@@ -109,5 +109,7 @@ def within(state: PyTree, info: PyTree, limit: Float[Array, ""]) -> Bool[Array, 
     """Whether the state stays within the limit and the diagnostics are finite (NaN fails both)."""
     inexact = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
     small = [jnp.all(jnp.abs(leaf) <= limit.astype(leaf.real.dtype)) for leaf in inexact(state)]
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in inexact(info)]
+    finite = [
+        jnp.all(jnp.isfinite(leaf)) for leaf in inexact((state, info))
+    ]  # the limit may be infinite in half precision
     return jnp.all(jnp.stack([*small, *finite]))

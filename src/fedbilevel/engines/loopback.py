@@ -24,6 +24,7 @@ from ..federation import (
     client_key,
     client_method,
     exchange_key,
+    full_weights,
     mean_reply,
     sample_cohort,
 )
@@ -142,9 +143,8 @@ class _LoopedFederation(Federation):
         arrived = [decode(reply_parts(site.reply, wanted), answers[slot], wanted) for slot in sorted(answers)]
         stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *arrived)
         stacked = stacked[0] if len(wanted) == 1 else stacked
-        weights = self._run.data.weights
-        full = weights is not None and len(index) == self.clients and cohort is None
-        return mask_reply(mean_reply(stacked, weights if full else None), wanted)
+        weights = full_weights(self._run.data.weights, jnp.asarray(index), self.clients)
+        return mask_reply(mean_reply(stacked, weights), wanted)
 
     def _ask(self, site, name, index, payload, sent, wanted, key):
         """One client: bytes in, bytes out, and its state afterwards."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import check
-from ..federation import Client, Reply, check_cohort, client_key, mean_reply
+from ..federation import Client, Reply, check_cohort, client_key, full_weights, mean_reply
 from ..problem import strong
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
@@ -168,8 +168,7 @@ class _SimulatedFederation(TracedFederation):
         if states is not None:
             put = lambda all, new: all.at[index].set(new.astype(all.dtype))
             self.client_state = jax.tree.map(put, self.client_state, states)
-        full = self._data.weights is not None and size == self.clients and cohort is None
-        return mean_reply(replies, self._data.weights if full else None)
+        return mean_reply(replies, full_weights(self._data.weights, index, self.clients))
 
 
 def _by_client(mesh):
