@@ -124,7 +124,8 @@ def test_weighted_clients_are_their_pooled_data(weights):
     data, pooled = stacked(q, weights, copies)
     algorithm = fb.AggITD(inner_rounds=3, inner_lr=0.1, local_steps=1, hessian_lr=0.1, truncation="full")
     run = lambda data: fb.solve(q.problem, data, algorithm, q.x, q.y, 2, key=KEYS[0])
-    one, other, plain = run(data), run(pooled), run(q.data)
+    alike = fb.FederatedData.stack(q.inner, q.outer, weights=[1, 1, 1])
+    one, other, plain = run(data), run(pooled), run(alike)
     np.testing.assert_allclose(flat((one.x, one.y)), flat((other.x, other.y)), rtol=0, atol=1e-12)
     assert np.abs(flat((plain.x, plain.y)) - flat((other.x, other.y))).max() > 1e-3
 

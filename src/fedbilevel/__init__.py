@@ -12,6 +12,7 @@ from .errors import ClientError, Diverged, InputError, RunError
 from .federation import Client, Federation, Reply, When
 from .problem import Problem, Rows
 from .protocol import Protocol, protocol
-from .solve import History, Result, estimate_hypergradient, solve
+from .result import History, Result
+from .solve import estimate_hypergradient, solve
 
 __version__ = "0.1.0"

@@ -19,8 +19,9 @@ from .callbacks import CSV, Callback, Checkpoint, Progress
 from .callbacks.checkpoint import differences
 from .engines import Loopback, Simulation
 from .errors import Diverged, InputError, RunError, check, unknown_name
+from .result import History, Result
 from .settings import algorithm_class, best
-from .solve import History, Result, solve
+from .solve import solve
 from .tasks import TASKS, Options, Task
 
 ENGINES = {"simulation": Simulation, "loopback": Loopback}
@@ -179,9 +180,7 @@ def gather(plan: Plan, folder: Path) -> None:
     import pandas
 
     files = [folder / "runs" / f"{name}-{seed}" / "history.csv" for seed in plan.seeds for name in plan.algorithms]
-    frames = [
-        pandas.read_csv(file, float_precision="round_trip") for file in files if file.is_file() and file.stat().st_size
-    ]
+    frames = [pandas.read_csv(file, dtype=str) for file in files if file.is_file() and file.stat().st_size]
     if frames:
         beside = folder / "history.new"
         pandas.concat(frames, ignore_index=True).to_csv(beside, index=False)

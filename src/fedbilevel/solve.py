@@ -2,66 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
 import numpy as np
 from jaxtyping import Key, PyTree
 
 from .algorithm import Algorithm, State
 from .callbacks.base import Callback
-from .callbacks.checkpoint import checksum, load
 from .data import FederatedData
-from .diagnosis import diagnose, largest
-from .engines.base import Carry, Engine, Execution
+from .diagnosis import largest
+from .engines.base import Engine
 from .engines.simulation import Simulation
-from .errors import Diverged, InputError, check
+from .errors import Diverged
 from .problem import Problem, bind, trainable
-from .protocol import Protocol
-
-_STRETCH = 0.5  # seconds between looks at a run: progress, Ctrl-C, checkpoints
-_BLOWN_UP = 1e10  # how far beyond the start's size an iterate counts as diverged
-
-
-class History(list):
-    """The rows of a run, dicts of iteration, rounds, bytes_down, bytes_up, seconds, metrics, diagnostics.
-
-    Row 0 is the start. rounds and bytes are cumulative; seconds leave out compilation and evaluation.
-    """
-
-    def to_dataframe(self):
-        """The rows as a pandas DataFrame."""
-        import pandas
-
-        return pandas.DataFrame(list(self))
-
-    def column(self, name: str) -> np.ndarray:
-        """One column as an array."""
-        check(self and name in self[-1], f"the history has no column {name!r}.")
-        return np.array([row.get(name, np.nan) for row in self])
-
-
-@dataclasses.dataclass
-class Result:
-    """What `solve` returns.
-
-    Attributes:
-        x, y: the last upper and lower variable, structured like the start.
-        history: the `History`.
-        protocol: the `Protocol` of one iteration.
-        state: the algorithm's whole last state.
-        iteration: how many iterations were done.
-    """
-
-    x: PyTree
-    y: PyTree
-    history: History
-    protocol: Protocol
-    state: Any
-    iteration: int
+from .result import Result
+from .run import Run, check_key
 
 
 def solve(
@@ -129,7 +86,7 @@ def estimate_hypergradient(
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
     execution = (engine or Simulation()).bind(
-        bind(problem, x_rest, y_rest), data, algorithm, State(x, y), _check_key(key), _estimate
+        bind(problem, x_rest, y_rest), data, algorithm, State(x, y), check_key(key), _estimate
     )
     carry, _ = execution.advance(algorithm, execution.start(algorithm, State(x, y)), 1, np.inf)
     for part, quantity, step in (
@@ -147,238 +104,3 @@ def estimate_hypergradient(
 def _estimate(algorithm, fed, state):
     h, y = algorithm.estimate(fed, state.x, state.y)
     return State(h, y), ()
-
-
-class Run:
-    """A run in progress, as callbacks see it.
-
-    Attributes:
-        algorithm, history, protocol, metrics: what runs, its rows so far, its protocol, and its metrics by name.
-        carry: the state after `iteration` iterations.
-        rounds, bytes_down, bytes_up, seconds: totals so far.
-        goal, progress: the iterations or rounds asked for, and how many of them are done.
-    """
-
-    def __init__(
-        self,
-        problem,
-        data,
-        algorithm,
-        x,
-        y,
-        iterations,
-        rounds,
-        key,
-        engine,
-        callbacks,
-        metrics,
-        evaluate_every,
-        resume,
-    ):
-        check(isinstance(data, FederatedData), f"data is a FederatedData (stack or split); got {type(data).__name__}.")
-        check(isinstance(problem, Problem), f"problem is a fedbilevel.Problem; got {type(problem).__name__}.")
-        check(isinstance(algorithm, Algorithm), f"algorithm is an instance such as AggITD(...); got {algorithm!r}.")
-        check(
-            engine is None or isinstance(engine, Engine), f"engine is Simulation(...) or Loopback(...); got {engine!r}."
-        )
-        check((iterations is None) != (rounds is None), "give iterations= or rounds=, one of the two.")
-        for name, value in (("iterations", iterations), ("rounds", rounds), ("evaluate_every", evaluate_every)):
-            whole = value is None or (
-                isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
-            )
-            check(whole, f"{name}= is a whole number of at least 1; got {value!r}.")
-        self.algorithm, self.metrics = algorithm, dict(metrics or {})
-        self._x, self._x_rest = trainable(x, "x")
-        self._y, self._y_rest = trainable(y, "y")
-        state = algorithm.init(self._x, self._y)
-        bound = bind(problem, self._x_rest, self._y_rest)
-        self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, _check_key(key))
-        self._data, self._key, self._every, self._callbacks = data, key, evaluate_every, list(callbacks)
-        self.protocol = self._execution.protocol
-        self._most_iterations, self._budget = iterations, rounds
-        if rounds is not None:
-            least = self.protocol.rounds_most
-            check(
-                rounds >= least,
-                f"{rounds} rounds are too few: one iteration of {type(algorithm).__name__} takes up to {least}.",
-            )
-        self.goal = iterations or rounds
-        self.carry = self._execution.start(algorithm, state)
-        self.history = History()
-        self.rounds = self.bytes_down = self.bytes_up = 0
-        self.seconds = 0.0
-        self._limit = _BLOWN_UP * max(1.0, largest(state))
-        self._healthy = self.carry
-        self._pace: float | None = None
-        self._last_info: Any = None
-        self._last_row: dict[str, Any] | None = None
-        if resume is not None:
-            self.carry, totals, rows = load(resume, self.carry, self.fingerprint())
-            off_grid = rows[-1]["iteration"] % evaluate_every != 0  # a last row: the uninterrupted run may not have it
-            self._last_row = rows.pop() if off_grid else None
-            self.history.extend(rows)
-            for name, value in totals.items():
-                setattr(self, name, value)
-
-    @property
-    def iteration(self) -> int:
-        """Iterations done."""
-        return self.carry.iteration
-
-    @property
-    def progress(self) -> int:
-        """How much of `goal` is done."""
-        return self.iteration if self._budget is None else self.rounds
-
-    def totals(self) -> dict[str, Any]:
-        """The cumulative figures, for a checkpoint."""
-        return {name: getattr(self, name) for name in ("rounds", "bytes_down", "bytes_up", "seconds")}
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What makes this run itself: a checkpoint of another one is refused."""
-        settings = {f.name: repr(getattr(self.algorithm, f.name)) for f in dataclasses.fields(self.algorithm)}
-        return {
-            "algorithm": type(self.algorithm).__name__,
-            **settings,
-            "cohort": self.protocol.cohort,
-            "evaluate_every": self._every,
-            "key": np.asarray(jax.random.key_data(self._key)).tolist(),
-            "start": checksum((self._x, self._y)),
-            "data": checksum(self._data),
-        }
-
-    def go(self) -> Result:
-        """Run to the end; callbacks hear of the end however it comes."""
-        error: BaseException | None = None
-        started = []
-        try:
-            for callback in self._callbacks:
-                callback.start(self)
-                started.append(callback)
-            if not self.history:
-                self._record([self._row(None)])
-            while (length := self._next_stretch()) > 0:
-                if not self._stretch(length):
-                    break
-                for callback in self._callbacks:
-                    callback.advance(self)
-            if self.history[-1]["iteration"] < self.iteration:
-                restored = self._last_row if self._last_row and self._last_row["iteration"] == self.iteration else None
-                self._record([restored or self._row(self._last_info)])
-        except BaseException as failure:
-            error = failure
-            raise
-        finally:
-            for callback in started:
-                callback.finish(self, error)
-        return self._result()
-
-    # One stretch of iterations --------------------------------------------------------------------------------------
-
-    def _next_stretch(self) -> int:
-        """Iterations until the next look: what fits the goal, half a second, and the next evaluation."""
-        if self._budget is None:
-            left = self._most_iterations - self.iteration
-        else:  # the last iterations one by one, as long as another one may fit
-            spare = self._budget - self.rounds
-            left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
-        paced = 1 if self._pace is None else max(1, int(_STRETCH / max(self._pace, 1e-9)))
-        to_row = self._every - self.iteration % self._every if self.metrics else left
-        return min(left, paced, to_row)
-
-    def _fewest_rounds(self) -> int:
-        return (
-            self.protocol.rounds_most
-            if self.protocol.rounds == self.protocol.rounds_most and self.protocol.kind == "exact"
-            else 1
-        )
-
-    def _stretch(self, length: int) -> bool:
-        """Advance by `length` iterations; False if they do not fit the budget (nothing is changed then)."""
-        before = self.carry
-        after, record = self._execution.advance(self.algorithm, before, length, self._limit)
-        if self._budget is not None and self.rounds + sum(record.rounds) > self._budget:
-            return False
-        if not record.finite:
-            self._fail(before, after, record)
-        self.carry = after
-        self._pace = record.seconds / length
-        self._account(before.iteration, record)
-        if largest(after.state) <= 10 * (1 + self._limit / _BLOWN_UP):
-            self._healthy = after
-        return True
-
-    def _account(self, first: int, record) -> None:
-        rows = []
-        for k in range(record.done):
-            self.rounds += record.rounds[k]
-            self.bytes_down += record.bytes_down[k]
-            self.bytes_up += record.bytes_up[k]
-            self.seconds += record.seconds / max(record.done, 1)
-            self._last_info = jax.tree.map(lambda leaf, k=k: leaf[k], record.info)
-            if (first + k + 1) % self._every == 0:
-                rows.append(self._row(self._last_info, first + k + 1))
-        if rows:
-            self._record(rows)
-
-    def _fail(self, before: Carry, after: Carry, record) -> None:
-        """Go back to the last finite iteration, say what blew up, and raise with all there is."""
-        last = before
-        if record.done:
-            last, _ = self._execution.advance(self.algorithm, before, record.done, self._limit)
-        self.carry = last
-        self._account(before.iteration, record)
-        if self.history[-1]["iteration"] < self.iteration:
-            self._record([self._row(self._last_info)])
-        raise Diverged(diagnose(self._execution, self.algorithm, self._healthy, after, self._limit), self._result())
-
-    # Rows -----------------------------------------------------------------------------------------------------------
-
-    def _record(self, rows: list[dict[str, Any]]) -> None:
-        self.history.extend(rows)
-        for callback in self._callbacks:
-            callback.record(self, rows)
-
-    def _row(self, info: Any, iteration: int | None = None) -> dict[str, Any]:
-        row = {"iteration": self.iteration if iteration is None else iteration, **self.totals()}
-        row["seconds"] = round(row["seconds"], 6)
-        if self.metrics:
-            x, y = self._variables()
-            row.update({name: _number(name, metric, x, y) for name, metric in self.metrics.items()})
-        return row | self._diagnostics(info)
-
-    def _diagnostics(self, info: Any) -> dict[str, float]:
-        """Scalars of the algorithm's diagnostics as columns; NaN at the start, where there are none yet."""
-        named = _fields(self.protocol.info)
-        scalars = [name for name, value in named.items() if np.shape(value) == ()]
-        return {name: float("nan") if info is None else float(_fields(info)[name]) for name in scalars}
-
-    def _variables(self) -> tuple[PyTree, PyTree]:
-        state = self.carry.state
-        return eqx.combine(state.x, self._x_rest), eqx.combine(state.y, self._y_rest)
-
-    def _result(self) -> Result:
-        x, y = self._variables()
-        return Result(x, y, self.history, self.protocol, self.carry.state, self.iteration)
-
-
-def _number(name: str, metric: Callable, x: PyTree, y: PyTree) -> float:
-    value = metric(x, y)
-    check(np.shape(value) == (), f"the metric {name!r} must return a scalar; it returned {value!r}.")
-    return float(value)
-
-
-def _fields(info: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(info):
-        return {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
-    return info if isinstance(info, dict) else {}
-
-
-def _check_key(key: Any) -> Key:
-    good = isinstance(key, jax.Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
-    if not good:
-        raise InputError(f"key= is a jax.random.key(seed); got {key!r}.")
-    check(
-        jax.random.key_impl(key) == "threefry2x32", f"key= must be a threefry key, jax.random.key(seed); got {key!r}."
-    )
-    return key

@@ -28,20 +28,16 @@ Floats per client: down (2N+4) dx + (4N-Q+5) dy, up 2N dy + (N-Q+1) dy + 2 dx ("
 
 from __future__ import annotations
 
-from typing import Any
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..algorithm import Info, State, Truncation, count, option, rate
-from ..federation import Client, Federation, When
-from .parts import CorrectedLower, CorrectedUpper, growth, hessian_factor, norm
+from ..federation import Client, When
+from .parts import CorrectedLower, CorrectedUpper, Settings, growth, hessian_factor, norm
 
 
-class AggITD(CorrectedLower, CorrectedUpper):
+class AggITD(Settings, CorrectedLower, CorrectedUpper):
     """Aggregated iterative differentiation (Xiao & Ji, ICML 2023), 2 `inner_rounds` + 3 rounds an iteration.
 
     Args:
@@ -57,29 +53,10 @@ class AggITD(CorrectedLower, CorrectedUpper):
         skip_idle_rounds: leave out rounds in which one local step adds nothing.
     """
 
-    inner_rounds: int = count(5)
-    inner_lr: Any = rate(0.01)
-    local_steps: int = count(5)
-    hessian_lr: Any = rate(0.01)
-    outer_lr: Any = rate(0.05)
-    outer_steps: int = count(1)
-    batch_size: int | None = count(None)
-    truncation: Any = eqx.field(default="uniform", converter=Truncation)
-    skip_idle_rounds: bool = option(False)
-
     def __check_init__(self):
         self.truncation.check_range("AggITD", self.inner_rounds)
 
-    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
-        h, y, v, stretched = self._estimate(fed, state.x, state.y)
-        x = self.upper_round(fed, state.x, y, v, h)
-        return State(x, y), Info(norm(h), stretched)
-
-    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-        h, y, _, _ = self._estimate(fed, x, y)
-        return h, y
-
-    def _estimate(self, fed, x, y):
+    def estimate_parts(self, fed, x, y):
         N, full = self.inner_rounds, self.truncation.full
         Q = jnp.zeros((), jnp.int32) if full else self.truncation.draw(fed, N)
         started = lambda t: (t > Q, t >= Q)  # whether r^{t-1} exists, whether r^t does

@@ -24,24 +24,14 @@ from __future__ import annotations
 import optax.tree
 from jaxtyping import PyTree
 
-from ..algorithm import Info, State
-from ..federation import Client, Federation
+from ..federation import Client
 from .parts import CorrectedLower, CorrectedUpper, LocalLower, NeumannFields, growth, hessian_factor, norm
 
 
 class _NeumannHypergradient(NeumannFields, CorrectedUpper):
     """FedNest's upper level: Neumann rounds at the lower loop's last y, and corrected upper steps."""
 
-    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
-        h, y, v, stretched = self._estimate(fed, state.x, state.y)
-        x = self.upper_round(fed, state.x, y, v, h)
-        return State(x, y), Info(norm(h), stretched)
-
-    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-        h, y, _, _ = self._estimate(fed, x, y)
-        return h, y
-
-    def _estimate(self, fed, x, y):
+    def estimate_parts(self, fed, x, y):
         y = self.lower_loop(fed, x, y)
         N, full = self.neumann_terms, self.truncation.full
         factors = N if full else self.truncation.draw(fed, N - 1)

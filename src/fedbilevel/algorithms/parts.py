@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import Array, Float, PyTree
 
-from ..algorithm import Algorithm, Truncation, count, option, rate
+from ..algorithm import Algorithm, Info, State, Truncation, count, option, rate
 from ..federation import Client, Federation
 from ..problem import Problem, Rows
 
@@ -60,6 +60,20 @@ def hypergradient(problem: Problem, x: PyTree, y: PyTree, v: PyTree, inner: Rows
     """d_x f - d2_xy g v, like x: the hypergradient, once v is (an estimate of) H^{-1} d_y f."""
     direct, _ = problem.outer_gradients(x, y, outer)
     return optax.tree.sub(direct, problem.cross_vector(x, y, v, inner))
+
+
+class Settings(Algorithm):
+    """The settings that all algorithms here share, documented at each."""
+
+    inner_rounds: int = count(5)
+    inner_lr: Any = rate(0.01)
+    local_steps: int = count(5)
+    hessian_lr: Any = rate(0.01)
+    outer_lr: Any = rate(0.05)
+    outer_steps: int = count(1)
+    batch_size: int | None = count(None)
+    truncation: Any = eqx.field(default="uniform", converter=Truncation)
+    skip_idle_rounds: bool = option(False)
 
 
 class LowerLoop(Algorithm):
@@ -127,12 +141,25 @@ class LocalLower(LowerLoop):
 
 
 class CorrectedUpper(Algorithm):
-    """The upper steps: with v fixed, FedSVRG on x around the mean hypergradient. One round."""
+    """The upper level: an estimate of the hypergradient, then with v fixed FedSVRG steps on x around it, in one round."""
 
     outer_lr: eqx.AbstractVar[Any]
     outer_steps: eqx.AbstractVar[int]
     batch_size: eqx.AbstractVar[int | None]
     skip_idle_rounds: eqx.AbstractVar[bool]
+
+    @abc.abstractmethod
+    def estimate_parts(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree, PyTree, Any]:
+        """(h, y after the lower rounds, v such that h = d_x f - d2_xy g v, how much the Hessian factors stretched)."""
+
+    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
+        h, y, v, stretched = self.estimate_parts(fed, state.x, state.y)
+        x = self.upper_round(fed, state.x, y, v, h)
+        return State(x, y), Info(norm(h), stretched)
+
+    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        h, y, _, _ = self.estimate_parts(fed, x, y)
+        return h, y
 
     def hypergradient(self, client: Client, x: PyTree, y: PyTree, v: PyTree, draw: Any = 0) -> PyTree:
         """h_i(x) = d_x f_i - d2_xy g_i v."""
@@ -150,19 +177,10 @@ class CorrectedUpper(Algorithm):
         return fed.average(self.upper, x, y, v, h)
 
 
-class NeumannFields(LowerLoop):
+class NeumannFields(Settings, LowerLoop):
     """The settings of FedNest and its variants, documented at `FedNest`."""
 
-    inner_rounds: int = count(5)
-    inner_lr: Any = rate(0.01)
-    local_steps: int = count(5)
     neumann_terms: int = count(5)
-    hessian_lr: Any = rate(0.01)
-    outer_lr: Any = rate(0.05)
-    outer_steps: int = count(1)
-    batch_size: int | None = count(None)
-    truncation: Any = eqx.field(default="uniform", converter=Truncation)
-    skip_idle_rounds: bool = option(False)
 
     def __check_init__(self):
         self.truncation.check_range(type(self).__name__, self.neumann_terms - 1)

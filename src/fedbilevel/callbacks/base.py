@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..solve import Run
+    from ..run import Run
 
 
 class Callback:
-    """Does nothing; override what you need. `run` is the running `fedbilevel.solve.Run`: read it, leave it as it is."""
+    """Does nothing; override what you need. `run` is the running `fedbilevel.run.Run`: read it, leave it as it is."""
 
     def start(self, run: Run) -> None:
         """Before the first iteration (after a resumed run's history is restored)."""

@@ -1,0 +1,50 @@
+"""What a run leaves: its rows, and its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from .errors import check
+from .protocol import Protocol
+
+
+class History(list):
+    """The rows of a run, dicts of iteration, rounds, bytes_down, bytes_up, seconds, metrics, diagnostics.
+
+    Row 0 is the start. rounds and bytes are cumulative; seconds leave out compilation and evaluation.
+    """
+
+    def to_dataframe(self):
+        """The rows as a pandas DataFrame."""
+        import pandas
+
+        return pandas.DataFrame(list(self))
+
+    def column(self, name: str) -> np.ndarray:
+        """One column as an array."""
+        check(self and name in self[-1], f"the history has no column {name!r}.")
+        return np.array([row.get(name, np.nan) for row in self])
+
+
+@dataclasses.dataclass
+class Result:
+    """What `solve` returns.
+
+    Attributes:
+        x, y: the last upper and lower variable, structured like the start.
+        history: the `History`.
+        protocol: the `Protocol` of one iteration.
+        state: the algorithm's whole last state.
+        iteration: how many iterations were done.
+    """
+
+    x: PyTree
+    y: PyTree
+    history: History
+    protocol: Protocol
+    state: Any
+    iteration: int
