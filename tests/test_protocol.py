@@ -113,7 +113,7 @@ def ledger(algorithm, engine, iterations, dtype=np.float64):
     return np.diff(np.stack([history.column(name) for name in COLUMNS], axis=1).astype(np.int64), axis=0)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [*((kind, np.float64) for kind in KINDS), (fb.AggITD, np.float32)])
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, np.float64) for kind in KINDS), (fb.LFedNest, np.float32)])
 def test_what_is_counted_is_the_formula_for_every_number_drawn(kind, dtype):
     settings = {"inner_rounds": 2, "batch_size": None if dtype == np.float64 else 2}
     settings |= {} if kind is fb.AggITD else {"neumann_terms": 3}
