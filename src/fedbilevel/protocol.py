@@ -138,10 +138,18 @@ def protocol(
     Raises:
         InputError: the losses, the data or the algorithm's program cannot be used.
     """
+    check_kinds(problem, data, algorithm)
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
     cohort = check_cohort(getattr(engine, "cohort", None), data.clients)
     return trace(algorithm, bind(problem, x_rest, y_rest), data, algorithm.init(x, y), cohort)
+
+
+def check_kinds(problem: Any, data: Any, algorithm: Any) -> None:
+    """Refuse arguments of another kind, such as swapped ones."""
+    check(isinstance(data, FederatedData), f"data is a FederatedData (stack or split); got {type(data).__name__}.")
+    check(isinstance(problem, Problem), f"problem is a fedbilevel.Problem; got {type(problem).__name__}.")
+    check(isinstance(algorithm, Algorithm), f"algorithm is an instance such as AggITD(...); got {algorithm!r}.")
 
 
 def trace(
@@ -218,7 +226,7 @@ class _AbstractFederation(TracedFederation):
 
     def repeat(self, times, body, carry, most=None):
         path = self._scopes.advance()
-        check_times(times, most)
+        times = check_times(times, most)
         run = self._body(path, body)
 
         whole = isinstance(times, int) or self._most

@@ -11,14 +11,13 @@ import jax
 import numpy as np
 from jaxtyping import Key, PyTree
 
-from .algorithm import Algorithm
 from .callbacks.checkpoint import checksum, load
-from .data import FederatedData
 from .diagnosis import diagnose, largest
 from .engines.base import Carry, Engine, Execution
 from .engines.simulation import Simulation
 from .errors import Diverged, InputError, check
-from .problem import Problem, bind, trainable
+from .problem import bind, describe, trainable
+from .protocol import check_kinds
 from .result import History, Result
 
 _STRETCH = 0.5  # seconds between looks at a run: progress, Ctrl-C, checkpoints
@@ -51,9 +50,7 @@ class Run:
         evaluate_every,
         resume,
     ):
-        check(isinstance(data, FederatedData), f"data is a FederatedData (stack or split); got {type(data).__name__}.")
-        check(isinstance(problem, Problem), f"problem is a fedbilevel.Problem; got {type(problem).__name__}.")
-        check(isinstance(algorithm, Algorithm), f"algorithm is an instance such as AggITD(...); got {algorithm!r}.")
+        check_kinds(problem, data, algorithm)
         check(
             engine is None or isinstance(engine, Engine), f"engine is Simulation(...) or Loopback(...); got {engine!r}."
         )
@@ -253,8 +250,9 @@ def _fields(info: Any) -> dict[str, Any]:
 def check_key(key: Any) -> Key:
     good = isinstance(key, jax.Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
     if not good:
-        raise InputError(f"key= is a jax.random.key(seed); got {key!r}.")
+        raise InputError(f"key= is a jax.random.key(seed), one key; got {describe(key)}.")
     check(
-        jax.random.key_impl(key) == "threefry2x32", f"key= must be a threefry key, jax.random.key(seed); got {key!r}."
+        jax.random.key_impl(key) == "threefry2x32",
+        f"key= must be a threefry key, jax.random.key(seed); got {describe(key)}.",
     )
     return key

@@ -17,6 +17,7 @@ from .engines.base import Engine
 from .engines.simulation import Simulation
 from .errors import Diverged
 from .problem import Problem, bind, trainable
+from .protocol import check_kinds
 from .result import Result
 from .run import Run, check_key
 
@@ -83,6 +84,7 @@ def estimate_hypergradient(
     Raises:
         InputError: as `solve`, or the algorithm has no estimator.
     """
+    check_kinds(problem, data, algorithm)
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
     execution = (engine or Simulation()).bind(

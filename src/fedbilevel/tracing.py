@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Key, PyTree
 
@@ -127,7 +128,7 @@ class TracedFederation(Federation):
         message, sent = normalise(message)
         wanted = wanted_flags(replies)
         key = exchange_key(self._key, self._counter)
-        cohort = None if cohort is None else jnp.asarray(cohort, jnp.int32)
+        cohort = check_same_size(cohort, self.cohort_size)
         reply = self.exchange(name, method, message, wanted, key, cohort)
         self.sites[path] = site(path, name, message, reply, sent, wanted)
         reply = mask_reply(reply, wanted)
@@ -144,7 +145,7 @@ class TracedFederation(Federation):
 
     def repeat(self, times, body, carry, most=None):
         path = self._scopes.advance()
-        check_times(times, most)
+        times = check_times(times, most)
         run = self._body(path, body)
         ledger, carry = jax.lax.fori_loop(0, times, run, (self._ledger(), carry))
         self._restore(ledger)
@@ -283,12 +284,24 @@ def site(path: Path, name: str, message: PyTree, reply: PyTree, sent: list, want
     return Site(path, name, shapes(message), shapes(reply), tuple(down), tuple(up), next(flag, len(sent) + len(wanted)))
 
 
-def check_times(times: Any, most: int | None) -> None:
-    """Refuse a loop whose number of rounds nothing bounds."""
-    if isinstance(times, int):
+def check_times(times: Any, most: int | None) -> Any:
+    """How often a loop runs: never more than `most`; refuses a loop whose number of rounds nothing bounds."""
+    if isinstance(times, (int, np.integer)):
         check(times >= 0, f"fed.repeat(times=...) cannot be negative; got {times}.")
-    elif most is None:
+        return int(times) if most is None else min(int(times), most)
+    if most is None:
         raise InputError("fed.repeat with a drawn number of rounds needs most=, the largest it can be.")
+    return jnp.minimum(jnp.asarray(times, jnp.int32), most)
+
+
+def check_same_size(cohort: Any, size: int) -> Any:
+    """A cohort given by the server program, as an array; it must be as large as the engine's."""
+    if cohort is None:
+        return None
+    cohort = jnp.asarray(cohort, jnp.int32)
+    good = cohort.shape == (size,)
+    check(good, f"fed.average(cohort=...) takes {size} client indices, as from fed.draw_cohort(); got {cohort.shape}.")
+    return cohort
 
 
 def check_carry(before: PyTree, after: PyTree) -> None:

@@ -31,7 +31,16 @@ from ..federation import (
 from ..problem import describe, strong
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
-from ..tracing import Scopes, check_carry, check_times, mask_reply, normalise, reply_parts, wanted_flags
+from ..tracing import (
+    Scopes,
+    check_carry,
+    check_same_size,
+    check_times,
+    mask_reply,
+    normalise,
+    reply_parts,
+    wanted_flags,
+)
 from ..wire import decode, encode, message_schema, rebuild_message
 from .base import Carry, Engine, Execution, Record, plan, within
 
@@ -126,6 +135,7 @@ class _LoopedFederation(Federation):
         wanted = tuple(bool(flag) for flag in wanted_flags(replies))
         site = self._run.protocol.sites[path]
         key = exchange_key(self._key, self._tick())
+        cohort = check_same_size(cohort, self.cohort_size)
         index = self._sample(key) if cohort is None else cohort
         pieces, travels = message_schema(message, sent)
         payload = encode(pieces, travels)
@@ -173,7 +183,7 @@ class _LoopedFederation(Federation):
         return encode(reply_parts(reply, wanted), wanted), out.state
 
     def repeat(self, times, body, carry, most=None):
-        check_times(times, most)
+        times = check_times(times, most)
         path = self._scopes.advance()
         for t in range(int(times)):
             carry = self._turn(path, body, t, carry)
