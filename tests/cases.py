@@ -61,6 +61,7 @@ class OneRound(fb.Algorithm):
 
 CASES = {name: kind(inner_rounds=2, local_steps=2, outer_steps=2, batch_size=2) for name, kind in ALGORITHMS.items()}
 CASES["one-round"] = OneRound(batch_size=2)
+ON_DEVICES = [*((name, 4) for name in CASES), ("one-round", 5)]  # the last fills no whole number of four devices
 
 
 def problem() -> Quadratic:
@@ -81,10 +82,10 @@ def on_all_devices(path: str) -> None:
     import conftest  # noqa: F401  the settings of the tests
 
     auto = (jax.sharding.AxisType.Auto,)
-    engine = fb.Simulation(cohort=4, mesh=jax.make_mesh((len(jax.devices()),), ("clients",), axis_types=auto))
+    mesh = jax.make_mesh((len(jax.devices()),), ("clients",), axis_types=auto)
     out = {"devices": np.array(len(jax.devices()))}
-    for name in CASES:
-        out[f"{name}/numbers"], out[f"{name}/ledger"] = run(name, engine)
+    for name, cohort in ON_DEVICES:
+        out[f"{name}/{cohort}/numbers"], out[f"{name}/{cohort}/ledger"] = run(name, fb.Simulation(cohort, mesh=mesh))
     np.savez(path, **out)
 
 

@@ -26,12 +26,12 @@ KEY = jax.random.key(0)
 @pytest.fixture(scope="module")
 def simulated():
     """Each case's run in simulation, compiled when it is first asked for."""
-    done: dict[str, Any] = {}
+    done: dict[Any, Any] = {}
 
-    def get(name):
-        if name not in done:
-            done[name] = cases.run(name, fb.Simulation(cohort=4))
-        return done[name]
+    def get(name, cohort=4):
+        if (name, cohort) not in done:
+            done[name, cohort] = cases.run(name, fb.Simulation(cohort))
+        return done[name, cohort]
 
     return get
 
@@ -61,8 +61,8 @@ def test_four_devices_are_one(simulated, tmp_path):
     assert done.returncode == 0, done.stderr
     mesh = np.load(path)
     assert mesh["devices"] == 4
-    for name in CASES:
-        agree((mesh[f"{name}/numbers"], mesh[f"{name}/ledger"]), simulated(name))
+    for name, cohort in cases.ON_DEVICES:
+        agree((mesh[f"{name}/{cohort}/numbers"], mesh[f"{name}/{cohort}/ledger"]), simulated(name, cohort))
 
 
 def test_clients_in_batches_are_all_at_once(simulated):

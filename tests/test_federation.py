@@ -128,6 +128,50 @@ def test_what_is_counted_never_exceeds_the_protocol_on_any_engine(how):
     assert outcomes[0] == outcomes[1]
 
 
+class Keyed(fb.State):
+    key: Any
+
+
+class Oddities(Descent):
+    """A numpy number of rounds, whole numbers and truth values as replies, a random key in the state."""
+
+    what: str = fb.option("rounds")
+
+    def init(self, x, y):
+        return Keyed(x, y, KEY if self.what == "key" else jnp.zeros(()))
+
+    def step(self, fed, state):
+        if self.what == "rounds":
+            fed.repeat(np.int64(2), lambda t, y: fed.average(self.same, y), state.y)
+        many = fed.average(self.many, state.y)
+        if self.what == "replies":
+            count = fed.repeat(2, lambda t, n: fed.average(self.count, state.y), jnp.zeros(()))
+            many = many + count / 1000
+        key = jax.random.split(state.key)[0] if self.what == "key" else state.key
+        return Keyed(state.x, state.y, key), {"many": many}
+
+    def same(self, client, y):
+        return y
+
+    def count(self, client, y):
+        return client.inner.count
+
+    def many(self, client, y):
+        return client.inner.count > 2
+
+
+@both
+@pytest.mark.parametrize("what", ["rounds", "replies", "key"])
+def test_what_a_program_may_well_do_works(engine, what):
+    q = cases.problem()  # four clients of five and four of two inner rows
+    run = fb.solve(q.problem, q.data, Oddities(what=what), q.x, q.y, 2, key=KEY, engine=engine())
+    assert run.history[-1]["many"] == 0.5 + (what == "replies") * 3.5 / 1000
+    assert run.history[-1]["rounds"] == 2 * (1 + 2 * (what != "key"))
+    if what == "key":
+        twice = jax.random.split(jax.random.split(KEY)[0])[0]
+        np.testing.assert_array_equal(jax.random.key_data(run.state.key), jax.random.key_data(twice))
+
+
 # Refusals and failures ------------------------------------------------------------------------------------------------
 
 

@@ -186,7 +186,9 @@ def sample_cohort(
 
 @jax.jit
 def mean_reply(replies: PyTree, weights: Float[Array, " cohort"] | None) -> PyTree:
-    """The mean over the leading axis, weighted if weights (summing to one) are given."""
+    """The mean over the leading axis, weighted if weights (summing to one) are given; of whole numbers a float."""
+    inexact = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
+    replies = jax.tree.map(lambda leaf: leaf if inexact(leaf) else leaf.astype(jnp.result_type(float)), replies)
     if weights is None:
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), replies)
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1), replies)

@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 from .algorithm import Algorithm
 from .data import FederatedData
 from .errors import InputError, check
-from .federation import Client, Reply, check_cohort
+from .federation import Client, Reply, check_cohort, mean_reply
 from .problem import Problem, bind, check_losses, describe, strong, trainable
 from .tracing import Path, Site, TracedFederation, check_times
 
@@ -211,7 +211,8 @@ class _AbstractFederation(TracedFederation):
             ) from error
         good = jax.tree.leaves(shapes) and all(isinstance(s, jax.ShapeDtypeStruct) for s in jax.tree.leaves(shapes))
         check(good, f"{where} must return a pytree of arrays; it returned {describe(shapes)}.")
-        return jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), s.shape), shapes)
+        one = jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), (1, *s.shape)), shapes)
+        return shapes, mean_reply(one, None)
 
     def randint(self, low, high):
         self._scopes.check()
@@ -319,7 +320,9 @@ def _evaluate(program, algorithm, problem, data, state, cohort, layout, draws, *
     """
 
     def run(opaque, given, key):
-        filled = jax.tree.map(lambda a: jnp.broadcast_to(opaque.astype(a.dtype), a.shape), state)
+        is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)  # what is drawn from it does not depend on data
+        fill = lambda a: a if is_key(a) else jnp.broadcast_to(opaque.astype(a.dtype), a.shape)
+        filled = jax.tree.map(fill, state)
         kept = client_state(algorithm, state)
         fed = _AbstractFederation(algorithm, problem, data, cohort, key, dict(layout), opaque, given, kept, most)
         program(algorithm, fed, filled)

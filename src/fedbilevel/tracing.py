@@ -117,8 +117,10 @@ class TracedFederation(Federation):
         self.client_state: PyTree = None
 
     @abc.abstractmethod
-    def exchange(self, name: str, method: Callable, message: PyTree, wanted: tuple, key: Any, cohort: Any) -> PyTree:
-        """The mean reply of the cohort to a message (`When` parts masked)."""
+    def exchange(
+        self, name: str, method: Callable, message: PyTree, wanted: tuple, key: Any, cohort: Any
+    ) -> tuple[PyTree, PyTree]:
+        """(The shapes of one client's reply, the mean of the cohort's) to a message (`When` parts masked)."""
 
     # The capability -------------------------------------------------------------------------------------------------
 
@@ -129,8 +131,8 @@ class TracedFederation(Federation):
         wanted = wanted_flags(replies)
         key = exchange_key(self._key, self._counter)
         cohort = check_same_size(cohort, self.cohort_size)
-        reply = self.exchange(name, method, message, wanted, key, cohort)
-        self.sites[path] = site(path, name, message, reply, sent, wanted)
+        shapes, reply = self.exchange(name, method, message, wanted, key, cohort)
+        self.sites[path] = site(path, name, message, shapes, sent, wanted)
         reply = mask_reply(reply, wanted)
         flags = self.travelled([flag for flag in (*sent, *wanted) if not is_static(flag)])
         if self.counts is not None:
@@ -262,7 +264,7 @@ def size(tree: PyTree) -> int:
 
 
 def site(path: Path, name: str, message: PyTree, reply: PyTree, sent: list, wanted: tuple) -> Site:
-    """What travels at a call site, from the message and the (mean) reply."""
+    """What travels at a call site, from the message and one client's reply."""
     shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
     flag = iter(range(len(sent) + len(wanted)))
     number = lambda value: None if is_static(value) else next(flag)

@@ -168,7 +168,8 @@ class _SimulatedFederation(TracedFederation):
         if states is not None:
             put = lambda all, new: all.at[index].set(new.astype(all.dtype))
             self.client_state = jax.tree.map(put, self.client_state, states)
-        return mean_reply(replies, full_weights(self._data.weights, index, self.clients))
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), replies)
+        return shapes, mean_reply(replies, full_weights(self._data.weights, index, self.clients))
 
 
 def _by_client(mesh):
