@@ -7,6 +7,7 @@ it, and only a full batch is padded, for the clients of one cohort, while it is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,7 +19,7 @@ from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .errors import check
-from .problem import Rows, describe
+from .problem import Problem, Rows, describe
 
 LevelName = Literal["inner", "outer"]
 
@@ -30,6 +31,7 @@ class ClientRows(eqx.Module):
         rows: pytree of arrays (total, ...), of which the client's are `offset : offset + count`.
         scale: () what the rows' weights sum to: 1, or the client's outer weight over its inner one.
         most: how many rows a full batch is padded to (at least `count`).
+        features, at: `Problem.features` of a full batch, leaves (most, ...), and the x they were computed at; or None.
     """
 
     rows: PyTree[Shaped[Array, "?total ..."]]
@@ -37,18 +39,33 @@ class ClientRows(eqx.Module):
     count: Int[Array, ""]
     scale: Float[Array, ""]
     most: int = eqx.field(static=True)
+    features: PyTree = None
+    at: PyTree = None
 
     def all(self) -> Rows:
         """All rows; padding repeats a real row and has weight zero."""
         place = jnp.arange(self.most, dtype=jnp.int32)
         weights = jnp.where(place < self.count, self.scale / self.count.astype(self.scale.dtype), 0.0)
-        return Rows(self._take(jnp.minimum(place, self.count - 1)), weights, self.count)
+        examples = self._take(jnp.minimum(place, self.count - 1))
+        return Rows(examples, weights, self.count, features=self.features, at=self.at)
 
     def draw(self, key: Key[Array, ""], stream: Int[Array, ""] | int, size: int) -> Rows:
         """`size` rows, uniform with replacement: they depend on the key, the stream and the client's own count only."""
         place = random_below(key, stream, jnp.broadcast_to(self.count, (size,)))
         weights = jnp.full((size,), self.scale / size)
-        return Rows(self._take(place), weights, jnp.asarray(size, jnp.int32))
+        features = jax.tree.map(lambda leaf: leaf.at[place].get(mode="promise_in_bounds"), self.features)
+        own = jax.random.fold_in(key, stream)
+        return Rows(self._take(place), weights, jnp.asarray(size, jnp.int32), own, features, self.at)
+
+    def with_features(self, problem: Problem, x: PyTree) -> ClientRows:
+        """The same rows with their features at x computed, once for each."""
+        if self.all().computed_at(x):
+            return self
+        return dataclasses.replace(self, features=problem.row_features(x, self.all().examples), at=x)
+
+    def without_features(self) -> ClientRows:
+        """The same rows without computed features."""
+        return dataclasses.replace(self, features=None, at=None)
 
     def _take(self, place):
         index = self.offset + place

@@ -9,6 +9,7 @@ message that travels only sometimes. The engines implement this interface; algor
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -81,9 +82,35 @@ class Client(eqx.Module):
         check(
             size is None or size >= 1, f"client.batch needs a size of at least 1, or None for all rows; got {size!r}."
         )
+        rows = self.rows[place]
         if size is None:
-            return self.rows[place].all()
-        return self.rows[place].draw(self.key, 2 * draw + place, size)
+            return rows.all()
+        if size < rows.most:
+            rows = rows.without_features()  # a few rows: gathering them from all would compute more than they need
+        return rows.draw(self.key, 2 * draw + place, size)
+
+    def batches(
+        self, level: Literal["inner", "outer"], size: int | None, draws: int, at: PyTree
+    ) -> Callable[[int | Int[Array, ""]], Rows]:
+        """`rows = client.batches(level, size, draws, at=x)`: `rows(s)` is `client.batch(level, size, s)`, for about
+        `draws` of them used at one x.
+
+        Where the problem has `features`, they come with the rows, so that local steps on y do not repeat them: of all
+        the client's rows at once where the draws take as many, else of each draw as it comes. Call it outside the loop.
+        """
+        place = ("inner", "outer").index(level)
+        problem, rows = self.problem, self.rows[place]
+        if level == "outer" or problem.features is None or draws < 1:
+            return lambda draw: self.batch(level, size, draw)
+        if size is None or draws * size >= rows.most:
+            rows = rows.with_features(problem, at)
+            return lambda draw: rows.all() if size is None else rows.draw(self.key, 2 * draw + place, size)
+
+        def some(draw):
+            drawn = self.batch(level, size, draw)
+            return dataclasses.replace(drawn, features=problem.row_features(at, drawn.examples), at=at)
+
+        return some
 
 
 class Federation(abc.ABC):

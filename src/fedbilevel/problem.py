@@ -16,7 +16,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .errors import InputError, check
 
@@ -31,11 +31,26 @@ class Rows(eqx.Module):
         weights: (rows,) the weight of each row; they sum to one (times the client's outer weight, where that is not
             its inner one), and are zero on padding.
         count: () int32, how many of the rows are real.
+        key: the random key of this draw, for a loss that is random itself (dropout): its own oracles may use it.
+        features, at: `Problem.features` of each row and the x they were computed at, or None where they were not.
     """
 
     examples: PyTree[Shaped[Array, "?rows ..."]]
     weights: Float[Array, " rows"]
     count: Int[Array, ""]
+    key: Key[Array, ""] | None = None
+    features: PyTree = None
+    at: PyTree = None
+
+    def computed_at(self, x: PyTree) -> bool:
+        """Whether `features` are those at x: the very same arrays, so that a derivative in x never takes them for constants.
+
+        A transformation hands its own tracers to the function it differentiates; they are other objects than `at`.
+        """
+        if self.features is None:
+            return False
+        ours, theirs = jax.tree.leaves(self.at), jax.tree.leaves(x)
+        return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
 class Problem(eqx.Module):
@@ -46,6 +61,10 @@ class Problem(eqx.Module):
         outer: f(x, y, example) -> scalar, the upper-level loss of one example.
         batched: the losses take `(x, y, examples, weights)` instead, where leaves of `examples` are (rows, ...) and
             `weights` (rows,) sum to one, and return the weighted mean. Rows of weight zero are padding and must not count.
+        features: phi(x, example) -> pytree of arrays, a step that does not depend on y (a network's frozen body). The
+            inner loss is then g(x, y, example, phi(x, example)), or batched g(x, y, examples, weights, features) with
+            features = phi(x, examples), rows first. Local steps on y compute phi once per row instead of at every step;
+            derivatives in x go through it. The outer loss stays f(x, y, example).
 
     x, y and an example are pytrees of arrays (equinox modules too). The library takes the weighted means over rows
     and clients, so clients of different sizes are exact. Every oracle takes `rows: Rows` and returns a pytree like x or
@@ -55,17 +74,29 @@ class Problem(eqx.Module):
     inner: Loss
     outer: Loss
     batched: bool = eqx.field(static=True, default=False)
+    features: Callable[..., PyTree] | None = None
 
     def __check_init__(self):
         for level in ("inner", "outer"):
             loss = getattr(self, level)
             check(callable(loss), f"Problem({level}=...) takes a function (x, y, example) -> scalar, not {loss!r}.")
+        phi = self.features
+        check(phi is None or callable(phi), f"Problem(features=...) takes a function (x, example), not {phi!r}.")
 
     # The oracles ----------------------------------------------------------------------------------------------------
 
     def inner_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
         """g(x, y): the weighted mean of the inner loss over the rows."""
-        return self._mean(self.inner, x, y, rows)
+        if self.features is None:
+            return self._mean(self.inner, x, y, rows)
+        phi = rows.features if rows.computed_at(x) else self.row_features(x, rows.examples)
+        return self._mean(self.inner, x, y, rows, phi)
+
+    def row_features(self, x: PyTree, examples: PyTree) -> PyTree:
+        """phi(x, example) of each row, leaves (rows, ...); None for a problem without features."""
+        if self.features is None:
+            return None
+        return self.features(x, examples) if self.batched else jax.vmap(lambda e: self.features(x, e))(examples)
 
     def outer_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
         """f(x, y): the weighted mean of the outer loss over the rows."""
@@ -73,7 +104,7 @@ class Problem(eqx.Module):
 
     def inner_gradient(self, x: PyTree, y: PyTree, rows: Rows) -> PyTree:
         """d_y g(x, y), like y."""
-        return jax.grad(self.inner_value, argnums=1)(x, y, rows)
+        return jax.grad(lambda y: self.inner_value(x, y, rows))(y)
 
     def hessian_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
         """d2_yy g(x, y) v, like y; forward over reverse."""
@@ -91,10 +122,10 @@ class Problem(eqx.Module):
         """(d_x f, d_y f) at (x, y), like x and like y."""
         return jax.grad(self.outer_value, argnums=(0, 1))(x, y, rows)
 
-    def _mean(self, loss: Loss, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
+    def _mean(self, loss: Loss, x: PyTree, y: PyTree, rows: Rows, *features: PyTree) -> Float[Array, ""]:
         if self.batched:
-            return loss(x, y, rows.examples, rows.weights)
-        losses = jax.vmap(lambda example: loss(x, y, example))(rows.examples)
+            return loss(x, y, rows.examples, rows.weights, *features)
+        losses = jax.vmap(lambda example, *phi: loss(x, y, example, *phi))(rows.examples, *features)
         return jnp.sum(rows.weights.astype(losses.dtype) * losses)
 
 
@@ -107,6 +138,16 @@ class _Completed(eqx.Module):
 
     def __call__(self, x, y, *args):
         return self.loss(eqx.combine(x, self.x_rest), eqx.combine(y, self.y_rest), *args)
+
+
+class _CompletedFeatures(eqx.Module):
+    """Features over the trainable arrays of x, given the rest of it."""
+
+    features: Callable[..., PyTree]
+    x_rest: PyTree
+
+    def __call__(self, x, examples):
+        return self.features(eqx.combine(x, self.x_rest), examples)
 
 
 def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
@@ -146,6 +187,7 @@ def bind(problem: Problem, x_rest: PyTree, y_rest: PyTree) -> Problem:
         problem,
         inner=_Completed(problem.inner, x_rest, y_rest),
         outer=_Completed(problem.outer, x_rest, y_rest),
+        features=None if problem.features is None else _CompletedFeatures(problem.features, x_rest),
     )
 
 
@@ -161,12 +203,14 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
     ):
         own = getattr(type(problem), f"{level}_value") is not getattr(Problem, f"{level}_value")
         if own:  # the problem brings its own oracles: judge what those return
-            out = _shape_of(value, x, y, rows, level=level)
-        elif problem.batched:
-            out = _shape_of(loss, x, y, rows.examples, rows.weights, level=level)
+            out = _shape_of(value, (x, y), (rows,), f"{level} loss")
         else:
             first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows.examples)
-            out = _shape_of(loss, x, y, first, level=level)
+            data = (rows.examples, rows.weights) if problem.batched else (first,)
+            phi = ()
+            if level == "inner" and problem.features is not None:
+                phi = (_shape_of(problem.features, (x,), data[:1], "features function"),)
+            out = _shape_of(loss, (x, y), (*data, *phi), f"{level} loss")
         takes = "a batch" if problem.batched else "one example"
         check(
             isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating),
@@ -174,14 +218,14 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
         )
 
 
-def _shape_of(loss: Callable, x: PyTree, y: PyTree, *data: PyTree, level: str) -> PyTree:
+def _shape_of(function: Callable, variables: tuple, data: tuple, what: str) -> PyTree:
     try:
-        return eqx.filter_eval_shape(loss, x, y, *data)
+        return eqx.filter_eval_shape(function, *variables, *data)
     except InputError:
         raise
-    except Exception as error:  # whatever the user's loss raises, on whatever shapes
+    except Exception as error:  # whatever the user's function raises, on whatever shapes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the {level} loss failed on {describe(data[0])}: {type(error).__name__}: {reason}") from error
+        raise InputError(f"the {what} failed on {describe(data[0])}: {type(error).__name__}: {reason}") from error
 
 
 def describe(tree: PyTree) -> str:

@@ -217,7 +217,7 @@ def normalise(message: PyTree) -> tuple[PyTree, list[Any]]:
 
     def visit(part):
         if not isinstance(part, When):
-            return jax.tree.map(jnp.asarray, part)
+            return jax.tree.map(_as_array, part)
         flags.append(part.present)
         value = jax.tree.map(jnp.asarray, part.value)
         if is_static(part.present):
@@ -226,6 +226,10 @@ def normalise(message: PyTree) -> tuple[PyTree, list[Any]]:
         return When(present, jax.tree.map(lambda leaf: jnp.where(present, leaf, jnp.zeros_like(leaf)), value))
 
     return jax.tree.map(visit, message, is_leaf=lambda part: isinstance(part, When)), flags
+
+
+def _as_array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)  # the same object: features know x by it
 
 
 def wanted_flags(replies: Any) -> tuple:
@@ -300,7 +304,7 @@ def check_same_size(cohort: Any, size: int) -> Any:
     """A cohort given by the server program, as an array; it must be as large as the engine's."""
     if cohort is None:
         return None
-    cohort = jnp.asarray(cohort, jnp.int32)
+    cohort = cohort if getattr(cohort, "dtype", None) == jnp.int32 else jnp.asarray(cohort, jnp.int32)
     good = cohort.shape == (size,)
     check(good, f"fed.average(cohort=...) takes {size} client indices, as from fed.draw_cohort(); got {cohort.shape}.")
     return cohort

@@ -85,24 +85,23 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
 
     def anchor(self, client: Client, x: PyTree, y: PyTree, r: When) -> tuple[PyTree, PyTree]:
         """q_i = d_y g_i(x, y^t), and r_i where wanted."""
+        rows = client.batches("inner", self.batch_size, 2, at=x)
         new = jax.lax.cond(
-            client.wanted[1], lambda: self._vector(client, x, y, r), lambda: optax.tree.zeros_like(r.value)
+            client.wanted[1], lambda: self._vector(client, x, y, r, rows(1)), lambda: optax.tree.zeros_like(r.value)
         )
-        return self.gradient(client, x, y), new
+        return client.problem.inner_gradient(x, y, rows(0)), new
 
     def vector(self, client: Client, x: PyTree, y: PyTree, r: When) -> PyTree:
         """r_i at y^N."""
-        return self._vector(client, x, y, r)
+        return self._vector(client, x, y, r, client.batch("inner", self.batch_size, 1))
 
-    def _vector(self, client, x, y, r):
-        # draw 0 of the inner rows makes q_i: every factor has rows of its own
+    def _vector(self, client, x, y, r, inner):
+        # `inner` is draw 1, for draw 0 makes q_i: every factor has rows of its own
         def start():
             return client.problem.outer_gradients(x, y, client.batch("outer", self.batch_size))[1]
 
         def factor():
-            return hessian_factor(
-                client.problem, x, y, r.value, self.hessian_lr, client.batch("inner", self.batch_size, 1)
-            )
+            return hessian_factor(client.problem, x, y, r.value, self.hessian_lr, inner)
 
         if self.truncation.full:  # Horner: (I - lam H) z + lam d_y f
             scaled = optax.tree.scale(self.hessian_lr, start())

@@ -48,17 +48,18 @@ class _LocalHypergradient(NeumannFields):
 
     def local_hypergradient(self, client: Client, x: PyTree, y: PyTree, draw: Any = 0) -> PyTree:
         """h_i with the client's own Hessian; `draw` numbers the local step, so that all its rows are fresh."""
-        rows = lambda level, k: client.batch(level, self.batch_size, draw * (self.neumann_terms + 1) + k)
-        outer = rows("outer", 0)
+        first = draw * (self.neumann_terms + 1)
+        rows = client.batches("inner", self.batch_size, self.neumann_terms, at=x)
+        outer = client.batch("outer", self.batch_size, first)
         start = client.problem.outer_gradients(x, y, outer)[1]
 
         def turn(n, loop):
             p, total = loop
-            p = hessian_factor(client.problem, x, y, p, self.hessian_lr, rows("inner", n + 1))
+            p = hessian_factor(client.problem, x, y, p, self.hessian_lr, rows(first + n + 1))
             return p, optax.tree.add(total, p) if self.truncation.full else total
 
         p, total = jax.lax.fori_loop(0, self._factors(client, draw), turn, (start, start))
-        return hypergradient(client.problem, x, y, self.cut(total, p), rows("inner", 0), outer)
+        return hypergradient(client.problem, x, y, self.cut(total, p), rows(first), outer)
 
     def _factors(self, client, draw):
         if self.truncation.full:

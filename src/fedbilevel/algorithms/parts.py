@@ -99,7 +99,8 @@ class CorrectedLower(LowerLoop):
 
     def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """FedSVRG steps on y around the mean gradient q at y."""
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, client.batch("inner", self.batch_size, s))
+        rows = client.batches("inner", self.batch_size, self.local_steps - 1, at=x)  # the first step needs none
+        gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
         return fedsvrg(gradient, y, q, self.inner_lr, self.local_steps)
 
     def lower_round(self, fed: Federation, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
@@ -132,7 +133,8 @@ class LocalLower(LowerLoop):
 
     def lower(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """Plain gradient steps on y."""
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, client.batch("inner", self.batch_size, s))
+        rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
+        gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
         return local_descent(gradient, y, self.inner_lr, self.local_steps)
 
     def lower_loop(self, fed: Federation, x: PyTree, y: PyTree) -> PyTree:

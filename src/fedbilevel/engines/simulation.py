@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -112,7 +113,7 @@ def _chunk(static, problem, data, algorithm, states, key, first, iterations, lim
 
     @jax.jit  # traced once, for the buffers' shapes and for the loop
     def one(k, states):
-        fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, first + k), states[1])
+        fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, first + k), *states)
         state, info = static.program(algorithm, fed, states[0])
         return (state, fed.client_state), fed.counts, info
 
@@ -135,15 +136,35 @@ def _chunk(static, problem, data, algorithm, states, key, first, iterations, lim
 
 
 class _SimulatedFederation(TracedFederation):
-    """`fed` inside the simulated program: an exchange is a vmap of the client method over the cohort."""
+    """`fed` inside the simulated program: an exchange is a vmap of the client method over the cohort.
 
-    def __init__(self, static, problem, data, algorithm, key, client_state):
+    Where exchanges ask the same clients (everyone, or a cohort that the program drew for them), the features of their
+    rows at the iteration's x are computed once, before any loop; what no exchange uses, the compiler drops.
+    """
+
+    def __init__(self, static, problem, data, algorithm, key, state, client_state):
         super().__init__(algorithm, data.clients, static.cohort, data.weights, key, dict(static.layout))
-        self._static, self._problem, self._data = static, problem, data
+        self._static, self._problem, self._data, self._x = static, problem, data, state.x
         self.client_state = client_state
+        self._known: list[tuple[Any, Any]] = []  # (cohort, features of its clients' inner rows)
+        if static.cohort == data.clients:
+            self._remember(jnp.arange(data.clients, dtype=jnp.int32))
+
+    def draw_cohort(self):
+        cohort = super().draw_cohort()
+        self._remember(cohort)
+        return cohort
+
+    def _remember(self, cohort):
+        if self._problem.features is not None and self._static.mesh is None:
+            features = lambda i: self._data.inner.client(i).with_features(self._problem, self._x).features
+            self._known.append((cohort, jax.vmap(features)(cohort)))
 
     def exchange(self, name, method, message, wanted, key, cohort):
+        if cohort is None and self._static.cohort == self.clients and self._known:
+            cohort = self._known[0][0]
         index = self.sample(key) if cohort is None else cohort
+        features = next((phi for known, phi in self._known if known is index), None)
         size, slots = index.shape[0], index.shape[0]
         if self._static.mesh is not None:  # pad to whole devices; the extra slots' replies are cut off again
             devices = self._static.mesh.devices.shape[0]
@@ -152,17 +173,20 @@ class _SimulatedFederation(TracedFederation):
             index = jax.lax.with_sharding_constraint(index, _by_client(self._static.mesh))
         flags = tuple(jnp.asarray(flag, bool) for flag in wanted)
 
-        def one(i):
-            rows = (self._data.inner.client(i), self._data.outer.client(i))
+        def one(slot):
+            i, phi = slot
+            inner, outer = self._data.inner.client(i), self._data.outer.client(i)
+            if phi is not None:
+                inner = dataclasses.replace(inner, features=phi, at=self._x)
             state = jax.tree.map(lambda leaf: leaf[i], self.client_state)
-            out = method(Client(self._problem, rows, state, client_key(key, i), flags), *message)
+            out = method(Client(self._problem, (inner, outer), state, client_key(key, i), flags), *message)
             return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
 
         batch = self._static.client_batch
         if batch is None or batch >= slots:
-            replies, states = jax.vmap(one)(index)
+            replies, states = jax.vmap(one)((index, features))
         else:
-            replies, states = jax.lax.map(one, index, batch_size=batch)
+            replies, states = jax.lax.map(one, (index, features), batch_size=batch)
         if slots > size:
             replies, states, index = jax.tree.map(lambda leaf: leaf[:size], (replies, states, index))
         if states is not None:

@@ -18,31 +18,35 @@ HIDDEN = {"digits": 64, "mnist": 200, "fashion-mnist": 200}
 CLIENTS = {"digits": 20, "mnist": 100, "fashion-mnist": 100}
 
 
-def features(x, a):
-    """The body: a (..., inputs) -> (..., hidden)."""
-    return jax.nn.relu(a @ x["weight"] + x["bias"])
+def body(x, example):
+    """The hidden layer of one example: inputs (inputs,) -> (hidden,). It does not depend on y."""
+    return jax.nn.relu(example["a"] @ x["weight"] + x["bias"])
 
 
 def predict(x, y, a):
     """Logits of a (rows, inputs)."""
-    hidden = features(x, a)
+    hidden = jax.nn.relu(a @ x["weight"] + x["bias"][None])
     return hidden @ y["weight"] + y["bias"][None]
+
+
+def head_loss(y, hidden, label):
+    """Cross-entropy of the head on one example's hidden layer."""
+    return cross_entropy(hidden @ y["weight"] + y["bias"], label)
 
 
 def outer_loss(x, y, example):
     """Cross-entropy of one example."""
-    logits = features(x, example["a"]) @ y["weight"] + y["bias"]
-    return cross_entropy(logits, example["label"])
+    return head_loss(y, body(x, example), example["label"])
 
 
 class InnerLoss(eqx.Module):
-    """Cross-entropy of one example, plus penalty/2 |y|^2."""
+    """Cross-entropy of one example, plus penalty/2 |y|^2, on the body's features."""
 
     penalty: float = eqx.field(static=True, default=0.01)
 
-    def __call__(self, x, y, example):
+    def __call__(self, x, y, example, hidden):
         squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(y))
-        return outer_loss(x, y, example) + 0.5 * self.penalty * squares
+        return head_loss(y, hidden, example["label"]) + 0.5 * self.penalty * squares
 
 
 def build(options: Options) -> Task:
@@ -55,10 +59,10 @@ def build(options: Options) -> Task:
     )
     start, run = options.keys()[2:]
     inputs, hidden, classes = dataset.x_train.shape[1], HIDDEN[name], int(dataset.classes or 0)
-    body, head = jax.random.split(start)
+    lower_layer, head = jax.random.split(start)
     return Task(
-        "hyper-representation", name, Problem(InnerLoss(), outer_loss), data,
-        _layer(body, inputs, hidden), _layer(head, hidden, classes),
+        "hyper-representation", name, Problem(InnerLoss(), outer_loss, features=body), data,
+        _layer(lower_layer, inputs, hidden), _layer(head, hidden, classes),
         classification_metrics(predict, dataset), run,
     )  # fmt: skip
 
