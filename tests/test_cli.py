@@ -2,31 +2,14 @@
 
 import gzip
 import json
-import sys
 
 import numpy as np
 import pandas
 import pytest
 
-from fedbilevel import cli
 from fedbilevel.report import FIXED
 
 SMALL = ["--dataset", "diabetes", "--clients", "4", "--iterations", "4", "--set", "inner_rounds=2"]
-
-
-@pytest.fixture
-def fedbilevel(monkeypatch, capsys):
-    """Call the command in this process: (exit code, output, errors)."""
-    monkeypatch.setattr(cli, "_keep_compiled_programs", lambda: None)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["fedbilevel", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return end.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def history(folder):
@@ -42,7 +25,9 @@ def test_a_run_leaves_everything_behind(fedbilevel, tmp_path):
     assert tuple(frame.columns[: len(FIXED)]) == FIXED
     assert frame["iteration"].tolist() == [0, 1, 2, 3, 4]
     assert frame["rounds"].tolist() == [0, 7, 14, 21, 28]
-    assert json.loads((out / "config.json").read_text())["algorithms"]["aggitd"]["inner_rounds"] == 2
+    config = json.loads((out / "config.json").read_text())
+    assert config["algorithms"]["aggitd"]["inner_rounds"] == 2
+    assert config["clients_an_exchange"] == 4
     for name in ("summary.csv", "summary.md", "test_error.png", "stationarity.png"):
         assert (out / name).stat().st_size > 0
 

@@ -171,6 +171,58 @@ def plot(folder: Annotated[str, typer.Argument(help="The --out folder of a run o
     print("\n".join(str(file) for file in files))
 
 
+@app.command()
+def cost(
+    folder: Annotated[str, typer.Argument(help="The --out folder of a run or a comparison.")],
+    latency: Annotated[
+        str | None, typer.Option("--latency", help="What a round takes beyond transfer and computation, as in 200ms.")
+    ] = None,
+    up: Annotated[
+        str | None, typer.Option("--up", help="A client's link to the server, as in 5Mbit/s or 1MB/s.")
+    ] = None,
+    down: Annotated[str | None, typer.Option("--down", help="The server's link to one client, as in 20Mbit/s.")] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            "--network", help="Instead: data-centre, hospitals, home-broadband, mobile-4g (assumptions) or all."
+        ),
+    ] = None,
+    level: Annotated[
+        float | None,
+        typer.Option("--level", help="Test accuracy to reach, 0.9 by default; else the first metric's value."),
+    ] = None,
+    compute: Annotated[
+        float, typer.Option("--compute", help="How many times slower a client computes; 0 leaves computation out.")
+    ] = 1.0,
+    cohort: Annotated[
+        int | None, typer.Option("--cohort", help="How many clients an exchange asked; default as config.json says.")
+    ] = None,
+    server_up: Annotated[
+        str | None, typer.Option("--server-up", help="The server's own link to all clients; default fast enough.")
+    ] = None,
+    server_down: Annotated[
+        str | None, typer.Option("--server-down", help="All clients' link into the server; default fast enough.")
+    ] = None,
+    as_json: Json = False,
+):
+    """Predict how long the recorded runs take on a network, and say which algorithm to use there."""
+    from rich.console import Console
+
+    from . import cost_report, report
+    from .cost import advice, clients_an_exchange, predict
+    from .network import choose
+
+    networks = choose(network, latency, up, down, server_up, server_down)
+    frame = report.read(folder)
+    prediction = predict(frame, networks, clients_an_exchange(folder, cohort), level, compute)
+    files = cost_report.write(Path(folder), prediction)
+    if as_json:
+        print(report.to_json(prediction.table))
+    else:
+        cost_report.show(prediction, Console())
+        print(f"Written to {folder}: {', '.join(file.name for file in files)}\n{advice(prediction)}")
+
+
 def _plan(task, algorithms, seeds, sets, iterations, rounds, cohort, engine, evaluate_every, precision, **options: Any):
     from .errors import check, unknown_name
     from .experiment import ENGINES, Plan
@@ -199,12 +251,10 @@ def _execute(plan, out: str | None, resume: bool, overwrite: bool, as_json: bool
     from .experiment import clear, prepare, run_all, table
 
     check(out is not None or not (resume or overwrite), "--resume and --overwrite go with --out.")
-    dataset = plan.build_task(
-        plan.seeds[0]
-    ).dataset  # refuses a bad task, data set or partition before anything is written
+    first = plan.build_task(plan.seeds[0])  # refuses a bad task, data set or partition before anything is written
     for name in plan.algorithms:
-        plan.build_algorithm(name, dataset)
-    folder = None if out is None else prepare(out, plan, resume, overwrite)
+        plan.build_algorithm(name, first.dataset)
+    folder = None if out is None else prepare(out, plan, first.data.clients, resume, overwrite)
     try:
         outcomes = run_all(plan, folder, resume)
     except InputError:

@@ -19,6 +19,7 @@ from .callbacks import CSV, Callback, Checkpoint, Progress
 from .callbacks.checkpoint import differences
 from .engines import Loopback, Simulation
 from .errors import Diverged, InputError, RunError, check, unknown_name
+from .federation import check_cohort
 from .result import History, Result
 from .settings import algorithm_class, best
 from .solve import solve
@@ -67,8 +68,11 @@ class Plan:
             raise unknown_name("engine", self.engine, ENGINES)
         return ENGINES[self.engine](cohort=self.cohort)
 
-    def to_dict(self) -> dict[str, Any]:
-        """For config.json: every setting that decides the numbers, the algorithms' fields in full."""
+    def to_dict(self, clients: int) -> dict[str, Any]:
+        """For config.json: every setting that decides the numbers, the algorithms' fields in full.
+
+        `clients` is how many the task has; with the cohort it says how many an exchange asks.
+        """
         plain = dataclasses.asdict(self)
         dataset = self.options.dataset or TASKS[self.task].datasets[0]
         plain["options"] = {k: v for k, v in plain["options"].items() if k not in ("seed", "data_dir")} | {
@@ -76,6 +80,7 @@ class Plan:
         }
         plain["algorithms"] = {name: describe(self.build_algorithm(name, dataset)) for name in self.algorithms}
         plain["seeds"] = list(self.seeds)
+        plain["clients_an_exchange"] = check_cohort(self.cohort, clients)
         return plain
 
 
@@ -85,14 +90,14 @@ def describe(algorithm: Any) -> dict[str, Any]:
     return {k: (v.value if v.mode == "fixed" else v.mode) if k == "truncation" else v for k, v in fields.items()}
 
 
-def prepare(out: str | os.PathLike[str], plan: Plan, resume: bool, overwrite: bool) -> Path:
-    """The output folder, with its config.json.
+def prepare(out: str | os.PathLike[str], plan: Plan, clients: int, resume: bool, overwrite: bool) -> Path:
+    """The output folder, with its config.json; `clients` is how many the task has.
 
     Raises:
         InputError: the folder is in use and neither `resume` nor `overwrite` is set, or `resume` finds another run.
     """
     folder = Path(out)
-    config = json.loads(json.dumps(plan.to_dict()))
+    config = json.loads(json.dumps(plan.to_dict(clients)))
     file = folder / "config.json"
     check(not folder.exists() or folder.is_dir(), f"{folder} is a file: name a folder for the results.")
     if resume:
@@ -101,7 +106,8 @@ def prepare(out: str | os.PathLike[str], plan: Plan, resume: bool, overwrite: bo
             saved = json.loads(file.read_text())
         except ValueError:
             raise InputError(f"{file} cannot be read: start again without --resume, with --overwrite.") from None
-        kept = lambda plain: {k: v for k, v in _flat(plain).items() if k not in ("iterations", "rounds", "seeds")}
+        free = ("iterations", "rounds", "seeds", "clients_an_exchange")  # the last follows from the others
+        kept = lambda plain: {k: v for k, v in _flat(plain).items() if k not in free}
         other = differences(kept(saved), kept(config))
         check(not other, f"{folder} holds another run: {other}. Use the same settings, or another folder.")
     elif folder.exists() and any(folder.iterdir()):
@@ -123,7 +129,8 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for pattern in ("config.json", "history.csv", "summary.csv", "summary.md", "*.png", "runs/*/*", "runs/*", "runs"):
+    tables = ("history.csv", "summary.csv", "summary.md", "cost.csv", "cost.md")
+    for pattern in ("config.json", *tables, "*.png", "runs/*/*", "runs/*", "runs"):
         for path in folder.glob(pattern):
             path.rmdir() if path.is_dir() else path.unlink()
 

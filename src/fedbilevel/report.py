@@ -34,6 +34,9 @@ def read(folder: str | Path):
         raise InputError(f"{file} cannot be read as a table ({type(error).__name__}).") from error
     missing = [c for c in FIXED if c not in frame.columns]
     check(not missing, f"{file} has no column {', '.join(missing)}: it is no history of ours.")
+    check(len(frame), f"{file} has no rows: let the run write some.")
+    words = [c for c in FIXED[1:] if not pandas.api.types.is_numeric_dtype(frame[c])]
+    check(not words, f"{file} has no numbers in {', '.join(words)}: it is no history of ours.")
     return frame
 
 
@@ -72,6 +75,23 @@ def first_round(runs, level: float) -> float:
     return float(np.median([np.inf if np.isnan(r) else r for r in reached])) if reached else np.nan
 
 
+def first_reached(values, level: float, window: int = 5) -> int | None:
+    """Index of the first evaluation at which the median of the last `window` ones is at the level; None for never.
+
+    One run's values in order; of a metric that falls, pass -values and -level. A run with fewer evaluations than `window` is
+    judged by all of them, at its end.
+    """
+    medians = running_median(values, window)
+    reached = np.flatnonzero(medians >= level)
+    return int(reached[0]) + len(values) - len(medians) if reached.size else None
+
+
+def running_median(values, window: int = 5) -> np.ndarray:
+    """Medians of each `window` consecutive values, or of all if there are fewer."""
+    values = np.asarray(values, float)
+    return np.median(np.lib.stride_tricks.sliding_window_view(values, min(window, len(values))), axis=-1)
+
+
 def write(folder: Path, frame) -> list[Path]:
     """summary.csv, summary.md and the figures of a history; returns the files."""
     summary = summarise(frame)
@@ -91,7 +111,11 @@ def cells(summary) -> tuple[list[str], list[list[str]]]:
 
 def markdown(summary) -> str:
     """The summary as a Markdown table."""
-    head, rows = cells(summary)
+    return pipe_table(*cells(summary))
+
+
+def pipe_table(head: list[str], rows: list[list[str]]) -> str:
+    """Text cells as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
