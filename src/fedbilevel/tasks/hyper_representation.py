@@ -9,30 +9,21 @@ from __future__ import annotations
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
+import optax.tree
 
 from ..problem import Problem
 from .base import Kind, Options, Task, classification_metrics, cross_entropy, federated
-
-HIDDEN = {"digits": 64, "mnist": 200, "fashion-mnist": 200}
-CLIENTS = {"digits": 20, "mnist": 100, "fashion-mnist": 100}
-
-
-def features(x, a):
-    """The body: a (..., inputs) -> (..., hidden)."""
-    return jax.nn.relu(a @ x["weight"] + x["bias"])
+from .network import CLIENTS, HIDDEN, layer, logits
 
 
 def predict(x, y, a):
     """Logits of a (rows, inputs)."""
-    hidden = features(x, a)
-    return hidden @ y["weight"] + y["bias"][None]
+    return jax.vmap(lambda row: logits(x, y, row))(a)
 
 
 def outer_loss(x, y, example):
     """Cross-entropy of one example."""
-    logits = features(x, example["a"]) @ y["weight"] + y["bias"]
-    return cross_entropy(logits, example["label"])
+    return cross_entropy(logits(x, y, example["a"]), example["label"])
 
 
 class InnerLoss(eqx.Module):
@@ -41,8 +32,7 @@ class InnerLoss(eqx.Module):
     penalty: float = eqx.field(static=True, default=0.01)
 
     def __call__(self, x, y, example):
-        squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(y))
-        return outer_loss(x, y, example) + 0.5 * self.penalty * squares
+        return outer_loss(x, y, example) + 0.5 * self.penalty * optax.tree.norm(y, squared=True)
 
 
 def build(options: Options) -> Task:
@@ -58,19 +48,9 @@ def build(options: Options) -> Task:
     body, head = jax.random.split(start)
     return Task(
         "hyper-representation", name, Problem(InnerLoss(), outer_loss), data,
-        _layer(body, inputs, hidden), _layer(head, hidden, classes),
+        layer(body, inputs, hidden), layer(head, hidden, classes),
         classification_metrics(predict, dataset), run,
     )  # fmt: skip
-
-
-def _layer(key, inputs: int, outputs: int):
-    """A dense layer, entries uniform in +-1/sqrt(inputs)."""
-    bound = inputs**-0.5
-    weight, bias = jax.random.split(key)
-    return {
-        "weight": jax.random.uniform(weight, (inputs, outputs), minval=-bound, maxval=bound),
-        "bias": jax.random.uniform(bias, (outputs,), minval=-bound, maxval=bound),
-    }
 
 
 hyper_representation = Kind(
