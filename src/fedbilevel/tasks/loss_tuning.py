@@ -11,12 +11,12 @@ client that divided by the sum of its own weights would undo them where it holds
 training rows. The outer loss does not contain x: the hypergradient has no direct part. The start is delta = iota = 0: all
 classes alike.
 
-Metrics: test_accuracy, test_loss, balanced_accuracy (the mean of the classes' recalls on the test rows), validation_loss (f).
+Metrics: test_accuracy, test_loss, balanced_accuracy (mean over classes of the recall on the test rows), validation_loss (f).
 
 Of class c floor(n_max * RATIO^(c / (C - 1))) + 1 training rows are kept, at most all (`fb.partition.imbalanced`); the test
 rows stay as they are. After the loss tuning of FedNest (Tarzanagh et al., ICML 2022), whose loss is the parametric one of
-AutoBalance (Li et al., NeurIPS 2021). The penalty is ours: it does not make a ReLU network convex, but it bounds y, and the
-curvature of g in directions that the data leave flat.
+AutoBalance (Li et al., NeurIPS 2021). The penalty is ours: g stays non-convex in y, as with
+any such network, but y stays bounded, and directions that the data leave flat get a curvature.
 """
 
 from __future__ import annotations
