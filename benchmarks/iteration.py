@@ -20,10 +20,13 @@ import numpy as np
 import fedbilevel as fb
 from fedbilevel.algorithms.parts import fedsvrg, hessian_factor, hypergradient
 from fedbilevel.federation import Client, client_key, exchange_key, sample_cohort
-from fedbilevel.tasks.hyper_representation import InnerLoss, _layer, outer_loss
+from fedbilevel.tasks.hyper_representation import InnerLoss, features, outer_loss
+from fedbilevel.tasks.network import layer
 
 CLIENTS, COHORT, ROWS, INPUTS, HIDDEN, CLASSES = 100, 10, 300, 784, 200, 10
-PROBLEM = fb.Problem(InnerLoss(), outer_loss)
+LOSS = InnerLoss()
+# without `features`, which the program of oracle calls could not use: benchmarks/features.py measures those
+PROBLEM = fb.Problem(lambda x, y, row: LOSS(x, y, row, features(x, row)), outer_loss)
 
 
 def setup():
@@ -33,7 +36,7 @@ def setup():
         "label": draw.integers(0, CLASSES, n).astype("i4"),
     }
     data = fb.FederatedData.stack([rows(ROWS) for _ in range(CLIENTS)], [rows(ROWS) for _ in range(CLIENTS)])
-    return data, _layer(jax.random.key(1), INPUTS, HIDDEN), _layer(jax.random.key(2), HIDDEN, CLASSES)
+    return data, layer(jax.random.key(1), INPUTS, HIDDEN), layer(jax.random.key(2), HIDDEN, CLASSES)
 
 
 def gathered(alg, data, key):

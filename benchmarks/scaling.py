@@ -25,7 +25,8 @@ def measure(clients: int, cohort: int, client_batch: int | None, rounds: int, it
     import numpy as np
 
     import fedbilevel as fb
-    from fedbilevel.tasks.hyper_representation import InnerLoss, _layer, outer_loss
+    from fedbilevel.tasks.hyper_representation import InnerLoss, features, outer_loss
+    from fedbilevel.tasks.network import layer
 
     draw = np.random.default_rng(0)
     rows = {
@@ -35,10 +36,10 @@ def measure(clients: int, cohort: int, client_batch: int | None, rounds: int, it
     part = lambda level: [jax.tree.map(lambda a, i=i: a[i][level], rows) for i in range(clients)]
     data = fb.FederatedData.stack(part(slice(0, 20)), part(slice(20, ROWS)))
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(data)) / 1e6
-    x, y = _layer(jax.random.key(1), INPUTS, HIDDEN), _layer(jax.random.key(2), HIDDEN, CLASSES)
+    x, y = layer(jax.random.key(1), INPUTS, HIDDEN), layer(jax.random.key(2), HIDDEN, CLASSES)
     alg = fb.AggITD(inner_rounds=rounds, local_steps=2, outer_steps=2, batch_size=16, outer_lr=0.01)
     begin = time.perf_counter()
-    problem = fb.Problem(InnerLoss(), outer_loss)
+    problem = fb.Problem(InnerLoss(), outer_loss, features=features)
     run = fb.Simulation(cohort=cohort, client_batch=client_batch).bind(
         problem, data, alg, alg.init(x, y), jax.random.key(0)
     )

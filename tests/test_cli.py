@@ -77,6 +77,17 @@ def test_resuming_gives_the_uninterrupted_numbers(fedbilevel, tmp_path):
     assert "inner_lr was 0.01 and is 0.2" in error
 
 
+def test_loss_tuning_runs_on_label_shards(fedbilevel, tmp_path):
+    out = tmp_path / "run"
+    words = "run loss-tuning --dataset digits --partition shards --iterations 3 --evaluate-every 3 --out"
+    assert fedbilevel(*words.split(), out)[0] == 0
+    frame = history(out)
+    metrics = ["test_accuracy", "balanced_accuracy", "test_loss", "validation_loss"]
+    assert list(frame.columns[len(FIXED) :][:4]) == metrics
+    assert frame["rounds"].tolist() == [0, 39]
+    assert frame["validation_loss"][1] < frame["validation_loss"][0]
+
+
 def test_protocol_as_table_and_json(fedbilevel):
     code, text, _ = fedbilevel("protocol", "ridge", "--algorithm", "aggitd", "--set", "inner_rounds=5", "--json")
     assert code == 0
@@ -99,7 +110,7 @@ def test_a_run_that_blows_up_exits_with_1_and_keeps_what_there_was(fedbilevel, t
 def test_list_names_everything(fedbilevel):
     code, text, _ = fedbilevel("list")
     assert code == 0
-    for name in ("hyper-representation", "lfednest-svrg", "dirichlet", "loopback"):
+    for name in ("hyper-representation", "loss-tuning", "lfednest-svrg", "dirichlet", "loopback"):
         assert name in text
 
 

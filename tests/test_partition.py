@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbilevel.errors import InputError
-from fedbilevel.partition import PARTITIONS, by_quantity, dirichlet, iid, partition, shards
+from fedbilevel.partition import PARTITIONS, by_quantity, dirichlet, iid, imbalanced, partition, shards
 
 KEY = jax.random.key(7)
 seeds = st.integers(0, 2**32 - 1)
@@ -181,6 +181,11 @@ LABELS = np.arange(20) % 4
         (lambda: partition("dirichlet", LABELS, 2, KEY, alhpa=1), "did you mean 'alpha'"),
         (lambda: partition("iid", LABELS, 2, KEY, alpha=1), "takes no options: drop alpha="),
         (lambda: partition("iid", 5, 2, KEY), "one label for each row"),
+        (lambda: imbalanced(LABELS, 0.0, KEY), "ratio= must be a number above 0 and at most 1; got 0.0"),
+        (lambda: imbalanced(LABELS, 1.5, KEY), "at most 1; got 1.5"),
+        (lambda: imbalanced(LABELS, float("nan"), KEY), "at most 1; got nan"),
+        (lambda: imbalanced(LABELS, 0.5, KEY, largest=0), "largest= must be a whole number, 1 or more; got 0"),
+        (lambda: imbalanced(LABELS / 2, 0.5, KEY), "one integer for each row"),
     ],
 )
 def test_refusals_are_one_sentence(call, words):
@@ -195,3 +200,28 @@ def test_partition_by_name_is_the_function_itself():
     assert all(np.array_equal(a, b) for a, b in zip(named, by_quantity(20, 3, KEY, 2.0, 3), strict=True))
     named = partition("shards", jax.numpy.asarray(LABELS), 3, KEY, per_client=1)
     assert all(np.array_equal(a, b) for a, b in zip(named, shards(LABELS, 3, KEY, 1), strict=True))
+
+
+def test_imbalanced_classes_shrink_geometrically():
+    labels = np.random.default_rng(0).permutation(np.repeat([-2, 5, 6, 40], [90, 200, 300, 200]))
+    rows = imbalanced(labels, 0.125, KEY, largest=120)  # 120 * (1/2)^c: 120 (of 90), 60, 30, 15, and one more of each
+    assert rows.dtype == np.int64 and (np.diff(rows) > 0).all()
+    assert np.unique(labels[rows], return_counts=True)[1].tolist() == [90, 61, 31, 16]
+    assert np.unique(labels[imbalanced(labels, 0.01, KEY)], return_counts=True)[1].tolist() == [90, 65, 14, 4]
+    np.testing.assert_array_equal(imbalanced(labels, 1, KEY), np.arange(790))
+
+
+def test_imbalanced_needs_no_more_than_one_label_or_row():
+    np.testing.assert_array_equal(imbalanced(np.zeros(5, int), 0.01, KEY), np.arange(5))
+    np.testing.assert_array_equal(imbalanced(np.arange(3), 1e-300, KEY), np.arange(3))
+    assert len(imbalanced(np.zeros(0, int), 0.5, KEY)) == 0
+    labels = np.repeat([0, 1], 100)  # 29 rows and one more, though 100 * 0.29 is a little less than 29
+    assert labels[imbalanced(labels, 0.29, KEY, largest=100)].sum() == 30
+
+
+def test_the_key_decides_which_rows_an_imbalance_leaves():
+    labels = np.arange(300) % 10
+    kept = [imbalanced(labels, 0.1, jax.random.key(seed)) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(kept[0], kept[1])
+    assert len(kept[0]) == len(kept[2]) and not np.array_equal(kept[0], kept[2])
+    assert not np.array_equal(kept[0][labels[kept[0]] == 9], np.flatnonzero(labels == 9)[:4])  # not just the first

@@ -42,9 +42,9 @@ class Info(eqx.Module):
     vector_growth: Float[Array, ""]
 
 
-def rate(default: float) -> Any:
-    """A field that holds a step size: positive, a leaf."""
-    return eqx.field(default=default, converter=_as_float, metadata={"role": "rate"})
+def rate(default: float, *words: str) -> Any:
+    """A field that holds a step size: positive, a leaf; or one of the words."""
+    return eqx.field(default=default, converter=_as_float, metadata={"role": "rate", "words": words})
 
 
 def count(default: int | None) -> Any:
@@ -71,9 +71,11 @@ class Algorithm(eqx.Module):
         for field in dataclasses.fields(self):
             value, role = getattr(self, field.name), field.metadata.get("role")
             where = f"{type(self).__name__}({field.name}=...)"
-            if role == "rate" and not isinstance(value, Tracer | jax.Array):
+            words = field.metadata.get("words", ())
+            if role == "rate" and not isinstance(value, Tracer | jax.Array) and value not in words:
                 good = isinstance(value, float) and np.isfinite(value) and value > 0
-                check(good, f"{where} is a step size, a positive number; got {value!r}.")
+                choice = "".join(f" or {word!r}" for word in words)
+                check(good, f"{where} is a step size, a positive number{choice}; got {value!r}.")
             if role == "count" and not (value is None and field.metadata["optional"]):
                 good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
                 check(good, f"{where} is a count, a whole number of at least 1; got {value!r}.")

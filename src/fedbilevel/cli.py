@@ -20,7 +20,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Task = Annotated[str, typer.Argument(help="quadratic, ridge, regularisation or hyper-representation (see `list`).")]
+Task = Annotated[
+    str, typer.Argument(help="quadratic, ridge, regularisation, hyper-representation or loss-tuning (see `list`).")
+]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Data set; the task's default is embedded.")]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder that holds the data set's files.")]
 Partition = Annotated[str, typer.Option("--partition", help="iid, shards, dirichlet or quantity.")]

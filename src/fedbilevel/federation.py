@@ -24,6 +24,8 @@ from .data import ClientRows, random_below
 from .errors import InputError, check, unknown_name
 from .problem import Problem, Rows
 
+Combine = Literal["mean", "maximum"]
+
 
 class When(eqx.Module):
     """A part of a message that is there only if `present`; a client that does not get it sees zeros.
@@ -114,18 +116,22 @@ class Client(eqx.Module):
 
 
 class Federation(abc.ABC):
-    """What a server program may do. `clients` is how many there are, `cohort_size` how many one exchange asks."""
+    """What a server program may do. `clients` is how many there are, `cohort_size` how many one exchange asks.
+
+    `weighted` says whether the clients' weights p_i differ.
+    """
 
     clients: int
     cohort_size: int
+    weighted: bool
 
-    @abc.abstractmethod
     def average(
         self,
         method: Callable[..., Any],
         *message: PyTree,
         replies: Any = True,
         cohort: Int[Array, " cohort"] | None = None,
+        beside: bool = False,
     ) -> PyTree:
         """One communication round: broadcast, compute, mean of the replies.
 
@@ -135,11 +141,26 @@ class Federation(abc.ABC):
             replies: True, or one flag per part of the reply (a tuple): a part whose flag is False is not sent and
                 comes back as zeros.
             cohort: client indices from `fed.draw_cohort`, to ask the same clients again; by default a fresh cohort.
+            beside: ask in the same round as the exchange before, whose reply the message must not depend on: no
+                round is counted.
 
         Returns:
             The mean of the replies over the cohort: plain, and with weighted clients and full participation weighted.
             (With weighted clients and a smaller cohort, the clients are drawn in proportion to their weights.)
         """
+        return self.ask(method, message, "mean", replies, cohort, beside)
+
+    def maximum(
+        self, method: Callable[..., Any], *message: PyTree, cohort: Int[Array, " cohort"] | None = None
+    ) -> PyTree:
+        """As `average`, but the largest of the replies, number by number, whatever the clients' weights."""
+        return self.ask(method, message, "maximum", True, cohort, False)
+
+    @abc.abstractmethod
+    def ask(
+        self, method: Callable[..., Any], message: tuple, combine: Combine, replies: Any, cohort: Any, beside: bool
+    ) -> PyTree:
+        """What `average` and `maximum` do."""
 
     @abc.abstractmethod
     def repeat(
@@ -219,6 +240,13 @@ def mean_reply(replies: PyTree, weights: Float[Array, " cohort"] | None) -> PyTr
     if weights is None:
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), replies)
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1), replies)
+
+
+def combine_replies(how: Combine, replies: PyTree, weights: Float[Array, " cohort"] | None) -> PyTree:
+    """The mean of the replies over the leading axis, or the largest of them, number by number."""
+    if how == "mean":
+        return mean_reply(replies, weights)
+    return jax.tree.map(lambda leaf: jnp.max(leaf, axis=0), replies)
 
 
 def full_weights(

@@ -7,7 +7,7 @@
 | dirichlet | skewed, more so for a small `alpha` | unequal | Yurochkin et al., ICML 2019, arXiv:1905.12022 |
 | quantity | like the whole | skewed, more so for a small `alpha` | Li et al., ICDE 2022, arXiv:2102.02079 |
 
-Each returns one ascending int64 array of row indices per client.
+Each returns one ascending int64 array of row indices per client. `imbalanced` comes before them: it thins out classes.
 """
 
 from __future__ import annotations
@@ -130,6 +130,37 @@ def partition(name: str, labels: Any, clients: int, key: Key[Array, ""], **optio
         check(shape, f"a partition needs one label for each row; got the single value {labels!r}.")
         return function(shape[0], clients, key, **options)
     return function(labels, clients, key, **options)
+
+
+def imbalanced(labels: Any, ratio: float, key: Key[Array, ""], largest: int | None = None) -> np.ndarray:
+    """The rows to keep of a data set whose classes are to shrink geometrically, from `largest` rows to `ratio` times that.
+
+    Of the c-th of C labels, c = 0, 1, ..., in ascending order, floor(largest * ratio^(c / (C - 1))) + 1 rows are kept, or
+    all where there are fewer: no label vanishes. (With 6,000 and 0.01 that leaves 14,818 rows of MNIST, as in the public
+    code of FedNest.)
+
+    Args:
+        labels: (rows,) integers.
+        ratio: in (0, 1].
+        key: decides which rows of a label are kept.
+        largest: None for the rows of the most frequent label.
+
+    Returns:
+        Ascending int64 row indices.
+
+    Raises:
+        InputError: labels that are not one-dimensional integers, `ratio` not in (0, 1], or `largest` below one.
+    """
+    labels = _labels(labels)
+    number = isinstance(ratio, (int, float, np.floating, np.integer)) and not isinstance(ratio, bool)
+    check(number and 0 < ratio <= 1, f"ratio= must be a number above 0 and at most 1; got {ratio!r}.")
+    names, counts = np.unique(labels, return_counts=True)
+    most = counts.max(initial=1) if largest is None else _whole("largest", largest)
+    limits = most * float(ratio) ** (np.arange(len(names)) / max(len(names) - 1, 1))
+    keep = np.floor(np.round(limits, 6)).astype(np.int64) + 1  # rounded: 100 * 0.29 is a little less than 29
+    rng = generator(key)
+    kept = [rng.permutation(np.flatnonzero(labels == name))[:count] for name, count in zip(names, keep, strict=True)]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *kept]))
 
 
 def _deal(order: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> Parts:

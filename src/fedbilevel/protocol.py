@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 from .algorithm import Algorithm
 from .data import FederatedData
 from .errors import InputError, check
-from .federation import Client, Reply, check_cohort, mean_reply
+from .federation import Client, Reply, check_cohort, combine_replies
 from .problem import Problem, bind, check_losses, describe, strong, trainable
 from .tracing import Path, Site, TracedFederation, check_times
 
@@ -62,7 +62,7 @@ class Protocol:
     Attributes:
         algorithm: the algorithm's name.
         clients, cohort: how many clients there are, and how many one exchange asks.
-        exchanges: one line per call of `fed.average` in the program.
+        exchanges: one line per exchange in the program.
         rounds, bytes_down, bytes_up: of one iteration, expected over what the server draws (a whole number where it
             is one); bytes are payload, summed over the cohort.
         rounds_most, bytes_down_most, bytes_up_most: the most an iteration can need.
@@ -185,7 +185,7 @@ class _AbstractFederation(TracedFederation):
         self.draws: list[tuple[int, int]] = []
         self.loops_draw = self.depends_on_data = False
 
-    def exchange(self, name, method, message, wanted, key, cohort):
+    def exchange(self, name, method, message, combine, wanted, key, cohort):
         def reply(message, key):
             flags = tuple(jnp.asarray(True) for _ in wanted)
             rows = (self._data.inner.client(0), self._data.outer.client(0))
@@ -212,7 +212,7 @@ class _AbstractFederation(TracedFederation):
         good = jax.tree.leaves(shapes) and all(isinstance(s, jax.ShapeDtypeStruct) for s in jax.tree.leaves(shapes))
         check(good, f"{where} must return a pytree of arrays; it returned {describe(shapes)}.")
         one = jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), (1, *s.shape)), shapes)
-        return shapes, mean_reply(one, None)
+        return shapes, combine_replies(combine, one, None)
 
     def randint(self, low, high):
         self._scopes.check()
@@ -354,9 +354,10 @@ def _summary(algorithm, clients, cohort, sites, counts, kind, info) -> Protocol:
     for path in sorted(sites):
         site, count = sites[path], counts[path]
         down, up = bytes_of(site, count, cohort)
-        totals += np.stack([count[:, 0].astype(object), down, up])
+        totals += np.stack([site.round * count[:, 0].astype(object), down, up])
         spent = [(_mean(each), int(each.max())) for each in (count[:, 0], down, up)]
-        lines.append(Exchange(site.name, *_labels(algorithm, site), *itertools.chain(*spent)))  # pyright: ignore[reportArgumentType]
+        name = site.name if site.round else f"{site.name} (same round)"
+        lines.append(Exchange(name, *_labels(algorithm, site), *itertools.chain(*spent)))  # pyright: ignore[reportArgumentType]
     rounds, down, up = totals
     return Protocol(
         type(algorithm).__name__, clients, cohort, tuple(lines),

@@ -55,7 +55,7 @@ def _value(field: dataclasses.Field, text: str) -> Any:
     role = field.metadata.get("role")
     try:
         if role == "rate":
-            return float(text)
+            return text if text in field.metadata.get("words", ()) else float(text)
         if role == "count":
             return None if text.lower() == "none" else int(text)
         if role == "option":

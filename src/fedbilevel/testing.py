@@ -204,7 +204,7 @@ def _compiles_once(algorithm, problem, data, x, y) -> tuple[bool, str]:
 
     slower = algorithm
     for field in dataclasses.fields(algorithm):
-        if field.metadata.get("role") == "rate":
+        if field.metadata.get("role") == "rate" and not isinstance(getattr(algorithm, field.name), str):
             slower = eqx.tree_at(lambda a, n=field.name: getattr(a, n), slower, getattr(algorithm, field.name) * 0.5)
     first, longer, other = go(algorithm, 1), go(algorithm, 5), go(slower, 5)
     # each run derives its protocol anew, abstractly; beyond that nothing may be traced again

@@ -19,7 +19,7 @@ from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Key, PyTree
 
 from .errors import InputError, check
-from .federation import Federation, When, client_method, exchange_key, sample_cohort
+from .federation import Combine, Federation, When, client_method, exchange_key, sample_cohort
 from .problem import describe
 
 Path = tuple[int, ...]
@@ -44,6 +44,7 @@ class Site:
         message, reply: the structure that both sides know (pytrees of shapes and dtypes; `When` nodes in the message).
         down, up: the parts that travel, with their sizes for one client.
         flags: how many conditional parts there are, down and up.
+        round: whether it is a round of its own, or asks in the round of the exchange before.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Site:
     down: tuple[Part, ...]
     up: tuple[Part, ...]
     flags: int
+    round: bool = True
 
 
 class Scopes:
@@ -106,7 +108,7 @@ class TracedFederation(Federation):
         key: Key[Array, ""],
         layout: dict[Path, int] | None,
     ):
-        self.clients, self.cohort_size = clients, cohort
+        self.clients, self.cohort_size, self.weighted = clients, cohort, weights is not None
         self.sites: dict[Path, Site] = {}
         self._algorithm, self._weights, self._key = algorithm, weights, key
         self._scopes = Scopes()
@@ -118,21 +120,22 @@ class TracedFederation(Federation):
 
     @abc.abstractmethod
     def exchange(
-        self, name: str, method: Callable, message: PyTree, wanted: tuple, key: Any, cohort: Any
+        self, name: str, method: Callable, message: PyTree, combine: Combine, wanted: tuple, key: Any, cohort: Any
     ) -> tuple[PyTree, PyTree]:
-        """(The shapes of one client's reply, the mean of the cohort's) to a message (`When` parts masked)."""
+        """(The shapes of one client's reply, the cohort's combined) to a message (`When` parts masked)."""
 
     # The capability -------------------------------------------------------------------------------------------------
 
-    def average(self, method, *message, replies=True, cohort=None):
+    def ask(self, method, message, combine, replies, cohort, beside):
         path = self._scopes.advance()
         name, method = client_method(self._algorithm, method)
         message, sent = normalise(message)
         wanted = wanted_flags(replies)
         key = exchange_key(self._key, self._counter)
         cohort = check_same_size(cohort, self.cohort_size)
-        shapes, reply = self.exchange(name, method, message, wanted, key, cohort)
-        self.sites[path] = site(path, name, message, shapes, sent, wanted)
+        shapes, reply = self.exchange(name, method, message, combine, wanted, key, cohort)
+        check_beside(beside, path)
+        self.sites[path] = site(path, name, message, shapes, sent, wanted, not beside)
         reply = mask_reply(reply, wanted)
         flags = self.travelled([flag for flag in (*sent, *wanted) if not is_static(flag)])
         if self.counts is not None:
@@ -267,7 +270,7 @@ def size(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def site(path: Path, name: str, message: PyTree, reply: PyTree, sent: list, wanted: tuple) -> Site:
+def site(path: Path, name: str, message: PyTree, reply: PyTree, sent: list, wanted: tuple, counts: bool) -> Site:
     """What travels at a call site, from the message and one client's reply."""
     shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
     flag = iter(range(len(sent) + len(wanted)))
@@ -287,7 +290,8 @@ def site(path: Path, name: str, message: PyTree, reply: PyTree, sent: list, want
         Part(str(i), size(part), number(f))
         for i, (part, f) in enumerate(zip(reply_parts(reply, wanted), wanted, strict=True))
     ]
-    return Site(path, name, shapes(message), shapes(reply), tuple(down), tuple(up), next(flag, len(sent) + len(wanted)))
+    flags = next(flag, len(sent) + len(wanted))
+    return Site(path, name, shapes(message), shapes(reply), tuple(down), tuple(up), flags, counts)
 
 
 def check_times(times: Any, most: int | None) -> Any:
@@ -298,6 +302,12 @@ def check_times(times: Any, most: int | None) -> Any:
     if most is None:
         raise InputError("fed.repeat with a drawn number of rounds needs most=, the largest it can be.")
     return jnp.minimum(jnp.asarray(times, jnp.int32), most)
+
+
+def check_beside(beside: Any, path: Path) -> None:
+    """Refuse an exchange in the round of another where there is none before it (in the same loop)."""
+    check(beside in (True, False), f"fed.average(beside=...) is True or False; got {beside!r}.")
+    check(not (beside and path[-1] == 0), "fed.average(beside=True) needs an exchange before it, in the same loop.")
 
 
 def check_same_size(cohort: Any, size: int) -> Any:

@@ -24,17 +24,38 @@ order inner_lr * hessian_lr (a few per cent in a toy problem, whatever N), with 
 z_t = z_{t-1} - lam (H_t z_{t-1} - d_y f(x, y^t)), z_{-1} = 0, and v = z_N; about twice the Hessian-vector products.
 
 Floats per client: down (2N+4) dx + (4N-Q+5) dy, up 2N dy + (N-Q+1) dy + 2 dx ("full": as Q = 0).
+
+Ours too, each an option, off by default:
+
+`warm_start_v` ("full" only): the recursion starts from the last iteration's z_N instead of 0 and so never ends; v follows
+v* as y follows y*. One dy more down. The largest gain known.
+
+`one_round`: control variates c_i at the clients and c = mean c_i at the server, both 0 at first; N+3 rounds:
+
+    corrected   a_i = d_y g_i(x, y^t);  y_i = y^t, then steps y_i -= inner_lr [d_y g_i(x, y_i) - c_i + c]
+                up y_i - y^t, a_i - c_i and r_i;  c_i <- a_i
+                y^{t+1} = y^t + mean (y_i - y^t),  c += n/m mean (a_i - c_i)   with n of m clients asked
+
+y* is still the fixed point, with cohorts too. Down N (dx + 2 dy + [dy]) and up N (2 dy + [dy]) in the loop.
+
+`independent_cohorts`: a second cohort answers r in the same round: without the bias named above, for twice the clients
+asked. Down (dx + 2 dy) and up dy more for each r that is made in the loop, less the dy of r to the first cohort.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..federation import Client, When
-from .parts import CorrectedLower, CorrectedUpper, Settings, growth, hessian_factor, norm
+from ..algorithm import option
+from ..errors import check
+from ..federation import Client, Reply, When
+from .curvature import keeping
+from .parts import CorrectedLower, CorrectedUpper, Settings, descend, growth, hessian_factor, norm
 
 
 class AggITD(Settings, CorrectedLower, CorrectedUpper):
@@ -44,37 +65,75 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
         inner_rounds: N >= 1, the turns of the lower loop.
         inner_lr: the step of ONE local lower step.
         local_steps: local lower steps a turn.
-        hessian_lr: lam of the Hessian factors (I - lam H); diverges from 2 / (largest curvature of g) on.
+        hessian_lr: lam of the Hessian factors (I - lam H); diverges from 2 / (largest curvature of g) on. "auto"
+            measures that curvature (ours; five rounds every 20 iterations).
         outer_lr: the step of ONE local upper step.
         outer_steps: local upper steps an iteration.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.
         truncation: "uniform" (the paper's random Q), "full" (all terms summed), or an int that fixes Q in 0..N (a
             test device: its mean over Q is the estimator, a single one is not).
         skip_idle_rounds: leave out rounds in which one local step adds nothing.
+        warm_start_v, one_round, independent_cohorts: ours, see above.
     """
+
+    warm_start_v: bool = option(False)
+    one_round: bool = option(False)
+    independent_cohorts: bool = option(False)
 
     def __check_init__(self):
         self.truncation.check_range("AggITD", self.inner_rounds)
+        good = self.truncation.full or not self.warm_start_v
+        check(good, "AggITD(warm_start_v=True) goes on with the last sum of all terms: add truncation='full'.")
 
-    def estimate_parts(self, fed, x, y):
-        N, full = self.inner_rounds, self.truncation.full
+    def keeps(self, x, y):
+        zeros = {"v": self.warm_start_v, "control": self.one_round}
+        return super().keeps(x, y) | {name: optax.tree.zeros_like(y) for name, used in zeros.items() if used}
+
+    def client_init(self, x, y):
+        return optax.tree.zeros_like(y) if self.one_round else None
+
+    def estimate_parts(self, fed, state):
+        if self.one_round:
+            good = not fed.weighted or fed.cohort_size == fed.clients
+            check(good, "AggITD(one_round=True) with weighted clients needs all of them: leave cohort= out.")
+        lam, kept = self.hessian_step(fed, state)
+        x, N, full = state.x, self.inner_rounds, self.truncation.full
         Q = jnp.zeros((), jnp.int32) if full else self.truncation.draw(fed, N)
-        started = lambda t: (t > Q, t >= Q)  # whether r^{t-1} exists, whether r^t does
+        exists = lambda t: True if self.warm_start_v else t > Q  # r^{t-1}; and r^t from Q on
 
         def turn(t, loop):
-            y, r, last, first = loop
-            before, now = started(t)
-            q, new = fed.average(self.anchor, x, y, fed.when(before, r), replies=(True, now))
+            y, control, r, last, first = loop
+            moved, control, new = self._turn(fed, x, y, control, fed.when(exists(t), r), t >= Q, lam)
             last, first = self._measure(r, new, last, first, t == Q)
-            return self.lower_round(fed, x, y, q), new, last, first
+            return moved, control, new, last, first
 
-        zero = jnp.zeros_like(norm(y))
-        y, r, last, first = fed.repeat(N, turn, (y, optax.tree.zeros_like(y), zero, zero))
-        before, _ = started(N)
-        new = fed.average(self.vector, x, y, fed.when(before, r))
+        zero = jnp.zeros_like(norm(state.y))
+        r = kept["v"] if self.warm_start_v else optax.tree.zeros_like(state.y)
+        loop = (state.y, kept.get("control"), r, zero, zero)
+        y, control, r, last, first = fed.repeat(N, turn, loop)
+        new = fed.average(self.vector, x, y, fed.when(exists(N), r), lam)
         last, first = self._measure(r, new, last, first, jnp.asarray(N) == Q)
-        v = new if full else optax.tree.scale(self.hessian_lr * (N + 1), new)
-        return fed.average(self.hypergradient, x, y, v), y, v, growth(last, first)
+        v = new if full else optax.tree.scale(self.lam(lam) * (N + 1), new)
+        h = fed.average(self.hypergradient, x, y, v)
+        kept = {**kept} | ({"v": v} if self.warm_start_v else {}) | ({"control": control} if self.one_round else {})
+        return h, v, growth(last, first), keeping(x, y, kept)
+
+    def _turn(self, fed, x, y, control, r, now, lam):
+        """One turn of the lower loop: (the next y, the next control variate, r^t if `now`)."""
+        apart = lambda: fed.average(self.vector_apart, fed.when(now, (x, y)), r, lam, replies=(now,), beside=True)
+        if self.one_round:
+            if self.independent_cohorts:
+                (step, change), new = fed.average(self.corrected, x, y, control), apart()
+            else:
+                message = (x, y, control, r, lam)
+                step, change, new = fed.average(self.corrected_anchor, *message, replies=(True, True, now))
+            control = optax.tree.add_scale(control, fed.cohort_size / fed.clients, change)
+            return optax.tree.add(y, step), control, new
+        if self.independent_cohorts:
+            q, new = fed.average(self.gradient, x, y), apart()
+        else:
+            q, new = fed.average(self.anchor, x, y, r, lam, replies=(True, now))
+        return self.lower_round(fed, x, y, q), control, new
 
     def _measure(self, r, new, last, first, starting):
         """Norms of the latest and of the first vector that Hessian factors act on ("full": of Horner's increments)."""
@@ -83,27 +142,55 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
 
     # The clients' side ----------------------------------------------------------------------------------------------
 
-    def anchor(self, client: Client, x: PyTree, y: PyTree, r: When) -> tuple[PyTree, PyTree]:
+    def anchor(self, client: Client, x: PyTree, y: PyTree, r: When, lam: Any) -> tuple[PyTree, PyTree]:
         """q_i = d_y g_i(x, y^t), and r_i where wanted."""
         rows = client.batches("inner", self.batch_size, 2, at=x)
-        new = jax.lax.cond(
-            client.wanted[1], lambda: self._vector(client, x, y, r, rows(1)), lambda: optax.tree.zeros_like(r.value)
-        )
-        return client.problem.inner_gradient(x, y, rows(0)), new
+        return client.problem.inner_gradient(x, y, rows(0)), self._if_wanted(client, x, y, r, lam, rows(1))
 
-    def vector(self, client: Client, x: PyTree, y: PyTree, r: When) -> PyTree:
+    def corrected(self, client: Client, x: PyTree, y: PyTree, c: PyTree) -> Reply:
+        """Steps on y corrected by control variates: y_i - y and a_i - c_i; the client keeps a_i = d_y g_i(x, y)."""
+        step, change, a = self._corrected(client, x, y, c)
+        return Reply((step, change), a)
+
+    def corrected_anchor(self, client: Client, x: PyTree, y: PyTree, c: PyTree, r: When, lam: Any) -> Reply:
+        """`corrected`, and r_i where wanted."""
+        step, change, a = self._corrected(client, x, y, c)
+        # a draw that no local step takes: every factor has rows of its own
+        inner = client.batches("inner", self.batch_size, 1, at=x)(self.local_steps)
+        return Reply((step, change, self._if_wanted(client, x, y, r, lam, inner)), a)
+
+    def vector(self, client: Client, x: PyTree, y: PyTree, r: When, lam: Any) -> PyTree:
         """r_i at y^N."""
-        return self._vector(client, x, y, r, client.batch("inner", self.batch_size, 1))
+        return self._vector(client, x, y, r, lam, client.batch("inner", self.batch_size, 1))
 
-    def _vector(self, client, x, y, r, inner):
-        # `inner` is draw 1, for draw 0 makes q_i: every factor has rows of its own
+    def vector_apart(self, client: Client, at: When, r: When, lam: Any) -> PyTree:
+        """r_i where wanted, asked of a second cohort; `at` is (x, y^t)."""
+        x, y = at.value
+        inner = client.batches("inner", self.batch_size, 1, at=x)(1)
+        return self._if_wanted(client, x, y, r, lam, inner, place=0)
+
+    def _corrected(self, client, x, y, c):
+        rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
+        gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
+        a = gradient(y, 0)
+        correction = optax.tree.sub(c, client.state)
+        step = lambda s, z: descend(z, self.inner_lr, optax.tree.add(gradient(z, s), correction))
+        first = descend(y, self.inner_lr, optax.tree.add(a, correction))
+        moved = jax.lax.fori_loop(1, self.local_steps, step, first)
+        return optax.tree.sub(moved, y), optax.tree.sub(a, client.state), a
+
+    def _if_wanted(self, client, x, y, r, lam, inner, place=-1):
+        make = lambda: self._vector(client, x, y, r, lam, inner)
+        return jax.lax.cond(client.wanted[place], make, lambda: optax.tree.zeros_like(r.value))
+
+    def _vector(self, client, x, y, r, lam, inner):
         def start():
             return client.problem.outer_gradients(x, y, client.batch("outer", self.batch_size))[1]
 
         def factor():
-            return hessian_factor(client.problem, x, y, r.value, self.hessian_lr, inner)
+            return hessian_factor(client.problem, x, y, r.value, self.lam(lam), inner)
 
         if self.truncation.full:  # Horner: (I - lam H) z + lam d_y f
-            scaled = optax.tree.scale(self.hessian_lr, start())
+            scaled = optax.tree.scale(self.lam(lam), start())
             return jax.lax.cond(r.present, lambda: optax.tree.add(factor(), scaled), lambda: scaled)
         return jax.lax.cond(r.present, factor, start)

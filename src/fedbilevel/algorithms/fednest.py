@@ -21,38 +21,43 @@ FedNest-SGD: down T (dx+dy) and up T dy in place of the first terms.
 
 from __future__ import annotations
 
+from typing import Any
+
 import optax.tree
 from jaxtyping import PyTree
 
 from ..federation import Client
+from .curvature import keeping
 from .parts import CorrectedLower, CorrectedUpper, LocalLower, NeumannFields, growth, hessian_factor, norm
 
 
 class _NeumannHypergradient(NeumannFields, CorrectedUpper):
     """FedNest's upper level: Neumann rounds at the lower loop's last y, and corrected upper steps."""
 
-    def estimate_parts(self, fed, x, y):
-        y = self.lower_loop(fed, x, y)
+    def estimate_parts(self, fed, state):
+        lam, kept = self.hessian_step(fed, state)
+        x, y = state.x, self.lower_loop(fed, state.x, state.y)
         N, full = self.neumann_terms, self.truncation.full
         factors = N if full else self.truncation.draw(fed, N - 1)
         start = fed.average(self.vector_start, x, y)
 
         def turn(n, loop):
             p, total = loop
-            p = fed.average(self.factor, x, y, p)
+            p = fed.average(self.factor, x, y, p, lam)
             return p, optax.tree.add(total, p) if full else total
 
         p, total = fed.repeat(factors, turn, (start, start), most=N)
-        v = self.cut(total, p)
-        return fed.average(self.hypergradient, x, y, v), y, v, growth(norm(p), norm(start))
+        v = self.cut(total, p, self.lam(lam))
+        h = fed.average(self.hypergradient, x, y, v)
+        return h, v, growth(norm(p), norm(start)), keeping(x, y, kept)
 
     def vector_start(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """d_y f_i."""
         return client.problem.outer_gradients(x, y, client.batch("outer", self.batch_size))[1]
 
-    def factor(self, client: Client, x: PyTree, y: PyTree, p: PyTree) -> PyTree:
+    def factor(self, client: Client, x: PyTree, y: PyTree, p: PyTree, lam: Any) -> PyTree:
         """(I - lam d2_yy g_i) p."""
-        return hessian_factor(client.problem, x, y, p, self.hessian_lr, client.batch("inner", self.batch_size))
+        return hessian_factor(client.problem, x, y, p, self.lam(lam), client.batch("inner", self.batch_size))
 
 
 class FedNest(_NeumannHypergradient, CorrectedLower):
@@ -63,7 +68,8 @@ class FedNest(_NeumannHypergradient, CorrectedLower):
         inner_lr: the step of ONE local lower step.
         local_steps: local lower steps a turn.
         neumann_terms: N >= 1, the terms of the Neumann series.
-        hessian_lr: the series' step, the paper's 1/l; diverges from 2 / (largest curvature of g) on.
+        hessian_lr: the series' step, the paper's 1/l; diverges from 2 / (largest curvature of g) on. "auto" measures
+            that curvature (ours; five rounds every 20 iterations).
         outer_lr: the step of ONE local upper step.
         outer_steps: local upper steps an iteration.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.

@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 
 from ..algorithm import Info, State
 from ..federation import Client, Federation
+from .curvature import keeping
 from .parts import CorrectedLower, LocalLower, NeumannFields, hessian_factor, hypergradient, local_descent, norm
 
 
@@ -33,20 +34,23 @@ class _LocalHypergradient(NeumannFields):
     """The upper level of the light variants: Neumann series and x steps within each client."""
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
+        lam, kept = self.hessian_step(fed, state)
         y = self.lower_loop(fed, state.x, state.y)
-        x = fed.average(self.upper, state.x, y)
+        x = fed.average(self.upper, state.x, y, lam)
         moved = norm(optax.tree.sub(x, state.x))
-        return State(x, y), Info(moved / (self.outer_lr * self.outer_steps), jnp.zeros_like(moved))
+        return keeping(x, y, kept), Info(moved / (self.outer_lr * self.outer_steps), jnp.zeros_like(moved))
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        lam, _ = self.hessian_step(fed, self.init(x, y))
         y = self.lower_loop(fed, x, y)
-        return fed.average(self.local_hypergradient, x, y), y
+        return fed.average(self.local_hypergradient, x, y, lam), y
 
-    def upper(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
+    def upper(self, client: Client, x: PyTree, y: PyTree, lam: Any) -> PyTree:
         """Plain steps on x along the client's own hypergradients."""
-        return local_descent(lambda z, s: self.local_hypergradient(client, z, y, s), x, self.outer_lr, self.outer_steps)
+        along = lambda z, s: self.local_hypergradient(client, z, y, lam, s)
+        return local_descent(along, x, self.outer_lr, self.outer_steps)
 
-    def local_hypergradient(self, client: Client, x: PyTree, y: PyTree, draw: Any = 0) -> PyTree:
+    def local_hypergradient(self, client: Client, x: PyTree, y: PyTree, lam: Any, draw: Any = 0) -> PyTree:
         """h_i with the client's own Hessian; `draw` numbers the local step, so that all its rows are fresh."""
         first = draw * (self.neumann_terms + 1)
         rows = client.batches("inner", self.batch_size, self.neumann_terms, at=x)
@@ -55,11 +59,11 @@ class _LocalHypergradient(NeumannFields):
 
         def turn(n, loop):
             p, total = loop
-            p = hessian_factor(client.problem, x, y, p, self.hessian_lr, rows(first + n + 1))
+            p = hessian_factor(client.problem, x, y, p, self.lam(lam), rows(first + n + 1))
             return p, optax.tree.add(total, p) if self.truncation.full else total
 
         p, total = jax.lax.fori_loop(0, self._factors(client, draw), turn, (start, start))
-        return hypergradient(client.problem, x, y, self.cut(total, p), rows(first), outer)
+        return hypergradient(client.problem, x, y, self.cut(total, p, self.lam(lam)), rows(first), outer)
 
     def _factors(self, client, draw):
         if self.truncation.full:

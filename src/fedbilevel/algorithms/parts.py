@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from ..algorithm import Algorithm, Info, State, Truncation, count, option, rate
 from ..federation import Client, Federation
 from ..problem import Problem, Rows
+from .curvature import AutoStep, keeping, kept_in
 
 Gradient = Callable[[PyTree, Any], PyTree]  # (point, draw number) -> gradient there, on the rows of that draw
 
@@ -62,13 +63,13 @@ def hypergradient(problem: Problem, x: PyTree, y: PyTree, v: PyTree, inner: Rows
     return optax.tree.sub(direct, problem.cross_vector(x, y, v, inner))
 
 
-class Settings(Algorithm):
+class Settings(AutoStep):
     """The settings that all algorithms here share, documented at each."""
 
     inner_rounds: int = count(5)
     inner_lr: Any = rate(0.01)
     local_steps: int = count(5)
-    hessian_lr: Any = rate(0.01)
+    hessian_lr: Any = rate(0.01, "auto")
     outer_lr: Any = rate(0.05)
     outer_steps: int = count(1)
     batch_size: int | None = count(None)
@@ -151,17 +152,17 @@ class CorrectedUpper(Algorithm):
     skip_idle_rounds: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
-    def estimate_parts(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree, PyTree, Any]:
-        """(h, y after the lower rounds, v such that h = d_x f - d2_xy g v, how much the Hessian factors stretched)."""
+    def estimate_parts(self, fed: Federation, state: State) -> tuple[PyTree, PyTree, Any, State]:
+        """(h, v such that h = d_x f - d2_xy g v, how much the Hessian factors stretched, the state but for a new x)."""
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
-        h, y, v, stretched = self.estimate_parts(fed, state.x, state.y)
-        x = self.upper_round(fed, state.x, y, v, h)
-        return State(x, y), Info(norm(h), stretched)
+        h, v, stretched, after = self.estimate_parts(fed, state)
+        x = self.upper_round(fed, state.x, after.y, v, h)
+        return keeping(x, after.y, kept_in(after)), Info(norm(h), stretched)
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-        h, y, _, _ = self.estimate_parts(fed, x, y)
-        return h, y
+        h, _, _, after = self.estimate_parts(fed, self.init(x, y))
+        return h, after.y
 
     def hypergradient(self, client: Client, x: PyTree, y: PyTree, v: PyTree, draw: Any = 0) -> PyTree:
         """h_i(x) = d_x f_i - d2_xy g_i v."""
@@ -187,12 +188,10 @@ class NeumannFields(Settings, LowerLoop):
     def __check_init__(self):
         self.truncation.check_range(type(self).__name__, self.neumann_terms - 1)
 
-    def cut(self, series: PyTree, last: PyTree) -> PyTree:
+    def cut(self, series: PyTree, last: PyTree, lam: Any) -> PyTree:
         """v from the sum of the terms ("full") or from the last one, scaled so that its mean is the sum."""
         full = self.truncation.full
-        return optax.tree.scale(
-            self.hessian_lr if full else self.hessian_lr * self.neumann_terms, series if full else last
-        )
+        return optax.tree.scale(lam if full else lam * self.neumann_terms, series if full else last)
 
 
 def growth(last: Float[Array, ""], first: Float[Array, ""]) -> Float[Array, ""]:

@@ -78,7 +78,8 @@ class Execution(abc.ABC):
         for path, site in self.protocol.sites.items():
             count = np.asarray(counts[path])[:done]
             site_down, site_up = bytes_of(site, count, self.protocol.cohort)
-            rounds, down, up = rounds + count[:, 0].astype(object), down + site_down, up + site_up
+            rounds = rounds + site.round * count[:, 0].astype(object)
+            down, up = down + site_down, up + site_up
         return list(rounds), list(down), list(up)
 
 

@@ -23,9 +23,9 @@ from ..federation import (
     check_cohort,
     client_key,
     client_method,
+    combine_replies,
     exchange_key,
     full_weights,
-    mean_reply,
     sample_cohort,
 )
 from ..problem import describe, strong
@@ -122,12 +122,13 @@ def _call(algorithm, name, client, message):
 class _LoopedFederation(Federation):
     def __init__(self, execution: _Looped, algorithm, key, client_state):
         self.clients, self.cohort_size = execution.data.clients, execution.protocol.cohort
+        self.weighted = execution.data.weights is not None
         self.rounds = self.bytes_down = self.bytes_up = 0
         self.client_state = client_state
         self._run, self._algorithm, self._key = execution, algorithm, key
         self._scopes, self._counter = Scopes(), 0
 
-    def average(self, method, *message, replies=True, cohort=None):
+    def ask(self, method, message, combine, replies, cohort, beside):
         path = self._scopes.advance()
         name, _ = client_method(self._algorithm, method)
         message, flags = normalise(message)
@@ -142,21 +143,21 @@ class _LoopedFederation(Federation):
         answers, states = {}, {}
         for slot in self._run.order.permutation(len(index)):
             client = int(index[slot])
-            answer, states[client] = self._ask(site, name, client, payload, sent, wanted, key)
+            answer, states[client] = self._one(site, name, client, payload, sent, wanted, key)
             self.bytes_down += len(payload)
             self.bytes_up += len(answer)
             answers[int(slot)] = answer
         if self.client_state is not None:
             for client, state in states.items():
                 self.client_state[client] = state
-        self.rounds += 1
+        self.rounds += not beside
         arrived = [decode(reply_parts(site.reply, wanted), answers[slot], wanted) for slot in sorted(answers)]
         stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *arrived)
         stacked = stacked[0] if len(wanted) == 1 else stacked
         weights = full_weights(self._run.data.weights, jnp.asarray(index), self.clients)
-        return mask_reply(mean_reply(stacked, weights), wanted)
+        return mask_reply(combine_replies(combine, stacked, weights), wanted)
 
-    def _ask(self, site, name, index, payload, sent, wanted, key):
+    def _one(self, site, name, index, payload, sent, wanted, key):
         """One client: bytes in, bytes out, and its state afterwards."""
         schema, travels = message_schema(site.message, sent)
         message = rebuild_message(site.message, decode(schema, payload, travels), sent)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import check
-from ..federation import Client, Reply, check_cohort, client_key, full_weights, mean_reply
+from ..federation import Client, Reply, check_cohort, client_key, combine_replies, full_weights
 from ..problem import strong
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
@@ -160,7 +160,7 @@ class _SimulatedFederation(TracedFederation):
             features = lambda i: self._data.inner.client(i).with_features(self._problem, self._x).features
             self._known.append((cohort, jax.vmap(features)(cohort)))
 
-    def exchange(self, name, method, message, wanted, key, cohort):
+    def exchange(self, name, method, message, combine, wanted, key, cohort):
         if cohort is None and self._static.cohort == self.clients and self._known:
             cohort = self._known[0][0]
         index = self.sample(key) if cohort is None else cohort
@@ -193,7 +193,7 @@ class _SimulatedFederation(TracedFederation):
             put = lambda all, new: all.at[index].set(new.astype(all.dtype))
             self.client_state = jax.tree.map(put, self.client_state, states)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), replies)
-        return shapes, mean_reply(replies, full_weights(self._data.weights, index, self.clients))
+        return shapes, combine_replies(combine, replies, full_weights(self._data.weights, index, self.clients))
 
 
 def _by_client(mesh):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from jaxtyping import PyTree
 from ..data import FederatedData
 from ..datasets import Dataset, load
 from ..errors import check, unknown_name
-from ..partition import partition
+from ..partition import Parts, partition
 from ..problem import Problem
 
 
@@ -106,12 +107,24 @@ def federated(
         clients: how many, unless the options say.
         outer: the share of a client's rows for the outer level.
     """
-    assert options.dataset is not None
-    dataset = load(options.dataset, options.data_dir)
-    place, split, *_ = options.keys()
+    dataset = load(str(options.dataset), options.data_dir)
+    parts = deal(options, dataset.y_train, clients)
+    return dataset, FederatedData.split([columns(dataset, rows) for rows in parts], outer, options.keys()[1])
+
+
+def deal(options: Options, labels: np.ndarray, clients: int) -> Parts:
+    """The options' partition of the rows that `labels` belong to, among `clients` unless the options say."""
     extra = {} if options.alpha is None else {"alpha": options.alpha}
-    parts = partition(options.partition, dataset.y_train, options.clients or clients, place, **extra)
-    return dataset, FederatedData.split([columns(dataset, rows) for rows in parts], outer, split)
+    return partition(options.partition, labels, options.clients or clients, options.keys()[0], **extra)
+
+
+def class_weights(labels: np.ndarray) -> np.ndarray:
+    """(rows,) n / (C n_c) for a row of class c: n_c of the n rows are of that class, and C classes occur.
+
+    Their mean is one, and the mean of weight times value is the mean over the C classes of the class's own mean.
+    """
+    _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return len(labels) / (len(counts) * counts[place])
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
@@ -132,6 +145,13 @@ def classification_metrics(predict: Callable, dataset: Dataset) -> dict[str, Cal
     return {"test_accuracy": accuracy, "test_loss": loss}
 
 
+def balanced_accuracy(predict: Callable, dataset: Dataset) -> Callable:
+    """The mean over the classes of the test rows of the share of each that predict(x, y, features) gets right."""
+    features, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
+    weights = jnp.asarray(class_weights(dataset.y_test), jnp.result_type(float))
+    return lambda x, y: _weighted_accuracy(predict, x, y, features, labels, weights)
+
+
 def _accuracy(predict, x, y, features, labels):
     return _score(predict, x, y, features, labels)[0]
 
@@ -147,3 +167,8 @@ def _scores(predict, x, y, features, labels):
 
 
 _score = jax.jit(_scores, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weighted_accuracy(predict, x, y, features, labels, weights):
+    return jnp.mean(jnp.where(jnp.argmax(predict(x, y, features), axis=1) == labels, weights, 0))

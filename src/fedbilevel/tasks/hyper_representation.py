@@ -9,44 +9,36 @@ from __future__ import annotations
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
+import optax.tree
 
 from ..problem import Problem
 from .base import Kind, Options, Task, classification_metrics, cross_entropy, federated
-
-HIDDEN = {"digits": 64, "mnist": 200, "fashion-mnist": 200}
-CLIENTS = {"digits": 20, "mnist": 100, "fashion-mnist": 100}
-
-
-def body(x, example):
-    """The hidden layer of one example: inputs (inputs,) -> (hidden,). It does not depend on y."""
-    return jax.nn.relu(example["a"] @ x["weight"] + x["bias"])
+from .network import CLIENTS, HIDDEN, hidden, layer, logits
 
 
 def predict(x, y, a):
     """Logits of a (rows, inputs)."""
-    hidden = jax.nn.relu(a @ x["weight"] + x["bias"][None])
-    return hidden @ y["weight"] + y["bias"][None]
-
-
-def head_loss(y, hidden, label):
-    """Cross-entropy of the head on one example's hidden layer."""
-    return cross_entropy(hidden @ y["weight"] + y["bias"], label)
+    return jax.vmap(lambda row: logits(x, y, row))(a)
 
 
 def outer_loss(x, y, example):
     """Cross-entropy of one example."""
-    return head_loss(y, body(x, example), example["label"])
+    return cross_entropy(logits(x, y, example["a"]), example["label"])
+
+
+def features(x, example):
+    """The hidden layer of one example, which does not depend on y."""
+    return hidden(x, example["a"])
 
 
 class InnerLoss(eqx.Module):
-    """Cross-entropy of one example, plus penalty/2 |y|^2, on the body's features."""
+    """Cross-entropy of the head on the hidden layer of one example, plus penalty/2 |y|^2."""
 
     penalty: float = eqx.field(static=True, default=0.01)
 
-    def __call__(self, x, y, example, hidden):
-        squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(y))
-        return head_loss(y, hidden, example["label"]) + 0.5 * self.penalty * squares
+    def __call__(self, x, y, example, phi):
+        loss = cross_entropy(phi @ y["weight"] + y["bias"], example["label"])
+        return loss + 0.5 * self.penalty * optax.tree.norm(y, squared=True)
 
 
 def build(options: Options) -> Task:
@@ -58,23 +50,13 @@ def build(options: Options) -> Task:
         outer=0.5 if options.partition == "iid" else 0.2,
     )
     start, run = options.keys()[2:]
-    inputs, hidden, classes = dataset.x_train.shape[1], HIDDEN[name], int(dataset.classes or 0)
-    lower_layer, head = jax.random.split(start)
+    inputs, width, classes = dataset.x_train.shape[1], HIDDEN[name], int(dataset.classes or 0)
+    body, head = jax.random.split(start)
     return Task(
-        "hyper-representation", name, Problem(InnerLoss(), outer_loss, features=body), data,
-        _layer(lower_layer, inputs, hidden), _layer(head, hidden, classes),
+        "hyper-representation", name, Problem(InnerLoss(), outer_loss, features=features), data,
+        layer(body, inputs, width), layer(head, width, classes),
         classification_metrics(predict, dataset), run,
     )  # fmt: skip
-
-
-def _layer(key, inputs: int, outputs: int):
-    """A dense layer, entries uniform in +-1/sqrt(inputs)."""
-    bound = inputs**-0.5
-    weight, bias = jax.random.split(key)
-    return {
-        "weight": jax.random.uniform(weight, (inputs, outputs), minval=-bound, maxval=bound),
-        "bias": jax.random.uniform(bias, (outputs,), minval=-bound, maxval=bound),
-    }
 
 
 hyper_representation = Kind(

@@ -1,0 +1,142 @@
+"""`hessian_lr="auto"`: the step of the Hessian factors from the largest curvature of g, measured over the federation.
+
+Ours, not a paper's. The factors (I - lam H) shrink only below lam = 2/L, and L is known to nobody beforehand. Every 20
+iterations, from the first on, five rounds measure it, and lam = 1/(1.2 L):
+
+- everyone takes part with all rows: five Lanczos steps on the mean Hessian at (x, y), one round each (down x, y, v; up
+  H_i v); L is the largest Ritz value, a lower bound that five steps bring close;
+- cohorts or minibatches are sampled: every factor then has another Hessian, and the mean one says little (clients with
+  H_i = 6 e_i e_i' have a mean with L = 1, yet lam = 1 makes the factors grow). Each round a fresh cohort measures its
+  clients' own curvatures by five local Lanczos steps on one batch (down x, y; up one number); L is the largest of them
+  all, and never less than 0.9 of what it was before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax.tree
+from jaxtyping import Array, Float, PyTree
+
+from ..algorithm import Algorithm, State
+from ..federation import Client, Federation
+
+EVERY = 20  # iterations between measurements
+STEPS = 5  # of Lanczos; also the rounds of a measurement
+MARGIN = 1.2
+_FORGET = 0.9  # how much of an earlier, larger curvature of sampled clients is kept
+
+
+class Keeping(State):
+    """A state that holds more than x and y, by name."""
+
+    kept: dict[str, PyTree]
+
+
+def kept_in(state: State) -> dict[str, PyTree]:
+    """What a state holds besides x and y."""
+    return state.kept if isinstance(state, Keeping) else {}
+
+
+def keeping(x: PyTree, y: PyTree, kept: dict[str, PyTree]) -> State:
+    """The state of x, y and what else is kept."""
+    return Keeping(x, y, kept) if kept else State(x, y)
+
+
+class AutoStep(Algorithm):
+    """The setting `hessian_lr`, a number or "auto", and what the clients are asked for the latter."""
+
+    hessian_lr: eqx.AbstractVar[Any]
+    batch_size: eqx.AbstractVar[int | None]
+
+    def init(self, x: PyTree, y: PyTree) -> Any:
+        return keeping(x, y, self.keeps(x, y))
+
+    def keeps(self, x: PyTree, y: PyTree) -> dict[str, PyTree]:
+        """What the state holds besides x and y, at the start."""
+        if not self.measures_curvature:
+            return {}
+        zero = jnp.zeros((), optax.tree.norm(y).dtype)
+        return {"curvature": {"largest": zero, "iteration": jnp.zeros((), jnp.int32)}}
+
+    @property
+    def measures_curvature(self) -> bool:
+        """Whether the step is found while running."""
+        return isinstance(self.hessian_lr, str)
+
+    def hessian_step(self, fed: Federation, state: State) -> tuple[Any, dict[str, PyTree]]:
+        """(lam as it travels in messages: None if it is configured; what the state keeps)."""
+        kept = kept_in(state)
+        if not self.measures_curvature:
+            return None, kept
+        before = kept["curvature"]
+        due = before["iteration"] % EVERY == 0
+        rounds = jnp.where(due, STEPS, 0)
+        x, y = state.x, state.y
+        if fed.cohort_size == fed.clients and self.batch_size is None:
+            turn = lambda t, basis: extend(t, basis, fed.average(self.curvature_product, x, y, basis["v"]))
+            measured = largest_ritz_value(fed.repeat(rounds, turn, krylov(y), most=STEPS))
+        else:
+            turn = lambda t, seen: jnp.maximum(seen, fed.maximum(self.largest_curvature, x, y))
+            measured = fed.repeat(rounds, turn, _FORGET * before["largest"], most=STEPS)
+        largest = jnp.where(due, measured, before["largest"])
+        lam = 1 / (MARGIN * jnp.maximum(largest, jnp.finfo(largest.dtype).tiny ** 0.5))
+        return lam, {**kept, "curvature": {"largest": largest, "iteration": before["iteration"] + 1}}
+
+    def lam(self, sent: Any) -> Any:
+        """The step of the Hessian factors: the one that came with the message, or else the configured one."""
+        return self.hessian_lr if sent is None else sent
+
+    # The clients' side ----------------------------------------------------------------------------------------------
+
+    def curvature_product(self, client: Client, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
+        """d2_yy g_i v."""
+        return client.problem.hessian_vector(x, y, v, client.batch("inner", self.batch_size))
+
+    def largest_curvature(self, client: Client, x: PyTree, y: PyTree) -> Float[Array, ""]:
+        """The largest curvature of g_i on one batch, by Lanczos steps at the client."""
+        rows = client.batches("inner", self.batch_size, STEPS, at=x)(0)
+        turn = lambda t, basis: extend(t, basis, client.problem.hessian_vector(x, y, basis["v"], rows))
+        return largest_ritz_value(jax.lax.fori_loop(0, STEPS, turn, krylov(y)))
+
+
+# Lanczos on a pytree ----------------------------------------------------------------------------------------------------
+
+
+def krylov(like: PyTree) -> dict[str, PyTree]:
+    """A start of `STEPS` Lanczos steps: a fixed random direction, and the tridiagonal matrix still empty."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    draw = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    v = jax.tree.unflatten(structure, draw)
+    size = optax.tree.norm(v)
+    zeros = jnp.zeros((STEPS,), size.dtype)
+    return {
+        "v": optax.tree.scale(1 / size, v), "before": optax.tree.zeros_like(v),
+        "diagonal": zeros, "beside": zeros, "beta": jnp.zeros_like(size),
+    }  # fmt: skip
+
+
+def extend(t: Any, basis: dict[str, PyTree], product: PyTree) -> dict[str, PyTree]:
+    """One Lanczos step, given the product of the matrix with `basis["v"]`; an exhausted space goes on with zeros."""
+    v = basis["v"]
+    alpha = optax.tree.vdot(v, product)
+    rest = optax.tree.add_scale(optax.tree.add_scale(product, -alpha, v), -basis["beta"], basis["before"])
+    beta = optax.tree.norm(rest)
+    alive = beta > 1e-6 * jnp.maximum(jnp.abs(alpha), basis["beta"])
+    beta = jnp.where(alive, beta, jnp.zeros_like(beta))
+    following = optax.tree.scale(jnp.where(alive, 1 / jnp.where(alive, beta, 1), jnp.zeros_like(beta)), rest)
+    return {
+        "v": following, "before": v,
+        "diagonal": basis["diagonal"].at[t].set(alpha), "beside": basis["beside"].at[t].set(beta), "beta": beta,
+    }  # fmt: skip
+
+
+def largest_ritz_value(basis: dict[str, PyTree]) -> Float[Array, ""]:
+    """The largest eigenvalue, in absolute value, of the tridiagonal matrix."""
+    beside = basis["beside"][:-1]
+    matrix = jnp.diag(basis["diagonal"]) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
+    return jnp.max(jnp.abs(jnp.linalg.eigvalsh(matrix)))

@@ -1,0 +1,141 @@
+"""Loss tuning: adjust the training loss to imbalanced classes, so that all classes do equally well on validation rows.
+
+y: all weights of a network (one hidden layer, ReLU). x: delta and iota, a factor and a shift for the logits of each class.
+
+    inner:  cross-entropy of  sigmoid(delta) * logits + iota  on the training rows, plus PENALTY/2 |y|^2
+    outer:  cross-entropy of the plain logits on the validation rows, a row of class c with weight n / (C n_c)
+
+n_c of the n validation rows of ALL clients are of class c. The weights are not normalised again and clients count in
+proportion to their rows (`weights="rows"`), so f = (1/C) sum_c (mean cross-entropy of class c), however the classes lie. A
+client that divided by the sum of its own weights would undo them where it holds one class only. g is the mean over all
+training rows. The outer loss does not contain x: the hypergradient has no direct part. The start is delta = iota = 0: all
+classes alike.
+
+Metrics: test_accuracy, test_loss, balanced_accuracy (mean over classes of the recall on the test rows), validation_loss (f).
+
+Of class c floor(n_max * RATIO^(c / (C - 1))) + 1 training rows are kept, at most all (`fb.partition.imbalanced`); the test
+rows stay as they are. After the loss tuning of FedNest (Tarzanagh et al., ICML 2022), whose loss is the parametric one of
+AutoBalance (Li et al., NeurIPS 2021). The penalty is ours: g stays non-convex in y, as with
+any such network, but y stays bounded, and directions that the data leave flat get a curvature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax.tree
+from jaxtyping import Array, Key
+
+from ..data import FederatedData, generator
+from ..datasets import load
+from ..errors import check
+from ..partition import Parts, imbalanced
+from ..problem import Problem
+from .base import Kind, Options, Task, balanced_accuracy, class_weights, classification_metrics, cross_entropy, deal
+from .network import CLIENTS, HIDDEN, layer, logits
+
+LARGEST = {"digits": None, "mnist": 6_000, "fashion-mnist": 6_000}
+RATIO = {"digits": 0.1, "mnist": 0.01, "fashion-mnist": 0.01}  # digits has 133 rows a class: 0.01 would leave two
+VALIDATION = 0.2  # of a client's rows, whatever the partition
+PENALTY = 0.001
+
+
+def predict(x, y, a):
+    """Plain logits of a (rows, inputs)."""
+    return jax.vmap(lambda row: logits(y["body"], y["head"], row))(a)
+
+
+def outer_loss(x, y, example):
+    """Cross-entropy of one example times its weight."""
+    loss = cross_entropy(logits(y["body"], y["head"], example["a"]), example["label"])
+    return example["weight"].astype(loss.dtype) * loss
+
+
+class InnerLoss(eqx.Module):
+    """Cross-entropy of one example with adjusted logits, plus penalty/2 |y|^2."""
+
+    penalty: float = eqx.field(static=True, default=PENALTY)
+
+    def __call__(self, x, y, example):
+        adjusted = jax.nn.sigmoid(x["delta"]) * logits(y["body"], y["head"], example["a"]) + x["iota"]
+        return cross_entropy(adjusted, example["label"]) + 0.5 * self.penalty * optax.tree.norm(y, squared=True)
+
+
+def build(options: Options) -> Task:
+    name = str(options.dataset)
+    place, split, start, run = options.keys()
+    whole = load(name, options.data_dir)
+    kept = imbalanced(whole.y_train, RATIO[name], jax.random.fold_in(place, 0), LARGEST[name])
+    dataset = dataclasses.replace(whole, x_train=whole.x_train[kept], y_train=whole.y_train[kept])
+    parts = deal(options, dataset.y_train, CLIENTS[name])
+    data = clients_data(dataset.x_train, dataset.y_train, *levels(dataset.y_train, parts, split))
+    inputs, classes = dataset.x_train.shape[1], int(dataset.classes or 0)
+    body, head = jax.random.split(start)
+    x = {"delta": jnp.zeros((classes,)), "iota": jnp.zeros((classes,))}
+    y = {"body": layer(body, inputs, HIDDEN[name]), "head": layer(head, HIDDEN[name], classes)}
+    test = classification_metrics(predict, dataset)
+    metrics = {
+        "test_accuracy": test["test_accuracy"],
+        "balanced_accuracy": balanced_accuracy(predict, dataset),
+        "test_loss": test["test_loss"],
+        "validation_loss": lambda x, y: _validation_loss(y, data.outer.rows),
+    }
+    return Task("loss-tuning", name, Problem(InnerLoss(), outer_loss), data, x, y, metrics, run)
+
+
+def clients_data(a: np.ndarray, labels: np.ndarray, inner: Parts, outer: Parts) -> FederatedData:
+    """The clients' rows at both levels, the outer ones with their weights; clients count in proportion to their rows."""
+    weights = np.zeros(len(labels), jnp.result_type(float))
+    held = np.concatenate(outer)
+    weights[held] = class_weights(labels[held])
+    return FederatedData.stack(
+        [{"a": a[rows], "label": labels[rows]} for rows in inner],
+        [{"a": a[rows], "label": labels[rows], "weight": weights[rows]} for rows in outer],
+        weights="rows",
+    )
+
+
+def levels(labels: np.ndarray, parts: Parts, key: Key[Array, ""]) -> tuple[Parts, Parts]:
+    """Split each client's rows at random into training and validation rows, with every class among the latter.
+
+    Raises:
+        InputError: a client with fewer than two rows, or a class for which nobody has a row to spare.
+    """
+    sizes = np.array([len(rows) for rows in parts])
+    short = int(sizes.argmin())
+    check(sizes[short] > 1, f"client {short} has {sizes[short]} row, and needs one for each level: use fewer clients.")
+    rng, spare = generator(key), sizes - 1
+    owner, chosen = np.empty(len(labels), np.int64), np.zeros(len(labels), bool)
+    for client, rows in enumerate(parts):
+        owner[rows] = client
+    for label in np.unique(labels):  # one validation row of each class first: a rare one could be missed
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        free = rows[spare[owner[rows]] > 0]
+        check(len(free), f"no client can spare a validation row of class {label}: use fewer clients.")
+        chosen[free[0]] = True
+        spare[owner[free[0]]] -= 1
+    inner, outer = [], []
+    for rows in parts:
+        order = rng.permutation(rows)
+        order = order[np.argsort(~chosen[order], kind="stable")]
+        held = min(max(round(VALIDATION * len(rows)), int(chosen[rows].sum()), 1), len(rows) - 1)
+        outer.append(order[:held])
+        inner.append(order[held:])
+    return inner, outer
+
+
+@jax.jit
+def _validation_loss(y, rows):
+    return jnp.mean(jax.vmap(lambda row: outer_loss(None, y, row))(rows))
+
+
+loss_tuning = Kind(
+    "loss-tuning",
+    "x: a factor and a shift for each class's logits, y: a network; imbalanced classes, no direct part",
+    tuple(HIDDEN),
+    build,
+)

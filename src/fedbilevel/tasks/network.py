@@ -1,0 +1,29 @@
+"""The network of the image tasks: one hidden layer with ReLU, a body below it and a head above."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Key, PyTree
+
+HIDDEN = {"digits": 64, "mnist": 200, "fashion-mnist": 200}
+CLIENTS = {"digits": 20, "mnist": 100, "fashion-mnist": 100}
+
+
+def layer(key: Key[Array, ""], inputs: int, outputs: int) -> dict[str, jax.Array]:
+    """A dense layer, weight (inputs, outputs) and bias (outputs,), entries uniform in +-1/sqrt(inputs)."""
+    bound = inputs**-0.5
+    weight, bias = jax.random.split(key)
+    return {
+        "weight": jax.random.uniform(weight, (inputs, outputs), minval=-bound, maxval=bound),
+        "bias": jax.random.uniform(bias, (outputs,), minval=-bound, maxval=bound),
+    }
+
+
+def hidden(body: PyTree, a: Float[Array, " inputs"]) -> Float[Array, " hidden"]:
+    """The hidden layer of one example."""
+    return jax.nn.relu(a @ body["weight"] + body["bias"])
+
+
+def logits(body: PyTree, head: PyTree, a: Float[Array, " inputs"]) -> Float[Array, " classes"]:
+    """The logits of one example; body and head are layers."""
+    return hidden(body, a) @ head["weight"] + head["bias"]
