@@ -137,7 +137,7 @@ def check(algorithm: Annotated[str | None, typer.Argument(help="An algorithm; de
 def list_names(as_json: Json = False):
     """List the tasks, algorithms, partitions and engines."""
     from .algorithms import ALGORITHMS
-    from .experiment import ENGINES
+    from .experiments.plan import ENGINES
     from .partition import PARTITIONS
     from .tasks import TASKS
 
@@ -165,7 +165,7 @@ def plot(folder: Annotated[str, typer.Argument(help="The --out folder of a run o
     """Make the tables and figures of a results folder again."""
     from rich.console import Console
 
-    from . import report
+    from .experiments import report
 
     frame = report.read(folder)
     files = report.write(Path(folder), frame)
@@ -210,9 +210,9 @@ def cost(
     """Predict how long the recorded runs take on a network, and say which algorithm to use there."""
     from rich.console import Console
 
-    from . import cost_report, report
-    from .cost import advice, clients_an_exchange, predict
-    from .network import choose
+    from .experiments import cost_report, report
+    from .experiments.cost import advice, clients_an_exchange, predict
+    from .experiments.network import choose
 
     networks = choose(network, latency, up, down, server_up, server_down)
     frame = report.read(folder)
@@ -227,7 +227,7 @@ def cost(
 
 def _plan(task, algorithms, seeds, sets, iterations, rounds, cohort, engine, evaluate_every, precision, **options: Any):
     from .errors import check, unknown_name
-    from .experiment import ENGINES, Plan
+    from .experiments.plan import ENGINES, Plan
     from .settings import parse
     from .tasks import TASKS, Options
 
@@ -248,9 +248,9 @@ def _execute(plan, out: str | None, resume: bool, overwrite: bool, as_json: bool
     """Run a plan, write its folder, print its table; exit with 1 if a run failed."""
     from rich.console import Console
 
-    from . import report
     from .errors import InputError, check
-    from .experiment import clear, prepare, run_all, table
+    from .experiments import report
+    from .experiments.plan import clear, prepare, run_all, table
 
     check(out is not None or not (resume or overwrite), "--resume and --overwrite go with --out.")
     first = plan.build_task(plan.seeds[0])  # refuses a bad task, data set or partition before anything is written

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from .errors import check, unknown_name
+from ..errors import check, unknown_name
 
 TIMES = {"ms": 1e-3, "s": 1.0, "min": 60.0}  # in seconds
 RATES = {  # in bits a second; written with or without /s

@@ -15,15 +15,15 @@ from typing import Any
 
 import jax
 
-from .callbacks import CSV, Callback, Checkpoint, Progress
-from .callbacks.checkpoint import differences
-from .engines import Loopback, Simulation
-from .errors import Diverged, InputError, RunError, check, unknown_name
-from .federation import check_cohort
-from .result import History, Result
-from .settings import algorithm_class, best
-from .solve import solve
-from .tasks import TASKS, Options, Task
+from ..callbacks import CSV, Callback, Checkpoint, Progress
+from ..callbacks.checkpoint import differences
+from ..engines import Loopback, Simulation
+from ..errors import Diverged, InputError, RunError, check, unknown_name
+from ..federation import check_cohort
+from ..result import History, Result
+from ..settings import algorithm_class, best
+from ..solve import solve
+from ..tasks import TASKS, Options, Task
 
 ENGINES = {"simulation": Simulation, "loopback": Loopback}
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError, check
+from ..errors import InputError, check
 from .network import Network, duration
 from .report import first_reached, metrics_of, running_median
 
