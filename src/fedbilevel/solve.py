@@ -88,7 +88,7 @@ def estimate_hypergradient(
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
     execution = (engine or Simulation()).bind(
-        bind(problem, x_rest, y_rest), data, algorithm, State(x, y), check_key(key), _estimate
+        bind(problem, x_rest, y_rest), data, algorithm, State(x, y), check_key(key), estimate
     )
     carry, _ = execution.advance(algorithm, execution.start(algorithm, State(x, y)), 1, np.inf)
     for part, quantity, step in (
@@ -103,6 +103,7 @@ def estimate_hypergradient(
     return carry.state.x, eqx.combine(carry.state.y, y_rest)
 
 
-def _estimate(algorithm, fed, state):
+def estimate(algorithm, fed, state):
+    """The program of `estimate_hypergradient`: the estimate takes the place of x."""
     h, y = algorithm.estimate(fed, state.x, state.y)
     return State(h, y), ()

@@ -88,11 +88,30 @@ class _Simulated(Execution):
         info = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos) if infos else None
         return carry, Record(len(rounds), rounds, down, up, info, finite, seconds)
 
-    def _run(self, algorithm, carry, iterations, limit):
+    def advance_many(self, algorithms, carry, iterations, limit):
+        """As `advance`, for several algorithms in one program that draw the same cohorts, rows and numbers.
+
+        Args:
+            algorithms: an algorithm whose step sizes have a leading axis of `many` values.
+            carry: its states (and clients' states) have that axis too.
+            iterations: at most the capacity of one chunk, 256.
+
+        Returns:
+            (the carry after; rounds, bytes down and up of each, (many, iterations); iterations that ended well, (many,)).
+        """
+        asked = min(iterations, _CAPACITY)
+        (state, client_state), counts, _, done = jax.block_until_ready(
+            self._run(algorithms, carry, asked, limit, _many_chunks)
+        )
+        ledgers = [self.ledger({path: count[k] for path, count in counts.items()}, asked) for k in range(done.shape[0])]
+        rounds, down, up = (np.array([ledger[i] for ledger in ledgers], object) for i in range(3))
+        return Carry(state, client_state, carry.iteration + asked), rounds, down, up, np.asarray(done)
+
+    def _run(self, algorithm, carry, iterations, limit, program=None):
         layout = tuple(sorted((path, site.flags) for path, site in self.protocol.sites.items()))
         static = _Static(self.program, self.protocol.cohort, self.engine.client_batch, self.engine.mesh, layout)
         count = lambda n: jnp.asarray(n, jnp.int32)
-        return _chunk(
+        return (program or _chunk)(
             static, self.problem, self.data, as_leaves(algorithm), (carry.state, carry.client_state),
             self.key, count(carry.iteration), count(iterations), jnp.asarray(limit, jnp.result_type(float)),
         )  # fmt: skip
@@ -133,6 +152,13 @@ def _chunk(static, problem, data, algorithm, states, key, first, iterations, lim
     start = (jnp.zeros((), jnp.int32), jnp.asarray(True), states, buffers)
     k, fine, states, (counts, info) = jax.lax.while_loop(going, body, start)
     return states, counts, info, jnp.where(fine, k, k - 1)
+
+
+@eqx.filter_jit
+def _many_chunks(static, problem, data, algorithms, states, key, first, iterations, limit):
+    """`_chunk` over a leading axis of the algorithm's leaves and of the states; what is drawn is common to all."""
+    run = lambda algorithm, states: _chunk(static, problem, data, algorithm, states, key, first, iterations, limit)
+    return eqx.filter_vmap(run)(algorithms, states)
 
 
 class _SimulatedFederation(TracedFederation):

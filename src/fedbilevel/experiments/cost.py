@@ -32,7 +32,7 @@ import numpy as np
 
 from ..errors import InputError, check
 from .network import Network, duration
-from .report import first_reached, metrics_of, running_median
+from .report import direction, first_reached, metrics_of, running_median
 
 ACCURACY = "test_accuracy"
 LEVELS = (0.80, 0.85, 0.88, 0.90, 0.93)  # test accuracies to which times are predicted
@@ -56,7 +56,7 @@ class Goal:
 
     def when(self, values: Any, level: float) -> int | None:
         """Index of the evaluation at which one run's values are at the level; None for never."""
-        sign = _direction(self.metric)
+        sign = direction(self.metric)
         return first_reached(sign * np.asarray(values, float), sign * level)
 
     def name(self, level: float) -> str:
@@ -201,7 +201,7 @@ def _goal(frame: Any, level: float | None) -> Goal:
 
 
 def _loosest_end(frame: Any, metric: str) -> float:
-    sign, ends = _direction(metric), []
+    sign, ends = direction(metric), []
     for _, runs in frame.groupby("algorithm", sort=False):
         values = [sign * seed.sort_values("iteration")[metric].to_numpy(float) for _, seed in runs.groupby("seed")]
         best_first = sorted(((running_median(v)[-1], v[0]) for v in values), reverse=True)
@@ -209,11 +209,6 @@ def _loosest_end(frame: Any, metric: str) -> float:
         ends += [end] if end > start else []
     check(ends, f"no algorithm ends with a better {metric.replace('_', ' ')} than it started with: give --level.")
     return float(sign * min(ends))
-
-
-def _direction(metric: str) -> int:
-    """1 for a metric that is to rise, -1 for one that is to fall."""
-    return 1 if metric.endswith("accuracy") else -1
 
 
 def _middle(goal: Goal, level: float, seeds: list[Any], costs: list[Any]) -> dict[str, float]:

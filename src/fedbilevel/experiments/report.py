@@ -86,6 +86,11 @@ def first_reached(values, level: float, window: int = 5) -> int | None:
     return int(reached[0]) + len(values) - len(medians) if reached.size else None
 
 
+def direction(metric: str) -> int:
+    """1 for a metric that is to rise, -1 for one that is to fall."""
+    return 1 if metric.endswith("accuracy") else -1
+
+
 def running_median(values, window: int = 5) -> np.ndarray:
     """Medians of each `window` consecutive values, or of all if there are fewer."""
     values = np.asarray(values, float)

@@ -35,7 +35,17 @@ from ..datasets import load
 from ..errors import check
 from ..partition import Parts, imbalanced
 from ..problem import Problem
-from .base import Kind, Options, Task, balanced_accuracy, class_weights, classification_metrics, cross_entropy, deal
+from .base import (
+    Kind,
+    Options,
+    Task,
+    balanced_accuracy,
+    class_weights,
+    classification_metrics,
+    cross_entropy,
+    deal,
+    validation_loss,
+)
 from .network import CLIENTS, HIDDEN, layer, logits
 
 LARGEST = {"digits": None, "mnist": 6_000, "fashion-mnist": 6_000}
@@ -82,7 +92,7 @@ def build(options: Options) -> Task:
         "test_accuracy": test["test_accuracy"],
         "balanced_accuracy": balanced_accuracy(predict, dataset),
         "test_loss": test["test_loss"],
-        "validation_loss": lambda x, y: _validation_loss(y, data.outer.rows),
+        "validation_loss": validation_loss(outer_loss, data),
     }
     return Task("loss-tuning", name, Problem(InnerLoss(), outer_loss), data, x, y, metrics, run)
 
@@ -126,11 +136,6 @@ def levels(labels: np.ndarray, parts: Parts, key: Key[Array, ""]) -> tuple[Parts
         outer.append(order[:held])
         inner.append(order[held:])
     return inner, outer
-
-
-@jax.jit
-def _validation_loss(y, rows):
-    return jnp.mean(jax.vmap(lambda row: outer_loss(None, y, row))(rows))
 
 
 loss_tuning = Kind(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from ..problem import Problem
-from .base import Kind, Options, Task, classification_metrics, cross_entropy, federated
+from .base import Kind, Options, Task, classification_metrics, cross_entropy, federated, validation_loss
 
 CLIENTS = {"digits": 20, "breast-cancer": 10, "mnist": 100, "fashion-mnist": 100}
 BIAS_PENALTY = 0.01
@@ -39,7 +39,7 @@ def build(options: Options) -> Task:
     features, classes = dataset.x_train.shape[1], int(dataset.classes or 0)
     x = jnp.zeros((features,))
     y = {"weight": jnp.zeros((features, classes)), "bias": jnp.zeros((classes,))}
-    metrics = classification_metrics(predict, dataset)
+    metrics = classification_metrics(predict, dataset) | {"validation_loss": validation_loss(outer_loss, data)}
     return Task("regularisation", name, Problem(inner_loss, outer_loss), data, x, y, metrics, options.keys()[3])
 
 

@@ -1,0 +1,236 @@
+"""Tables and figures of a study: rounds, bytes and oracle calls to levels, paired ratios, curves, shares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .report import direction, first_reached, pipe_table, running_median
+from .study import Study
+
+# Okabe & Ito's palette: told apart by colour-blind readers; lines differ in dashes too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
+AXES = {
+    "rounds": "communication rounds",
+    "megabytes_up": "payload sent by one client place, MB",
+    "oracle_calls": "oracle calls of one client place",
+    "seconds": "seconds of computation",
+}
+
+
+def collect(study: Study, folder: Path):
+    """The histories of all runs of a study, with the columns kind, megabytes_up and oracle_calls."""
+    import pandas
+
+    frames = []
+    for seed in study.seeds:
+        for contender in study.contenders:
+            place = folder / "runs" / f"{contender.label}-{seed}"
+            done = json.loads((place / "done.json").read_text())
+            frame = pandas.read_csv(place / "history.csv")
+            cohort = 1 if contender.kind == "pooled" else (study.cohort or study.options.clients or 1)
+            frames.append(frame.assign(
+                kind=contender.kind, megabytes_up=frame["bytes_up"] / cohort / 1e6,
+                oracle_calls=frame["iteration"] * done["oracle_calls"], failure=done["failure"],
+            ))  # fmt: skip
+    return pandas.concat(frames, ignore_index=True)
+
+
+def write(study: Study, folder: Path) -> list[Path]:
+    """All tables and figures of a finished study; returns the files."""
+    import pandas
+
+    frame = collect(study, folder)
+    frame.drop(columns=["kind", "failure"]).to_csv(folder / "history.csv", index=False)
+    levels = levels_table(study, frame)
+    files = [folder / "history.csv", *_write_table(folder, "levels", levels, _levels_text(study, levels))]
+    if study.pairs:
+        ratios = ratios_table(study, frame)
+        files += _write_table(folder, "ratios", ratios, _ratios_text(ratios))
+    shares = [file for file in sorted(folder.glob("runs/*/shares.csv")) if file.stat().st_size]
+    parts = pandas.concat([pandas.read_csv(file) for file in shares], ignore_index=True) if shares else None
+    if parts is not None:
+        parts.to_csv(folder / "shares.csv", index=False)
+        files.append(folder / "shares.csv")
+    files += [draw(study, folder / f"{metric}.png", frame, metric, parts) for metric in _metrics(study, frame)]
+    return files
+
+
+def levels_table(study: Study, frame):
+    """A row per contender, level and axis: median, least and most over seeds of what it took; infinite for never."""
+    import pandas
+
+    rows = []
+    sign = direction(study.metric)
+    for label, runs in frame.groupby("algorithm", sort=False):
+        if (runs["kind"] == "pooled").any():
+            continue
+        for level in study.levels:
+            found = [_at_level(run, study.metric, sign, level) for _, run in runs.groupby("seed")]
+            row: dict[str, Any] = {"algorithm": label, "level": level, "seeds": len(found)}
+            row["reached"] = sum(f is not None for f in found)
+            for axis in AXES:
+                values = [np.inf if f is None else float(f[axis]) for f in found]
+                row |= {axis: float(np.median(values)), f"{axis}_least": min(values), f"{axis}_most": max(values)}
+            rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def _at_level(run, metric: str, sign: int, level: float):
+    run = run.sort_values("iteration")
+    at = first_reached(sign * run[metric].to_numpy(), sign * level)
+    return None if at is None else run.iloc[at]
+
+
+def ratios_table(study: Study, frame):
+    """A row per pair and level: the ratio of rounds, one to other, seed by seed: median, least, most."""
+    import pandas
+
+    rows, sign = [], direction(study.metric)
+    of = lambda label: dict(list(frame[frame["algorithm"] == label].groupby("seed")))
+    for one, other in study.pairs:
+        runs, others = of(one), of(other)
+        for level in study.levels:
+            ratios = []
+            for seed in study.seeds:
+                a, b = (_at_level(r[seed], study.metric, sign, level) for r in (runs, others))
+                if a is None and b is None:
+                    continue
+                ratios.append(np.inf if a is None else 0.0 if b is None else a["rounds"] / b["rounds"])
+            if ratios:
+                rows.append({
+                    "one": one, "other": other, "level": level, "seeds": len(ratios),
+                    "ratio": float(np.median(ratios)), "least": min(ratios), "most": max(ratios),
+                })  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
+def _level_name(study: Study, level: float) -> str:
+    return f"{100 * level:g} %" if study.metric.endswith("accuracy") else f"{level:g}"
+
+
+def _levels_text(study: Study, table) -> tuple[list[str], list[list[str]]]:
+    head = ["rounds to", *[_level_name(study, level) for level in study.levels]]
+    rows = []
+    for label, mine in table.groupby("algorithm", sort=False):
+        cells = []
+        for _, row in mine.iterrows():
+            if not np.isfinite(row["rounds"]):
+                cells.append("never" if row["reached"] == 0 else f"{row['reached']} of {row['seeds']} seeds")
+            else:
+                most = f"{row['rounds_most']:.0f}" if np.isfinite(row["rounds_most"]) else "never"
+                cells.append(f"{row['rounds']:.0f} ({row['rounds_least']:.0f}-{most})")
+        rows.append([str(label), *cells])
+    return head, rows
+
+
+def _ratios_text(table) -> tuple[list[str], list[list[str]]]:
+    head = ["one", "other", "level", "seeds", "ratio of rounds, median (range)"]
+    number = lambda value: f"{value:.2f}" if np.isfinite(value) else "never"
+    text = lambda row: f"{number(row['ratio'])} ({number(row['least'])}-{number(row['most'])})"
+    rows = [
+        [row["one"], row["other"], f"{row['level']:g}", str(row["seeds"]), text(row)] for _, row in table.iterrows()
+    ]
+    return head, rows
+
+
+def _write_table(folder: Path, name: str, table, text: tuple[list[str], list[list[str]]]) -> list[Path]:
+    """A table as CSV in full, and its cells in words as Markdown and LaTeX."""
+    head, rows = text
+    files = [folder / f"{name}.csv", folder / f"{name}.md", folder / f"{name}.tex"]
+    table.to_csv(files[0], index=False)
+    files[1].write_text(pipe_table(head, rows))
+    files[2].write_text(latex(head, rows))
+    return files
+
+
+def latex(head: list[str], rows: list[list[str]]) -> str:
+    """Text cells as a LaTeX tabular."""
+    escape = lambda cell: "".join("\\" + c if c in "%&_#$" else c for c in cell)
+    line = lambda cells: " & ".join(map(escape, cells)) + r" \\"
+    columns = "l" + "r" * (len(head) - 1)
+    body = [r"\begin{tabular}{" + columns + "}", r"\hline", line(head), r"\hline", *map(line, rows), r"\hline"]
+    return "\n".join([*body, r"\end{tabular}", ""])
+
+
+def _metrics(study: Study, frame) -> list[str]:
+    wanted = [study.metric, "balanced_accuracy", "validation_loss", "test_loss"]
+    return [name for i, name in enumerate(wanted) if name in frame.columns and name not in wanted[:i]]
+
+
+def draw(study: Study, path: Path, frame, metric: str, shares=None) -> Path:
+    """A metric against rounds, bytes, oracle calls and seconds, and the share of the implicit part; medians and ranges."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 7.2), layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
+    style = {c.label: {"color": COLOURS[i % 8], "linestyle": DASHES[i % 8]} for i, c in enumerate(study.contenders)}
+    low, high = _limits(frame, metric)
+    for panel, (axis, label) in zip(panels, AXES.items(), strict=False):
+        for contender in study.contenders:
+            runs = frame[frame["algorithm"] == contender.label]
+            if contender.kind == "pooled":
+                end = np.median([running_median(run[metric])[-1] for _, run in runs.groupby("seed")])
+                panel.axhline(end, linewidth=1.2, **style[contender.label])
+                continue
+            grid, middle, least, most = _band(runs, axis, metric)
+            panel.plot(grid, middle, linewidth=1.6, **style[contender.label])
+            panel.fill_between(grid, least, most, color=style[contender.label]["color"], alpha=0.15, linewidth=0)
+        panel.set(xlabel=label, ylabel=metric.replace("_", " "), ylim=(low, high))
+        panel.set_xlim(left=0)
+        panel.grid(alpha=0.3)
+    _draw_shares(panels[4], shares, style)
+    panels[5].axis("off")
+    for contender in study.contenders:
+        note = {"rival": "", "frozen": " (x left alone)", "pooled": " (all data at one client; its end)"}[
+            contender.kind
+        ]
+        panels[5].plot([], [], linewidth=1.6, label=contender.label + note, **style[contender.label])
+    panels[5].legend(loc="center left", frameon=False)
+    seeds = f"median and range over {len(study.seeds)} seeds" if len(study.seeds) > 1 else "one seed"
+    figure.suptitle(
+        f"{study.summary}\n{metric.replace('_', ' ')}: running median of five evaluations, {seeds}", fontsize=11
+    )
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _limits(frame, metric: str) -> tuple[float, float]:
+    """Room for all running medians; of an accuracy at most the upper half, where it tells."""
+    medians = np.concatenate([running_median(run[metric]) for _, run in frame.groupby(["algorithm", "seed"])])
+    low, high = np.nanmin(medians), np.nanquantile(medians, 0.99 if not metric.endswith("accuracy") else 1.0)
+    if metric.endswith("accuracy"):
+        low = max(low, 2 * np.nanmedian(medians) - 1.0, 0.0)
+    pad = 0.04 * (high - low) or 0.01
+    return float(low - pad), float(high + pad)
+
+
+def _band(runs, axis: str, metric: str, count: int = 300):
+    """(grid, median, least, most) over seeds of the running median, as far as every seed goes."""
+    curves = []
+    for _, run in runs.groupby("seed"):
+        run = run.sort_values("iteration")
+        medians = running_median(run[metric])
+        curves.append((run[axis].to_numpy()[len(run) - len(medians) :], medians))
+    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    grid = np.linspace(first, max(last, first), count)
+    values = np.stack([np.interp(grid, x, v) for x, v in curves])
+    return grid, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
+
+
+def _draw_shares(panel, shares, style) -> None:
+    if shares is None:
+        panel.axis("off")
+        return
+    for label, mine in shares.groupby("algorithm", sort=False):
+        curves = [(run["rounds"].to_numpy(), 100 * run["share"].to_numpy()) for _, run in mine.groupby("seed")]
+        grid = np.linspace(0, min(x[-1] for x, _ in curves), 100)
+        middle = np.median([np.interp(grid, x, v) for x, v in curves], axis=0)
+        panel.plot(grid, middle, linewidth=1.6, **style[label])
+    panel.set(xlabel="communication rounds", ylabel="implicit part of the hypergradient, %", ylim=(-3, 103))
+    panel.set_xlim(left=0)
+    panel.grid(alpha=0.3)
