@@ -1,0 +1,165 @@
+"""Studies: the sweep equals single runs, grids are judged by hand-made curves, an interrupted study goes on."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pandas
+import pytest
+
+import fedbilevel as fb
+from fedbilevel.errors import InputError
+from fedbilevel.experiments import catalogue, study, tables
+from fedbilevel.experiments.oracles import oracle_calls
+from fedbilevel.experiments.sweep import points, sweep
+from fedbilevel.tasks import Options
+from fedbilevel.testing import distance, heterogeneous
+
+SMALL = study.Study(
+    "small", "A small study", "ridge", Options(dataset="diabetes", clients=4), None,
+    (
+        study.Contender("AggITD", "aggitd", {"inner_rounds": 2, "truncation": "full"}),
+        study.Contender("FedNest", "fednest", {"inner_rounds": 2, "neumann_terms": 2, "truncation": "full"}),
+        study.Contender("still", "aggitd", {"inner_rounds": 2, "truncation": "full"}, "frozen"),
+        study.Contender("pooled", "aggitd", {"inner_rounds": 2, "truncation": "full"}, "pooled"),
+    ),
+    {"inner_lr": (0.01, 0.1), "hessian_lr": (0.05,), "outer_lr": (0.1, 1.0)},
+    grid_rounds=30, grid_seeds=(10,), rounds=60, seeds=(0, 1), metric="test_error", levels=(0.8, 0.6), goal=0.7,
+    pairs=(("AggITD", "FedNest"),), shares=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cohort", [None, 4])
+def test_a_sweep_gives_what_single_runs_give(cohort):
+    problem, data, x, y = heterogeneous()
+    metrics = {"u": lambda x, y: x["u"][0], "s": lambda x, y: y["deep"]["s"]}
+    grid = points({"inner_lr": (0.02, 0.05), "outer_lr": (0.03, 0.1)})
+    algorithm = fb.AggITD(inner_rounds=2, local_steps=2, outer_steps=2, batch_size=2, hessian_lr=0.1)
+    common = {"key": jax.random.key(3), "engine": fb.Simulation(cohort=cohort), "metrics": metrics}
+    for at_once in (4, 3):
+        curves = sweep(problem, data, algorithm, grid, x, y, rounds=30, at_once=at_once, evaluate_every=2, **common)
+        assert [curve.settings for curve in curves] == grid
+        for curve in curves:
+            alone = dataclasses.replace(algorithm, **curve.settings)
+            history = fb.solve(problem, data, alone, x, y, rounds=30, evaluate_every=2, **common).history
+            assert curve.rounds.tolist() == history.column("rounds").tolist()
+            for name in metrics:
+                assert distance(history.column(name), curve.metrics[name]) < 1e-12
+    assert distance(curves[0].metrics["u"], curves[1].metrics["u"]) > 1e-6  # the step sizes do reach the program
+
+
+def test_a_point_that_blows_up_leaves_the_others_alone():
+    problem, data, x, y = heterogeneous()
+    algorithm = fb.AggITD(inner_rounds=2, hessian_lr=0.1)
+    grid = points({"inner_lr": (0.05, 1e6)})
+    good, bad = sweep(problem, data, algorithm, grid, x, y, rounds=70, key=jax.random.key(0),
+                      metrics={"s": lambda x, y: y["deep"]["s"]})  # fmt: skip
+    assert np.isfinite(good.metrics["s"]).all()
+    assert np.isnan(bad.metrics["s"][-1])
+
+
+def test_runs_are_judged_by_the_median_of_five():
+    rounds = np.arange(8) * 10
+    falling = np.array([1.0, 0.9, 0.6, 0.9, 0.69, 0.69, 0.69, 0.5])
+    assert study.judge(SMALL, rounds, falling) == (60.0, 60.0)  # one lucky evaluation does not count
+    at, score = study.judge(SMALL, rounds, falling + 0.7)
+    assert at == np.inf
+    assert score == pytest.approx(30 * (1 + 0.69 / 0.7))  # how far the last median, 1.39, is from the goal
+    assert study.judge(SMALL, rounds, np.full(8, np.nan))[1] > score
+
+
+def test_oracle_calls_are_those_counted_by_hand():
+    # N = 2: an anchor and two of three local steps evaluate twice; factors for t = 1, 2; d_y f for t = 0, 1, 2
+    full = oracle_calls(fb.AggITD(inner_rounds=2, local_steps=3, truncation="full"))
+    assert full == {"inner_gradient": 10, "hessian_vector": 2, "cross_vector": 1, "outer_gradients": 4, "all": 17}
+    uniform = oracle_calls(fb.AggITD(inner_rounds=2, local_steps=3))
+    assert uniform["hessian_vector"] == pytest.approx(1)  # N - Q on average
+    assert uniform["outer_gradients"] == pytest.approx(2)
+    nest = oracle_calls(fb.FedNest(inner_rounds=2, local_steps=3, neumann_terms=4, truncation="full"))
+    assert nest == {"inner_gradient": 10, "hessian_vector": 4, "cross_vector": 1, "outer_gradients": 2, "all": 17}
+
+
+def test_a_study_runs_goes_on_and_writes_its_tables(tmp_path):
+    folder = tmp_path / "study"
+    study.run(dataclasses.replace(SMALL, seeds=(0,)), folder)
+    before = (folder / "grid.csv").read_text()
+    with pytest.raises(InputError, match="another study"):
+        study.run(SMALL, folder)
+    (folder / "study.json").write_text(json.dumps(SMALL.to_dict()))
+    stamp = (folder / "runs" / "AggITD-0" / "done.json").stat().st_mtime_ns
+    study.run(SMALL, folder)
+    assert (folder / "grid.csv").read_text() == before
+    assert (folder / "runs" / "AggITD-0" / "done.json").stat().st_mtime_ns == stamp
+    files = {file.name for file in tables.write(SMALL, folder)}
+    assert files >= {
+        "history.csv",
+        "levels.csv",
+        "levels.md",
+        "levels.tex",
+        "ratios.csv",
+        "shares.csv",
+        "test_error.png",
+    }
+    history = pandas.read_csv(folder / "history.csv")
+    assert set(history["algorithm"]) == {"AggITD", "FedNest", "still", "pooled"}
+    moved = history[history["algorithm"] == "AggITD"].groupby("seed")["rounds"].max()
+    assert (moved == 56).all()  # the whole iterations of 7 rounds in 60
+    grid = pandas.read_csv(folder / "grid.csv")
+    assert len(grid) == 4 + 4 + 2 + 4
+    best = grid[grid["label"] == "AggITD"].sort_values("score").iloc[0]
+    assert f"inner_lr = {best['inner_lr']}" in (folder / "settings.toml").read_text().split("[")[1]
+    shares = pandas.read_csv(folder / "shares.csv")
+    assert set(shares["algorithm"]) == {"AggITD", "FedNest"}
+    assert (shares["share"] == 1).all()  # the outer loss of ridge does not contain x
+
+
+def test_ratios_are_paired_by_seed():
+    rows = []
+    for label, per, speed in (("AggITD", 7, 0.1), ("FedNest", 9, 0.1)):
+        for seed in (0, 1):
+            for k in range(12):
+                rows.append({"algorithm": label, "seed": seed, "iteration": k, "rounds": per * k * (1 + seed), "kind": "rival",
+                             "test_error": 1 - speed * k, "megabytes_up": k, "oracle_calls": k, "seconds": k})  # fmt: skip
+    frame = pandas.DataFrame(rows)
+    table = tables.ratios_table(SMALL, frame)
+    assert np.allclose(table["ratio"], 7 / 9)
+    assert table["seeds"].tolist() == [2, 2]
+    levels = tables.levels_table(SMALL, frame)
+    first = levels[(levels["algorithm"] == "AggITD") & (levels["level"] == 0.8)].iloc[0]
+    assert (first["rounds_least"], first["rounds"], first["rounds_most"]) == (28, 42, 56)  # median of k = 0..4 is 0.8
+
+
+def test_latex_escapes():
+    assert tables.latex(["a", "b_c"], [["90 %", "1"]]).splitlines()[2:5] == [r"a & b\_c \\", r"\hline", r"90 \% & 1 \\"]
+
+
+def test_every_study_builds_and_has_a_quick_form():
+    for name, full in catalogue.STUDIES.items():
+        small = catalogue.quick(full)
+        assert small.name == name
+        assert small.options.dataset in ("digits", "breast-cancer", "diabetes")
+        json.dumps(full.to_dict())
+        labels = [c.label for c in full.contenders]
+        assert len(set(labels)) == len(labels)
+        for contender in full.contenders:
+            first = {rate: values[0] for rate, values in full.rates(contender).items()}
+            contender.build(first)
+        assert all(one in labels and other in labels for one, other in full.pairs)
+        # a fair comparison: rivals at equal N do equal work
+        assert len(full.grid) == 3
+
+
+def test_the_command_line_refuses_in_one_sentence(fedbilevel, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, sentence in (
+        (["reproduce"], "name a study"),
+        (["reproduce", "mnist-niid", "--out", "x"], "mnist-non-iid"),
+        (["reproduce", "equal-n5"], "--out DIR"),
+        (["reproduce", "equal-n5", "--quick", "--checked-in", "--out", "x"], "leave --quick or --checked-in out"),
+        (["reproduce", "mnist-iid", "--data-dir", "nowhere", "--out", "x"], "nowhere"),
+    ):
+        code, _, errors = fedbilevel(*words)
+        assert (code, sentence in errors, len(errors.strip().splitlines())) == (2, True, 1), errors
+    assert list(tmp_path.iterdir()) == []  # nothing was written
+    assert "equal-n5" in fedbilevel("reproduce", "--list")[1]
