@@ -49,12 +49,17 @@ class ClientRows(eqx.Module):
         examples = self._take(jnp.minimum(place, self.count - 1))
         return Rows(examples, weights, self.count, features=self.features, at=self.at)
 
-    def draw(self, key: Key[Array, ""], stream: Int[Array, ""] | int, size: int) -> Rows:
-        """`size` rows, uniform with replacement: they depend on the key, the stream and the client's own count only."""
+    def draw(self, key: Key[Array, ""], stream: Int[Array, ""] | int, size: int | None) -> Rows:
+        """`size` rows, uniform with replacement: they depend on the key, the stream and the client's own count only.
+
+        None: all rows, with the key of this draw.
+        """
+        own = jax.random.fold_in(key, stream)
+        if size is None:
+            return dataclasses.replace(self.all(), key=own)
         place = random_below(key, stream, jnp.broadcast_to(self.count, (size,)))
         weights = jnp.full((size,), self.scale / size)
         features = jax.tree.map(lambda leaf: leaf.at[place].get(mode="promise_in_bounds"), self.features)
-        own = jax.random.fold_in(key, stream)
         return Rows(self._take(place), weights, jnp.asarray(size, jnp.int32), own, features, self.at)
 
     def with_features(self, problem: Problem, x: PyTree) -> ClientRows:

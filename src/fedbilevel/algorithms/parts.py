@@ -63,6 +63,11 @@ def hypergradient(problem: Problem, x: PyTree, y: PyTree, v: PyTree, inner: Rows
     return optax.tree.sub(direct, problem.cross_vector(x, y, v, inner))
 
 
+def one_cohort(fed: Federation, same: bool) -> Any:
+    """The clients of a group of exchanges, as `fed.average(cohort=...)` takes them; None: fresh ones each time, or all."""
+    return fed.draw_cohort() if same and fed.cohort_size < fed.clients else None
+
+
 class Settings(AutoStep):
     """The settings that all algorithms here share, documented at each."""
 
@@ -75,6 +80,7 @@ class Settings(AutoStep):
     batch_size: int | None = count(None)
     truncation: Any = eqx.field(default="uniform", converter=Truncation)
     skip_idle_rounds: bool = option(False)
+    same_cohort: bool = option(False)
 
 
 class LowerLoop(Algorithm):
@@ -97,6 +103,7 @@ class CorrectedLower(LowerLoop):
     local_steps: eqx.AbstractVar[int]
     batch_size: eqx.AbstractVar[int | None]
     skip_idle_rounds: eqx.AbstractVar[bool]
+    same_cohort: eqx.AbstractVar[bool]
 
     def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """FedSVRG steps on y around the mean gradient q at y."""
@@ -104,11 +111,11 @@ class CorrectedLower(LowerLoop):
         gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
         return fedsvrg(gradient, y, q, self.inner_lr, self.local_steps)
 
-    def lower_round(self, fed: Federation, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
+    def lower_round(self, fed: Federation, x: PyTree, y: PyTree, q: PyTree, cohort: Any = None) -> PyTree:
         """The round that follows the anchor round; with one local step nothing is left for the clients to add."""
         if self.skip_idle_rounds and self.local_steps == 1:
             return descend(y, self.inner_lr, q)
-        return fed.average(self.lower, x, y, q)
+        return fed.average(self.lower, x, y, q, cohort=cohort)
 
     def gradient(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """d_y g_i."""
@@ -118,8 +125,9 @@ class CorrectedLower(LowerLoop):
         """`inner_rounds` times an anchor round and a round of local steps."""
 
         def turn(t, y):
-            q = fed.average(self.gradient, x, y)
-            return self.lower_round(fed, x, y, q)
+            cohort = one_cohort(fed, self.same_cohort)
+            q = fed.average(self.gradient, x, y, cohort=cohort)
+            return self.lower_round(fed, x, y, q, cohort)
 
         return fed.repeat(self.inner_rounds, turn, y)
 
@@ -152,16 +160,17 @@ class CorrectedUpper(Algorithm):
     skip_idle_rounds: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
-    def estimate_parts(self, fed: Federation, state: State) -> tuple[PyTree, PyTree, Any, State]:
-        """(h, v such that h = d_x f - d2_xy g v, how much the Hessian factors stretched, the state but for a new x)."""
+    def estimate_parts(self, fed: Federation, state: State) -> tuple[PyTree, PyTree, Any, State, Any]:
+        """(h, v such that h = d_x f - d2_xy g v, how much the Hessian factors stretched, the state but for a new x,
+        and the clients of the upper round, None for fresh ones)."""
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
-        h, v, stretched, after = self.estimate_parts(fed, state)
-        x = self.upper_round(fed, state.x, after.y, v, h)
+        h, v, stretched, after, cohort = self.estimate_parts(fed, state)
+        x = self.upper_round(fed, state.x, after.y, v, h, cohort)
         return keeping(x, after.y, kept_in(after)), Info(norm(h), stretched)
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-        h, _, _, after = self.estimate_parts(fed, self.init(x, y))
+        h, _, _, after, _ = self.estimate_parts(fed, self.init(x, y))
         return h, after.y
 
     def hypergradient(self, client: Client, x: PyTree, y: PyTree, v: PyTree, draw: Any = 0) -> PyTree:
@@ -173,11 +182,11 @@ class CorrectedUpper(Algorithm):
         """FedSVRG steps on x around the mean hypergradient h at x, with y and v fixed."""
         return fedsvrg(lambda z, s: self.hypergradient(client, z, y, v, s), x, h, self.outer_lr, self.outer_steps)
 
-    def upper_round(self, fed: Federation, x: PyTree, y: PyTree, v: PyTree, h: PyTree) -> PyTree:
+    def upper_round(self, fed: Federation, x: PyTree, y: PyTree, v: PyTree, h: PyTree, cohort: Any) -> PyTree:
         """The iteration's last round; with one step nothing is left for the clients to add."""
         if self.skip_idle_rounds and self.outer_steps == 1:
             return descend(x, self.outer_lr, h)
-        return fed.average(self.upper, x, y, v, h)
+        return fed.average(self.upper, x, y, v, h, cohort=cohort)
 
 
 class NeumannFields(Settings, LowerLoop):
