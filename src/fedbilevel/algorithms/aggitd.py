@@ -20,8 +20,8 @@ and lower error map P:   E[v] - v* = -M^{N+1} v* + lam sum_{q=0}^{N} M^{N-q} A P
 The vector r is answered by the clients that also answer q, which moves y: on a non-quadratic g that leaves a bias of
 order inner_lr * hessian_lr (a few per cent in a toy problem, whatever N), with sampled clients or rows only.
 
-`same_cohort` asks one cohort in all exchanges of an iteration: the same rounds and bytes, and in simulation less work where
-a problem has features; but factors of one cohort are not independent, which leaves a bias that does not shrink with N.
+`same_cohort` asks one cohort in all exchanges of an iteration. Rounds and bytes stay the same; but factors of one cohort are
+not independent, which leaves a bias that does not shrink with N.
 
 `truncation="full"` (ours) sums all terms by Horner's rule in the same rounds, without the variance of Q:
 z_t = z_{t-1} - lam (H_t z_{t-1} - d_y f(x, y^t)), z_{-1} = 0, and v = z_N; about twice the Hessian-vector products.

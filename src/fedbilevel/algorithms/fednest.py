@@ -15,9 +15,9 @@ ICML 2022, arXiv 2205.02215. With T = `inner_rounds`, N = `neumann_terms`, lam =
 average 2T+(N+5)/2. `truncation="full"`: v = lam sum_{n=0}^{N} p_n; 2T+N+3 rounds, which is what the paper publishes and its
 code counts. FedNest-SGD saves T of them. (The public code differs from the paper; this is the paper.)
 
-`same_cohort` (as in the public code): the two exchanges of a lower turn ask one cohort, and all exchanges from vector_start on
-ask another one. The same rounds and bytes, and in simulation less work where a problem has features; but factors of one cohort
-are not independent: the estimate is biased, and more terms do not help.
+`same_cohort` (as in the public code): the two exchanges of a lower turn ask one cohort, and all exchanges from vector_start
+on ask another one. Rounds and bytes stay the same; but factors of one cohort are not independent: the estimate is biased,
+and more terms do not help.
 
 Floats per client, with K = N' or N: down T (2 dx + 3 dy) + (dx+dy) + (K+1)(dx+2 dy) + 2 dx+2 dy, up (2T+1+K) dy + 2 dx.
 FedNest-SGD: down T (dx+dy) and up T dy in place of the first terms.

@@ -38,15 +38,19 @@ def local_descent(gradient: Gradient, start: PyTree, lr: Any, steps: int) -> PyT
     return jax.lax.fori_loop(0, steps, lambda s, z: descend(z, lr, gradient(z, s)), start)
 
 
-def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Any, steps: int) -> PyTree:
-    """`steps` corrected steps z <- z - lr [gradient(z; rows) - gradient(anchor; same rows) + mean_gradient].
+def fedsvrg(
+    gradient: Callable[[PyTree, Any], PyTree], draw: Callable[[Any], Any], anchor: PyTree, mean_gradient: PyTree,
+    lr: Any, steps: int,
+) -> PyTree:  # fmt: skip
+    """`steps` corrected steps z <- z - lr [gradient(z, rows) - gradient(anchor, rows) + mean_gradient], rows = draw(step).
 
     The correction removes the clients' drift: the fixed point is the global one for any number of steps. At the
     first step z is the anchor and the two local gradients cancel, so it is taken without evaluating them.
     """
 
     def corrected(s, z):
-        drift = optax.tree.sub(gradient(z, s), gradient(anchor, s))
+        rows = draw(s)
+        drift = optax.tree.sub(gradient(z, rows), gradient(anchor, rows))
         return descend(z, lr, optax.tree.add(drift, mean_gradient))
 
     return jax.lax.fori_loop(1, steps, corrected, descend(anchor, lr, mean_gradient))
@@ -108,8 +112,8 @@ class CorrectedLower(LowerLoop):
     def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """FedSVRG steps on y around the mean gradient q at y."""
         rows = client.batches("inner", self.batch_size, self.local_steps - 1, at=x)  # the first step needs none
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
-        return fedsvrg(gradient, y, q, self.inner_lr, self.local_steps)
+        gradient = lambda z, drawn: client.problem.inner_gradient(x, z, drawn)
+        return fedsvrg(gradient, rows, y, q, self.inner_lr, self.local_steps)
 
     def lower_round(self, fed: Federation, x: PyTree, y: PyTree, q: PyTree, cohort: Any = None) -> PyTree:
         """The round that follows the anchor round; with one local step nothing is left for the clients to add."""
@@ -173,14 +177,17 @@ class CorrectedUpper(Algorithm):
         h, _, _, after, _ = self.estimate_parts(fed, self.init(x, y))
         return h, after.y
 
-    def hypergradient(self, client: Client, x: PyTree, y: PyTree, v: PyTree, draw: Any = 0) -> PyTree:
+    def hypergradient(self, client: Client, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
         """h_i(x) = d_x f_i - d2_xy g_i v."""
-        inner, outer = (client.batch(level, self.batch_size, draw) for level in ("inner", "outer"))
-        return hypergradient(client.problem, x, y, v, inner, outer)
+        return hypergradient(client.problem, x, y, v, *self._rows(client, 0))
 
     def upper(self, client: Client, x: PyTree, y: PyTree, v: PyTree, h: PyTree) -> PyTree:
         """FedSVRG steps on x around the mean hypergradient h at x, with y and v fixed."""
-        return fedsvrg(lambda z, s: self.hypergradient(client, z, y, v, s), x, h, self.outer_lr, self.outer_steps)
+        along = lambda z, rows: hypergradient(client.problem, z, y, v, *rows)
+        return fedsvrg(along, lambda s: self._rows(client, s), x, h, self.outer_lr, self.outer_steps)
+
+    def _rows(self, client, draw):
+        return tuple(client.batch(level, self.batch_size, draw) for level in ("inner", "outer"))
 
     def upper_round(self, fed: Federation, x: PyTree, y: PyTree, v: PyTree, h: PyTree, cohort: Any) -> PyTree:
         """The iteration's last round; with one step nothing is left for the clients to add."""
