@@ -31,6 +31,7 @@ class Corrected(CorrectedLower):
     local_steps: int = fb.count(5)
     batch_size: int | None = fb.count(None)
     skip_idle_rounds: bool = fb.option(False)
+    same_cohort: bool = fb.option(False)
 
     def step(self, fed, state):
         return fb.State(state.x, self.lower_loop(fed, state.x, state.y)), {}

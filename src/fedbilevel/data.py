@@ -49,12 +49,17 @@ class ClientRows(eqx.Module):
         examples = self._take(jnp.minimum(place, self.count - 1))
         return Rows(examples, weights, self.count, features=self.features, at=self.at)
 
-    def draw(self, key: Key[Array, ""], stream: Int[Array, ""] | int, size: int) -> Rows:
-        """`size` rows, uniform with replacement: they depend on the key, the stream and the client's own count only."""
+    def draw(self, key: Key[Array, ""], stream: Int[Array, ""] | int, size: int | None) -> Rows:
+        """`size` rows, uniform with replacement: they depend on the key, the stream and the client's own count only.
+
+        None: all rows, with the key of this draw.
+        """
+        own = jax.random.fold_in(key, stream)
+        if size is None:
+            return dataclasses.replace(self.all(), key=own)
         place = random_below(key, stream, jnp.broadcast_to(self.count, (size,)))
         weights = jnp.full((size,), self.scale / size)
         features = jax.tree.map(lambda leaf: leaf.at[place].get(mode="promise_in_bounds"), self.features)
-        own = jax.random.fold_in(key, stream)
         return Rows(self._take(place), weights, jnp.asarray(size, jnp.int32), own, features, self.at)
 
     def with_features(self, problem: Problem, x: PyTree) -> ClientRows:
@@ -140,28 +145,8 @@ class FederatedData(eqx.Module):
             InputError: no or different numbers of clients, an empty client, clients of other structure, shapes or
                 dtypes, leaves of unequal length, NaN or infinite values, or unusable weights.
         """
-        check(len(inner) > 0, "there are no clients: pass one pytree of arrays per client.")
-        check(
-            len(inner) == len(outer),
-            f"every client needs rows at both levels; got {len(inner)} inner and {len(outer)} outer data sets.",
-        )
-        one, other = _flatten(inner, "inner"), _flatten(outer, "outer")
-        p_inner, p_outer = _weights(weights, one.counts, other.counts)
-        m = len(inner)
-        uniform = weights is None
-        scale = np.ones(m) if uniform else p_outer / p_inner
-        as_level = lambda level, scale: Level(
-            jax.tree.map(jnp.asarray, level.rows),
-            jnp.asarray(level.offsets, jnp.int32),
-            jnp.asarray(level.counts, jnp.int32),
-            jnp.asarray(scale, jnp.result_type(float)),
-            int(level.counts.max()),
-        )
-        return cls(
-            as_level(one, np.ones(m)),
-            as_level(other, scale),
-            None if uniform else jnp.asarray(p_inner, jnp.result_type(float)),
-        )
+        whole = lambda clients: [(rows, slice(None)) for rows in clients]
+        return cls._join(whole(inner), whole(outer), weights)
 
     @classmethod
     def split(
@@ -190,9 +175,34 @@ class FederatedData(eqx.Module):
             check(count >= 2, f"client {index} has {count} rows, but a split needs at least 2: one for each level.")
             order = generator(jax.random.fold_in(key, index)).permutation(count)
             held = min(max(round(outer * count), 1), count - 1)
-            outside.append(jax.tree.map(lambda a, o=order[:held]: a[o], rows))
-            inside.append(jax.tree.map(lambda a, o=order[held:]: a[o], rows))
-        return cls.stack(inside, outside, weights)
+            outside.append((rows, order[:held]))
+            inside.append((rows, order[held:]))
+        return cls._join(inside, outside, weights)
+
+    @classmethod
+    def _join(cls, inner: Sequence[_Part], outer: Sequence[_Part], weights) -> FederatedData:
+        check(len(inner) > 0, "there are no clients: pass one pytree of arrays per client.")
+        check(
+            len(inner) == len(outer),
+            f"every client needs rows at both levels; got {len(inner)} inner and {len(outer)} outer data sets.",
+        )
+        one, other = _flatten(inner, "inner"), _flatten(outer, "outer")
+        p_inner, p_outer = _weights(weights, one.counts, other.counts)
+        m = len(inner)
+        uniform = weights is None
+        scale = np.ones(m) if uniform else p_outer / p_inner
+        as_level = lambda level, scale: Level(
+            level.rows,
+            jnp.asarray(level.offsets, jnp.int32),
+            jnp.asarray(level.counts, jnp.int32),
+            jnp.asarray(scale, jnp.result_type(float)),
+            int(level.counts.max()),
+        )
+        return cls(
+            as_level(one, np.ones(m)),
+            as_level(other, scale),
+            None if uniform else jnp.asarray(p_inner, jnp.result_type(float)),
+        )
 
 
 def random_below(key: Key[Array, ""], stream: Int[Array, ""] | int, bounds: Int[Array, " n"]) -> Int[Array, " n"]:
@@ -215,6 +225,9 @@ def generator(key: Key[Array, ""]) -> np.random.Generator:
     return np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint32))
 
 
+_Part = tuple[PyTree, "slice | np.ndarray"]  # a client's rows, and which of them
+
+
 class _Flat:
     def __init__(self, rows: PyTree, counts: np.ndarray):
         self.rows, self.counts = rows, counts
@@ -231,17 +244,18 @@ def _length(rows: PyTree, client: int, level: str) -> int:
     return len(leaves[0])
 
 
-def _flatten(clients: Sequence[PyTree], level: LevelName) -> _Flat:
-    clients = [jax.tree.map(np.asarray, rows) for rows in clients]
-    counts = np.array([_length(rows, index, level) for index, rows in enumerate(clients)])
+def _flatten(clients: Sequence[_Part], level: LevelName) -> _Flat:
+    """The chosen rows of every client, side by side; each is copied once, straight to its place."""
+    clients = [(jax.tree.map(np.asarray, rows), chosen) for rows, chosen in clients]
+    counts = np.array([len(np.arange(_length(rows, i, level))[chosen]) for i, (rows, chosen) in enumerate(clients)])
     for index in np.flatnonzero(counts == 0):
         check(False, f"client {index} has no {level} rows: leave it out, or give it at least one row.")
     check(counts.sum() < 2**31, f"{counts.sum()} {level} rows are more than this version can index (2**31 - 1).")
-    first = _signature(clients[0])
-    for index, rows in enumerate(clients):
+    first = clients[0][0]
+    for index, (rows, _) in enumerate(clients):
         check(
-            _signature(rows) == first,
-            f"client {index} has other {level} data than client 0: {describe(rows)} against {describe(clients[0])} "
+            _signature(rows) == _signature(first),
+            f"client {index} has other {level} data than client 0: {describe(rows)} against {describe(first)} "
             f"(only the number of rows may differ).",
         )
         for leaf in jax.tree.leaves(rows):
@@ -249,7 +263,15 @@ def _flatten(clients: Sequence[PyTree], level: LevelName) -> _Flat:
                 not np.issubdtype(leaf.dtype, np.inexact) or np.isfinite(leaf).all(),
                 f"client {index} has NaN or infinite values in its {level} rows: clean or drop them first.",
             )
-    return _Flat(jax.tree.map(lambda *leaves: np.concatenate(leaves), *clients), counts)
+    ends = np.cumsum(counts)
+
+    def side_by_side(*leaves):
+        flat = np.empty((ends[-1], *leaves[0].shape[1:]), leaves[0].dtype)
+        for leaf, (_, chosen), count, end in zip(leaves, clients, counts, ends, strict=True):
+            flat[end - count : end] = leaf[chosen]
+        return jnp.asarray(flat)
+
+    return _Flat(jax.tree.map(side_by_side, *[rows for rows, _ in clients]), counts)
 
 
 def _signature(rows: PyTree):

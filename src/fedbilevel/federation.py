@@ -85,9 +85,7 @@ class Client(eqx.Module):
             size is None or size >= 1, f"client.batch needs a size of at least 1, or None for all rows; got {size!r}."
         )
         rows = self.rows[place]
-        if size is None:
-            return rows.all()
-        if size < rows.most:
+        if size is not None and size < rows.most:
             rows = rows.without_features()  # a few rows: gathering them from all would compute more than they need
         return rows.draw(self.key, 2 * draw + place, size)
 
@@ -106,7 +104,7 @@ class Client(eqx.Module):
             return lambda draw: self.batch(level, size, draw)
         if size is None or draws * size >= rows.most:
             rows = rows.with_features(problem, at)
-            return lambda draw: rows.all() if size is None else rows.draw(self.key, 2 * draw + place, size)
+            return lambda draw: rows.draw(self.key, 2 * draw + place, size)
 
         def some(draw):
             drawn = self.batch(level, size, draw)

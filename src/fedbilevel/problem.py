@@ -31,7 +31,8 @@ class Rows(eqx.Module):
         weights: (rows,) the weight of each row; they sum to one (times the client's outer weight, where that is not
             its inner one), and are zero on padding.
         count: () int32, how many of the rows are real.
-        key: the random key of this draw, for a loss that is random itself (dropout): its own oracles may use it.
+        key: the random key of this draw, minibatch or all rows, for a loss that is random itself (dropout): oracles of
+            its own may use it. None for rows that no exchange drew.
         features, at: `Problem.features` of each row and the x they were computed at, or None where they were not.
     """
 

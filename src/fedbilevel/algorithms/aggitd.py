@@ -20,6 +20,9 @@ and lower error map P:   E[v] - v* = -M^{N+1} v* + lam sum_{q=0}^{N} M^{N-q} A P
 The vector r is answered by the clients that also answer q, which moves y: on a non-quadratic g that leaves a bias of
 order inner_lr * hessian_lr (a few per cent in a toy problem, whatever N), with sampled clients or rows only.
 
+`same_cohort` asks one cohort in all exchanges of an iteration. Rounds and bytes stay the same; but factors of one cohort are
+not independent, which leaves a bias that does not shrink with N.
+
 `truncation="full"` (ours) sums all terms by Horner's rule in the same rounds, without the variance of Q:
 z_t = z_{t-1} - lam (H_t z_{t-1} - d_y f(x, y^t)), z_{-1} = 0, and v = z_N; about twice the Hessian-vector products.
 
@@ -55,7 +58,7 @@ from ..algorithm import option
 from ..errors import check
 from ..federation import Client, Reply, When
 from .curvature import keeping
-from .parts import CorrectedLower, CorrectedUpper, Settings, descend, growth, hessian_factor, norm
+from .parts import CorrectedLower, CorrectedUpper, Settings, descend, growth, hessian_factor, norm, one_cohort
 
 
 class AggITD(Settings, CorrectedLower, CorrectedUpper):
@@ -73,6 +76,7 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
         truncation: "uniform" (the paper's random Q), "full" (all terms summed), or an int that fixes Q in 0..N (a
             test device: its mean over Q is the estimator, a single one is not).
         skip_idle_rounds: leave out rounds in which one local step adds nothing.
+        same_cohort: one cohort for all exchanges of an iteration, instead of a fresh one for each; biased, see above.
         warm_start_v, one_round, independent_cohorts: ours, see above.
     """
 
@@ -82,6 +86,8 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
 
     def __check_init__(self):
         self.truncation.check_range("AggITD", self.inner_rounds)
+        apart = not (self.same_cohort and self.independent_cohorts)
+        check(apart, "AggITD takes same_cohort or independent_cohorts, for they contradict each other: use one.")
         good = self.truncation.full or not self.warm_start_v
         check(good, "AggITD(warm_start_v=True) goes on with the last sum of all terms: add truncation='full'.")
 
@@ -97,13 +103,14 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
             good = not fed.weighted or fed.cohort_size == fed.clients
             check(good, "AggITD(one_round=True) with weighted clients needs all of them: leave cohort= out.")
         lam, kept = self.hessian_step(fed, state)
+        cohort = one_cohort(fed, self.same_cohort)
         x, N, full = state.x, self.inner_rounds, self.truncation.full
         Q = jnp.zeros((), jnp.int32) if full else self.truncation.draw(fed, N)
         exists = lambda t: True if self.warm_start_v else t > Q  # r^{t-1}; and r^t from Q on
 
         def turn(t, loop):
             y, control, r, last, first = loop
-            moved, control, new = self._turn(fed, x, y, control, fed.when(exists(t), r), t >= Q, lam)
+            moved, control, new = self._turn(fed, x, y, control, fed.when(exists(t), r), t >= Q, lam, cohort)
             last, first = self._measure(r, new, last, first, t == Q)
             return moved, control, new, last, first
 
@@ -111,29 +118,30 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
         r = kept["v"] if self.warm_start_v else optax.tree.zeros_like(state.y)
         loop = (state.y, kept.get("control"), r, zero, zero)
         y, control, r, last, first = fed.repeat(N, turn, loop)
-        new = fed.average(self.vector, x, y, fed.when(exists(N), r), lam)
+        new = fed.average(self.vector, x, y, fed.when(exists(N), r), lam, cohort=cohort)
         last, first = self._measure(r, new, last, first, jnp.asarray(N) == Q)
         v = new if full else optax.tree.scale(self.lam(lam) * (N + 1), new)
-        h = fed.average(self.hypergradient, x, y, v)
+        h = fed.average(self.hypergradient, x, y, v, cohort=cohort)
         kept = {**kept} | ({"v": v} if self.warm_start_v else {}) | ({"control": control} if self.one_round else {})
-        return h, v, growth(last, first), keeping(x, y, kept)
+        return h, v, growth(last, first), keeping(x, y, kept), cohort
 
-    def _turn(self, fed, x, y, control, r, now, lam):
+    def _turn(self, fed, x, y, control, r, now, lam, cohort):
         """One turn of the lower loop: (the next y, the next control variate, r^t if `now`)."""
         apart = lambda: fed.average(self.vector_apart, fed.when(now, (x, y)), r, lam, replies=(now,), beside=True)
         if self.one_round:
             if self.independent_cohorts:
-                (step, change), new = fed.average(self.corrected, x, y, control), apart()
+                (step, change), new = fed.average(self.corrected, x, y, control, cohort=cohort), apart()
             else:
                 message = (x, y, control, r, lam)
-                step, change, new = fed.average(self.corrected_anchor, *message, replies=(True, True, now))
+                sent = (True, True, now)
+                step, change, new = fed.average(self.corrected_anchor, *message, replies=sent, cohort=cohort)
             control = optax.tree.add_scale(control, fed.cohort_size / fed.clients, change)
             return optax.tree.add(y, step), control, new
         if self.independent_cohorts:
-            q, new = fed.average(self.gradient, x, y), apart()
+            q, new = fed.average(self.gradient, x, y, cohort=cohort), apart()
         else:
-            q, new = fed.average(self.anchor, x, y, r, lam, replies=(True, now))
-        return self.lower_round(fed, x, y, q), control, new
+            q, new = fed.average(self.anchor, x, y, r, lam, replies=(True, now), cohort=cohort)
+        return self.lower_round(fed, x, y, q, cohort), control, new
 
     def _measure(self, r, new, last, first, starting):
         """Norms of the latest and of the first vector that Hessian factors act on ("full": of Horner's increments)."""

@@ -38,15 +38,19 @@ def local_descent(gradient: Gradient, start: PyTree, lr: Any, steps: int) -> PyT
     return jax.lax.fori_loop(0, steps, lambda s, z: descend(z, lr, gradient(z, s)), start)
 
 
-def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Any, steps: int) -> PyTree:
-    """`steps` corrected steps z <- z - lr [gradient(z; rows) - gradient(anchor; same rows) + mean_gradient].
+def fedsvrg(
+    gradient: Callable[[PyTree, Any], PyTree], draw: Callable[[Any], Any], anchor: PyTree, mean_gradient: PyTree,
+    lr: Any, steps: int,
+) -> PyTree:  # fmt: skip
+    """`steps` corrected steps z <- z - lr [gradient(z, rows) - gradient(anchor, rows) + mean_gradient], rows = draw(step).
 
     The correction removes the clients' drift: the fixed point is the global one for any number of steps. At the
     first step z is the anchor and the two local gradients cancel, so it is taken without evaluating them.
     """
 
     def corrected(s, z):
-        drift = optax.tree.sub(gradient(z, s), gradient(anchor, s))
+        rows = draw(s)
+        drift = optax.tree.sub(gradient(z, rows), gradient(anchor, rows))
         return descend(z, lr, optax.tree.add(drift, mean_gradient))
 
     return jax.lax.fori_loop(1, steps, corrected, descend(anchor, lr, mean_gradient))
@@ -63,6 +67,11 @@ def hypergradient(problem: Problem, x: PyTree, y: PyTree, v: PyTree, inner: Rows
     return optax.tree.sub(direct, problem.cross_vector(x, y, v, inner))
 
 
+def one_cohort(fed: Federation, same: bool) -> Any:
+    """The clients of a group of exchanges, as `fed.average(cohort=...)` takes them; None: fresh ones each time, or all."""
+    return fed.draw_cohort() if same and fed.cohort_size < fed.clients else None
+
+
 class Settings(AutoStep):
     """The settings that all algorithms here share, documented at each."""
 
@@ -75,6 +84,7 @@ class Settings(AutoStep):
     batch_size: int | None = count(None)
     truncation: Any = eqx.field(default="uniform", converter=Truncation)
     skip_idle_rounds: bool = option(False)
+    same_cohort: bool = option(False)
 
 
 class LowerLoop(Algorithm):
@@ -97,18 +107,19 @@ class CorrectedLower(LowerLoop):
     local_steps: eqx.AbstractVar[int]
     batch_size: eqx.AbstractVar[int | None]
     skip_idle_rounds: eqx.AbstractVar[bool]
+    same_cohort: eqx.AbstractVar[bool]
 
     def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """FedSVRG steps on y around the mean gradient q at y."""
         rows = client.batches("inner", self.batch_size, self.local_steps - 1, at=x)  # the first step needs none
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
-        return fedsvrg(gradient, y, q, self.inner_lr, self.local_steps)
+        gradient = lambda z, drawn: client.problem.inner_gradient(x, z, drawn)
+        return fedsvrg(gradient, rows, y, q, self.inner_lr, self.local_steps)
 
-    def lower_round(self, fed: Federation, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
+    def lower_round(self, fed: Federation, x: PyTree, y: PyTree, q: PyTree, cohort: Any = None) -> PyTree:
         """The round that follows the anchor round; with one local step nothing is left for the clients to add."""
         if self.skip_idle_rounds and self.local_steps == 1:
             return descend(y, self.inner_lr, q)
-        return fed.average(self.lower, x, y, q)
+        return fed.average(self.lower, x, y, q, cohort=cohort)
 
     def gradient(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """d_y g_i."""
@@ -118,8 +129,9 @@ class CorrectedLower(LowerLoop):
         """`inner_rounds` times an anchor round and a round of local steps."""
 
         def turn(t, y):
-            q = fed.average(self.gradient, x, y)
-            return self.lower_round(fed, x, y, q)
+            cohort = one_cohort(fed, self.same_cohort)
+            q = fed.average(self.gradient, x, y, cohort=cohort)
+            return self.lower_round(fed, x, y, q, cohort)
 
         return fed.repeat(self.inner_rounds, turn, y)
 
@@ -152,32 +164,36 @@ class CorrectedUpper(Algorithm):
     skip_idle_rounds: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
-    def estimate_parts(self, fed: Federation, state: State) -> tuple[PyTree, PyTree, Any, State]:
-        """(h, v such that h = d_x f - d2_xy g v, how much the Hessian factors stretched, the state but for a new x)."""
+    def estimate_parts(self, fed: Federation, state: State) -> tuple[PyTree, PyTree, Any, State, Any]:
+        """(h, v such that h = d_x f - d2_xy g v, how much the Hessian factors stretched, the state but for a new x,
+        and the clients of the upper round, None for fresh ones)."""
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
-        h, v, stretched, after = self.estimate_parts(fed, state)
-        x = self.upper_round(fed, state.x, after.y, v, h)
+        h, v, stretched, after, cohort = self.estimate_parts(fed, state)
+        x = self.upper_round(fed, state.x, after.y, v, h, cohort)
         return keeping(x, after.y, kept_in(after)), Info(norm(h), stretched)
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-        h, _, _, after = self.estimate_parts(fed, self.init(x, y))
+        h, _, _, after, _ = self.estimate_parts(fed, self.init(x, y))
         return h, after.y
 
-    def hypergradient(self, client: Client, x: PyTree, y: PyTree, v: PyTree, draw: Any = 0) -> PyTree:
+    def hypergradient(self, client: Client, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
         """h_i(x) = d_x f_i - d2_xy g_i v."""
-        inner, outer = (client.batch(level, self.batch_size, draw) for level in ("inner", "outer"))
-        return hypergradient(client.problem, x, y, v, inner, outer)
+        return hypergradient(client.problem, x, y, v, *self._rows(client, 0))
 
     def upper(self, client: Client, x: PyTree, y: PyTree, v: PyTree, h: PyTree) -> PyTree:
         """FedSVRG steps on x around the mean hypergradient h at x, with y and v fixed."""
-        return fedsvrg(lambda z, s: self.hypergradient(client, z, y, v, s), x, h, self.outer_lr, self.outer_steps)
+        along = lambda z, rows: hypergradient(client.problem, z, y, v, *rows)
+        return fedsvrg(along, lambda s: self._rows(client, s), x, h, self.outer_lr, self.outer_steps)
 
-    def upper_round(self, fed: Federation, x: PyTree, y: PyTree, v: PyTree, h: PyTree) -> PyTree:
+    def _rows(self, client, draw):
+        return tuple(client.batch(level, self.batch_size, draw) for level in ("inner", "outer"))
+
+    def upper_round(self, fed: Federation, x: PyTree, y: PyTree, v: PyTree, h: PyTree, cohort: Any) -> PyTree:
         """The iteration's last round; with one step nothing is left for the clients to add."""
         if self.skip_idle_rounds and self.outer_steps == 1:
             return descend(x, self.outer_lr, h)
-        return fed.average(self.upper, x, y, v, h)
+        return fed.average(self.upper, x, y, v, h, cohort=cohort)
 
 
 class NeumannFields(Settings, LowerLoop):

@@ -65,6 +65,10 @@ class Simulation(Engine):
 
 
 class _Simulated(Execution):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self._compiled: set[Any] = set()  # the structures of the algorithms that have run
+
     def start(self, algorithm, state):
         one = client_state(algorithm, state)
         many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.data.clients, *leaf.shape)), one)
@@ -73,7 +77,7 @@ class _Simulated(Execution):
     def advance(self, algorithm, carry, iterations, limit):
         rounds, down, up, infos, seconds = [], [], [], [], 0.0
         finite, left = True, iterations
-        self._run(algorithm, carry, 0, limit)  # compiles, if need be, and runs nothing
+        self._compile(algorithm, carry, limit)
         while left > 0 and finite:
             asked = min(left, _CAPACITY)
             begin = time.perf_counter()
@@ -106,6 +110,14 @@ class _Simulated(Execution):
         ledgers = [self.ledger({path: count[k] for path, count in counts.items()}, asked) for k in range(done.shape[0])]
         rounds, down, up = (np.array([ledger[i] for ledger in ledgers], object) for i in range(3))
         return Carry(state, client_state, carry.iteration + asked), rounds, down, up, np.asarray(done)
+
+    def _compile(self, algorithm, carry, limit):
+        """Compile, if need be, so that it is not timed."""
+        leaves, structure = jax.tree.flatten(as_leaves(algorithm))
+        kind = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        if kind not in self._compiled:
+            jax.block_until_ready(self._run(algorithm, carry, 0, limit))  # no iterations
+            self._compiled.add(kind)
 
     def _run(self, algorithm, carry, iterations, limit, program=None):
         layout = tuple(sorted((path, site.flags) for path, site in self.protocol.sites.items()))
