@@ -91,7 +91,7 @@ def bare(alg, x, y, Q, turns, final):
         q = over(lambda rows: PROBLEM.inner_gradient(x, y, rows), q_rows)
         r = vector(t, y, r, r_rows, outer)
         local = lambda rows: fedsvrg(
-            lambda z, s: PROBLEM.inner_gradient(x, z, at(rows, s)), y, q, alg.inner_lr, alg.local_steps
+            lambda s: lambda z: PROBLEM.inner_gradient(x, z, at(rows, s)), y, q, alg.inner_lr, alg.local_steps
         )
         return over(local, swap(steps)), r
 
@@ -100,7 +100,7 @@ def bare(alg, x, y, Q, turns, final):
     v = jax.tree.map(lambda a: lam * (N + 1) * a, vector(N, y, r, inner, outer))
     h = over(lambda i, o: hypergradient(PROBLEM, x, y, v, i, o), h_inner, h_outer)
     move = lambda i, o: fedsvrg(
-        lambda z, s: hypergradient(PROBLEM, z, y, v, at(i, s), at(o, s)), x, h, alg.outer_lr, alg.outer_steps
+        lambda s: lambda z: hypergradient(PROBLEM, z, y, v, at(i, s), at(o, s)), x, h, alg.outer_lr, alg.outer_steps
     )
     return over(move, swap(u_inner), swap(u_outer)), y
 

@@ -20,7 +20,7 @@ from ..federation import Client, Federation
 from ..problem import Problem, Rows
 from .curvature import AutoStep, keeping, kept_in
 
-Gradient = Callable[[PyTree, Any], PyTree]  # (point, draw number) -> gradient there, on the rows of that draw
+Gradient = Callable[[Any], Callable[[PyTree], PyTree]]  # draw number -> (point -> gradient there, on that draw's rows)
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:
@@ -35,7 +35,7 @@ def descend(point: PyTree, lr: Any, gradient: PyTree) -> PyTree:
 
 def local_descent(gradient: Gradient, start: PyTree, lr: Any, steps: int) -> PyTree:
     """`steps` plain steps z <- z - lr gradient(z; fresh rows)."""
-    return jax.lax.fori_loop(0, steps, lambda s, z: descend(z, lr, gradient(z, s)), start)
+    return jax.lax.fori_loop(0, steps, lambda s, z: descend(z, lr, gradient(s)(z)), start)
 
 
 def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Any, steps: int) -> PyTree:
@@ -46,10 +46,16 @@ def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Any, 
     """
 
     def corrected(s, z):
-        drift = optax.tree.sub(gradient(z, s), gradient(anchor, s))
+        on_rows = gradient(s)
+        drift = optax.tree.sub(on_rows(z), on_rows(anchor))
         return descend(z, lr, optax.tree.add(drift, mean_gradient))
 
     return jax.lax.fori_loop(1, steps, corrected, descend(anchor, lr, mean_gradient))
+
+
+def inner_gradient(problem: Problem, x: PyTree, rows: Rows) -> Callable[[PyTree], PyTree]:
+    """y -> d_y g(x, y) on the rows."""
+    return lambda y: problem.inner_gradient(x, y, rows)
 
 
 def hessian_factor(problem: Problem, x: PyTree, y: PyTree, v: PyTree, lr: Any, rows: Rows) -> PyTree:
@@ -101,8 +107,7 @@ class CorrectedLower(LowerLoop):
     def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """FedSVRG steps on y around the mean gradient q at y."""
         rows = client.batches("inner", self.batch_size, self.local_steps - 1, at=x)  # the first step needs none
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
-        return fedsvrg(gradient, y, q, self.inner_lr, self.local_steps)
+        return fedsvrg(lambda s: inner_gradient(client.problem, x, rows(s)), y, q, self.inner_lr, self.local_steps)
 
     def lower_round(self, fed: Federation, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """The round that follows the anchor round; with one local step nothing is left for the clients to add."""
@@ -135,8 +140,7 @@ class LocalLower(LowerLoop):
     def lower(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """Plain gradient steps on y."""
         rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
-        return local_descent(gradient, y, self.inner_lr, self.local_steps)
+        return local_descent(lambda s: inner_gradient(client.problem, x, rows(s)), y, self.inner_lr, self.local_steps)
 
     def lower_loop(self, fed: Federation, x: PyTree, y: PyTree) -> PyTree:
         """`inner_rounds` rounds of local steps."""
@@ -171,7 +175,8 @@ class CorrectedUpper(Algorithm):
 
     def upper(self, client: Client, x: PyTree, y: PyTree, v: PyTree, h: PyTree) -> PyTree:
         """FedSVRG steps on x around the mean hypergradient h at x, with y and v fixed."""
-        return fedsvrg(lambda z, s: self.hypergradient(client, z, y, v, s), x, h, self.outer_lr, self.outer_steps)
+        gradient = lambda s: lambda z: self.hypergradient(client, z, y, v, s)
+        return fedsvrg(gradient, x, h, self.outer_lr, self.outer_steps)
 
     def upper_round(self, fed: Federation, x: PyTree, y: PyTree, v: PyTree, h: PyTree) -> PyTree:
         """The iteration's last round; with one step nothing is left for the clients to add."""
