@@ -91,12 +91,7 @@ def bare(alg, x, y, Q, turns, final):
         q = over(lambda rows: PROBLEM.inner_gradient(x, y, rows), q_rows)
         r = vector(t, y, r, r_rows, outer)
         local = lambda rows: fedsvrg(
-            lambda z, drawn: PROBLEM.inner_gradient(x, z, drawn),
-            lambda s: at(rows, s),
-            y,
-            q,
-            alg.inner_lr,
-            alg.local_steps,
+            lambda s: lambda z: PROBLEM.inner_gradient(x, z, at(rows, s)), y, q, alg.inner_lr, alg.local_steps
         )
         return over(local, swap(steps)), r
 
@@ -104,8 +99,10 @@ def bare(alg, x, y, Q, turns, final):
     inner, outer, h_inner, h_outer, u_inner, u_outer = final
     v = jax.tree.map(lambda a: lam * (N + 1) * a, vector(N, y, r, inner, outer))
     h = over(lambda i, o: hypergradient(PROBLEM, x, y, v, i, o), h_inner, h_outer)
-    along = lambda z, rows: hypergradient(PROBLEM, z, y, v, *rows)
-    move = lambda i, o: fedsvrg(along, lambda s: (at(i, s), at(o, s)), x, h, alg.outer_lr, alg.outer_steps)
+    def move(inner, outer):
+        on_rows = lambda s: lambda z: hypergradient(PROBLEM, z, y, v, at(inner, s), at(outer, s))
+        return fedsvrg(on_rows, x, h, alg.outer_lr, alg.outer_steps)
+
     return over(move, swap(u_inner), swap(u_outer)), y
 
 

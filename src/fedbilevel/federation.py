@@ -78,9 +78,7 @@ class Client(eqx.Module):
         Within one exchange the same `draw` gives the same rows and another one independent rows; rows of the two
         levels are independent, and so are rows of different exchanges.
         """
-        if level not in ("inner", "outer"):
-            raise unknown_name("level", level, ("inner", "outer"))
-        place = ("inner", "outer").index(level)
+        place = _place(level)
         check(
             size is None or size >= 1, f"client.batch needs a size of at least 1, or None for all rows; got {size!r}."
         )
@@ -98,7 +96,7 @@ class Client(eqx.Module):
         Where the problem has `features`, they come with the rows, so that local steps on y do not repeat them: of all
         the client's rows at once where the draws take as many, else of each draw as it comes. Call it outside the loop.
         """
-        place = ("inner", "outer").index(level)
+        place = _place(level)
         problem, rows = self.problem, self.rows[place]
         if level == "outer" or problem.features is None or draws < 1:
             return lambda draw: self.batch(level, size, draw)
@@ -111,6 +109,12 @@ class Client(eqx.Module):
             return dataclasses.replace(drawn, features=problem.row_features(at, drawn.examples), at=at)
 
         return some
+
+
+def _place(level: str) -> int:
+    if level not in ("inner", "outer"):
+        raise unknown_name("level", level, ("inner", "outer"))
+    return ("inner", "outer").index(level)
 
 
 class Federation(abc.ABC):

@@ -210,13 +210,28 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
             data = (rows.examples, rows.weights) if problem.batched else (first,)
             phi = ()
             if level == "inner" and problem.features is not None:
-                phi = (_shape_of(problem.features, (x,), data[:1], "features function"),)
+                phi = (_features_shape(problem, x, data[:1]),)
             out = _shape_of(loss, (x, y), (*data, *phi), f"{level} loss")
         takes = "a batch" if problem.batched else "one example"
         check(
             isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating),
             f"the {level} loss must return a floating-point scalar for {takes}; it returned {describe(out)}.",
         )
+
+
+def _features_shape(problem: Problem, x: PyTree, data: tuple) -> PyTree:
+    assert problem.features is not None
+    phi = _shape_of(problem.features, (x,), data, "features function")
+    leaves, shape = jax.tree.leaves(phi), jax.tree.leaves(data)[0].shape
+    good = leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    check(good, f"the features function must return a pytree of arrays; it returned {describe(phi)}.")
+    rows_first = all(leaf.shape[:1] == shape[:1] for leaf in leaves)
+    check(
+        not problem.batched or rows_first,
+        f"with batched=True the features function must return arrays with rows first, as many as in {describe(data[0])}; "
+        f"it returned {describe(phi)}.",
+    )
+    return phi
 
 
 def _shape_of(function: Callable, variables: tuple, data: tuple, what: str) -> PyTree:

@@ -177,7 +177,7 @@ class Run:
         self.carry = after
         self._pace = record.seconds / length
         self._account(before.iteration, record)
-        if largest(after.state) <= 10 * (1 + self._limit / _BLOWN_UP):
+        if largest((after.state.x, after.state.y)) <= 10 * (1 + self._limit / _BLOWN_UP):
             self._healthy = after
         return True
 

@@ -134,7 +134,7 @@ class TracedFederation(Federation):
         key = exchange_key(self._key, self._counter)
         cohort = check_same_size(cohort, self.cohort_size)
         shapes, reply = self.exchange(name, method, message, combine, wanted, key, cohort)
-        check_beside(beside, path)
+        check_beside(beside, path, self.sites)
         self.sites[path] = site(path, name, message, shapes, sent, wanted, not beside)
         reply = mask_reply(reply, wanted)
         flags = self.travelled([flag for flag in (*sent, *wanted) if not is_static(flag)])
@@ -304,10 +304,12 @@ def check_times(times: Any, most: int | None) -> Any:
     return jnp.minimum(jnp.asarray(times, jnp.int32), most)
 
 
-def check_beside(beside: Any, path: Path) -> None:
+def check_beside(beside: Any, path: Path, sites: dict[Path, Site]) -> None:
     """Refuse an exchange in the round of another where there is none before it (in the same loop)."""
-    check(beside in (True, False), f"fed.average(beside=...) is True or False; got {beside!r}.")
-    check(not (beside and path[-1] == 0), "fed.average(beside=True) needs an exchange before it, in the same loop.")
+    check(isinstance(beside, bool), f"fed.average(beside=...) is True or False; got {beside!r}.")
+    before = max((other for other in sites if other < path), default=())
+    shared = before[:-1] == path[:-1] and before != ()
+    check(shared or not beside, "fed.average(beside=True) needs an exchange before it, in the same loop.")
 
 
 def check_same_size(cohort: Any, size: int) -> Any:

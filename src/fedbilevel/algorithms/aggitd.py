@@ -31,7 +31,7 @@ Floats per client: down (2N+4) dx + (4N-Q+5) dy, up 2N dy + (N-Q+1) dy + 2 dx ("
 Ours too, each an option, off by default:
 
 `warm_start_v` ("full" only): the recursion starts from the last iteration's z_N instead of 0 and so never ends; v follows
-v* as y follows y*. One dy more down. The largest gain known.
+v* as y follows y*. One dy more down. The largest gain known. `vector_growth` is not measured (zero).
 
 `one_round`: control variates c_i at the clients and c = mean c_i at the server, both 0 at first; N+3 rounds:
 
@@ -39,10 +39,11 @@ v* as y follows y*. One dy more down. The largest gain known.
                 up y_i - y^t, a_i - c_i and r_i;  c_i <- a_i
                 y^{t+1} = y^t + mean (y_i - y^t),  c += n/m mean (a_i - c_i)   with n of m clients asked
 
-y* is still the fixed point, with cohorts too. Down N (dx + 2 dy + [dy]) and up N (2 dy + [dy]) in the loop.
+y* is still the fixed point, with cohorts too. The gradient at y^t is a_i and the first local step, on the same rows. In the
+loop down N (dx + 2 dy) and up 2 N dy, and r as above; in all, down (N+4) dx + (3N-Q+5) dy, up 2N dy + (N-Q+1) dy + 2 dx.
 
 `independent_cohorts`: a second cohort answers r in the same round: without the bias named above, for twice the clients
-asked. Down (dx + 2 dy) and up dy more for each r that is made in the loop, less the dy of r to the first cohort.
+asked. Down (N-Q) (dx + dy) more: x and y^t once more for each r that is made in the loop; up the same.
 """
 
 from __future__ import annotations
@@ -122,8 +123,10 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
         last, first = self._measure(r, new, last, first, jnp.asarray(N) == Q)
         v = new if full else optax.tree.scale(self.lam(lam) * (N + 1), new)
         h = fed.average(self.hypergradient, x, y, v, cohort=cohort)
+        # a warm start's increments begin near zero: their growth would tell nothing
+        stretched = jnp.zeros_like(zero) if self.warm_start_v else growth(last, first)
         kept = {**kept} | ({"v": v} if self.warm_start_v else {}) | ({"control": control} if self.one_round else {})
-        return h, v, growth(last, first), keeping(x, y, kept), cohort
+        return h, v, stretched, keeping(x, y, kept), cohort
 
     def _turn(self, fed, x, y, control, r, now, lam, cohort):
         """One turn of the lower loop: (the next y, the next control variate, r^t if `now`)."""
@@ -153,32 +156,32 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
     def anchor(self, client: Client, x: PyTree, y: PyTree, r: When, lam: Any) -> tuple[PyTree, PyTree]:
         """q_i = d_y g_i(x, y^t), and r_i where wanted."""
         rows = client.batches("inner", self.batch_size, 2, at=x)
-        return client.problem.inner_gradient(x, y, rows(0)), self._if_wanted(client, x, y, r, lam, rows(1))
+        q = client.problem.inner_gradient(x, y, rows(0))
+        return q, self._if_wanted(client, x, y, r, lam, lambda: rows(1))
 
     def corrected(self, client: Client, x: PyTree, y: PyTree, c: PyTree) -> Reply:
         """Steps on y corrected by control variates: y_i - y and a_i - c_i; the client keeps a_i = d_y g_i(x, y)."""
-        step, change, a = self._corrected(client, x, y, c)
+        rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
+        step, change, a = self._corrected(client, x, y, c, rows)
         return Reply((step, change), a)
 
     def corrected_anchor(self, client: Client, x: PyTree, y: PyTree, c: PyTree, r: When, lam: Any) -> Reply:
         """`corrected`, and r_i where wanted."""
-        step, change, a = self._corrected(client, x, y, c)
-        # a draw that no local step takes: every factor has rows of its own
-        inner = client.batches("inner", self.batch_size, 1, at=x)(self.local_steps)
-        return Reply((step, change, self._if_wanted(client, x, y, r, lam, inner)), a)
+        rows = client.batches("inner", self.batch_size, self.local_steps + 1, at=x)
+        step, change, a = self._corrected(client, x, y, c, rows)
+        own = lambda: rows(self.local_steps)  # a draw that no local step takes: every factor has rows of its own
+        return Reply((step, change, self._if_wanted(client, x, y, r, lam, own)), a)
 
     def vector(self, client: Client, x: PyTree, y: PyTree, r: When, lam: Any) -> PyTree:
         """r_i at y^N."""
-        return self._vector(client, x, y, r, lam, client.batch("inner", self.batch_size, 1))
+        return self._vector(client, x, y, r, lam, lambda: client.batch("inner", self.batch_size, 1))
 
     def vector_apart(self, client: Client, at: When, r: When, lam: Any) -> PyTree:
         """r_i where wanted, asked of a second cohort; `at` is (x, y^t)."""
         x, y = at.value
-        inner = client.batches("inner", self.batch_size, 1, at=x)(1)
-        return self._if_wanted(client, x, y, r, lam, inner, place=0)
+        return self._if_wanted(client, x, y, r, lam, lambda: client.batch("inner", self.batch_size, 1), place=0)
 
-    def _corrected(self, client, x, y, c):
-        rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
+    def _corrected(self, client, x, y, c, rows):
         gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
         a = gradient(y, 0)
         correction = optax.tree.sub(c, client.state)
@@ -196,7 +199,7 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
             return client.problem.outer_gradients(x, y, client.batch("outer", self.batch_size))[1]
 
         def factor():
-            return hessian_factor(client.problem, x, y, r.value, self.lam(lam), inner)
+            return hessian_factor(client.problem, x, y, r.value, self.lam(lam), inner())
 
         if self.truncation.full:  # Horner: (I - lam H) z + lam d_y f
             scaled = optax.tree.scale(self.lam(lam), start())

@@ -8,12 +8,15 @@ iterations, from the first on, five rounds measure it, and lam = 1/(1.2 L):
 - cohorts or minibatches are sampled: every factor then has another Hessian, and the mean one says little (clients with
   H_i = 6 e_i e_i' have a mean with L = 1, yet lam = 1 makes the factors grow). Each round a fresh cohort measures its
   clients' own curvatures by five local Lanczos steps on one batch (down x, y; up one number); L is the largest of them
-  all, and never less than 0.9 of what it was before.
+  all, and never less than 0.9 of what it was before. The same where factors are the clients' own (LFedNest): in one round
+  if everyone takes part with all rows.
+
+In either case the step travels with each message that a Hessian factor needs: one number more.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -51,6 +54,7 @@ class AutoStep(Algorithm):
 
     hessian_lr: eqx.AbstractVar[Any]
     batch_size: eqx.AbstractVar[int | None]
+    local_factors: ClassVar[bool] = False  # whether factors are products of one client's own, never averaged
 
     def init(self, x: PyTree, y: PyTree) -> Any:
         return keeping(x, y, self.keeps(x, y))
@@ -74,16 +78,17 @@ class AutoStep(Algorithm):
             return None, kept
         before = kept["curvature"]
         due = before["iteration"] % EVERY == 0
-        rounds = jnp.where(due, STEPS, 0)
         x, y = state.x, state.y
-        if fed.cohort_size == fed.clients and self.batch_size is None:
+        everything = fed.cohort_size == fed.clients and self.batch_size is None
+        if everything and not self.local_factors:
             turn = lambda t, basis: extend(t, basis, fed.average(self.curvature_product, x, y, basis["v"]))
-            measured = largest_ritz_value(fed.repeat(rounds, turn, krylov(y), most=STEPS))
+            measured = largest_ritz_value(fed.repeat(jnp.where(due, STEPS, 0), turn, krylov(y), most=STEPS))
         else:
+            most = 1 if everything else STEPS
             turn = lambda t, seen: jnp.maximum(seen, fed.maximum(self.largest_curvature, x, y))
-            measured = fed.repeat(rounds, turn, _FORGET * before["largest"], most=STEPS)
+            measured = fed.repeat(jnp.where(due, most, 0), turn, _FORGET * before["largest"], most=most)
         largest = jnp.where(due, measured, before["largest"])
-        lam = 1 / (MARGIN * jnp.maximum(largest, jnp.finfo(largest.dtype).tiny ** 0.5))
+        lam = 1 / (MARGIN * jnp.maximum(largest, float(jnp.finfo(largest.dtype).tiny) ** 0.5))
         return lam, {**kept, "curvature": {"largest": largest, "iteration": before["iteration"] + 1}}
 
     def lam(self, sent: Any) -> Any:
@@ -98,7 +103,7 @@ class AutoStep(Algorithm):
 
     def largest_curvature(self, client: Client, x: PyTree, y: PyTree) -> Float[Array, ""]:
         """The largest curvature of g_i on one batch, by Lanczos steps at the client."""
-        rows = client.batches("inner", self.batch_size, STEPS, at=x)(0)
+        rows = client.batches("inner", self.batch_size, 1, at=x)(0)
         turn = lambda t, basis: extend(t, basis, client.problem.hessian_vector(x, y, basis["v"], rows))
         return largest_ritz_value(jax.lax.fori_loop(0, STEPS, turn, krylov(y)))
 
@@ -139,4 +144,5 @@ def largest_ritz_value(basis: dict[str, PyTree]) -> Float[Array, ""]:
     """The largest eigenvalue, in absolute value, of the tridiagonal matrix."""
     beside = basis["beside"][:-1]
     matrix = jnp.diag(basis["diagonal"]) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
-    return jnp.max(jnp.abs(jnp.linalg.eigvalsh(matrix)))
+    wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))  # no eigenvalues in half precision
+    return jnp.max(jnp.abs(jnp.linalg.eigvalsh(wide))).astype(matrix.dtype)

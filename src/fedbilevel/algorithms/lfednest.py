@@ -17,7 +17,7 @@ Floats per client: down T (dx+dy) + dx+dy, up T dy + dx; with SVRG down T (2 dx 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from .parts import CorrectedLower, LocalLower, NeumannFields, hessian_factor, hy
 class _LocalHypergradient(NeumannFields):
     """The upper level of the light variants: Neumann series and x steps within each client."""
 
+    local_factors: ClassVar[bool] = True
+
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         lam, kept = self.hessian_step(fed, state)
         y = self.lower_loop(fed, state.x, state.y)
@@ -47,7 +49,7 @@ class _LocalHypergradient(NeumannFields):
 
     def upper(self, client: Client, x: PyTree, y: PyTree, lam: Any) -> PyTree:
         """Plain steps on x along the client's own hypergradients."""
-        along = lambda z, s: self.local_hypergradient(client, z, y, lam, s)
+        along = lambda s: lambda z: self.local_hypergradient(client, z, y, lam, s)
         return local_descent(along, x, self.outer_lr, self.outer_steps)
 
     def local_hypergradient(self, client: Client, x: PyTree, y: PyTree, lam: Any, draw: Any = 0) -> PyTree:
@@ -63,7 +65,8 @@ class _LocalHypergradient(NeumannFields):
             return p, optax.tree.add(total, p) if self.truncation.full else total
 
         p, total = jax.lax.fori_loop(0, self._factors(client, draw), turn, (start, start))
-        return hypergradient(client.problem, x, y, self.cut(total, p, self.lam(lam)), rows(first), outer)
+        inner = client.batch("inner", self.batch_size, first)
+        return hypergradient(client.problem, x, y, self.cut(total, p, self.lam(lam)), inner, outer)
 
     def _factors(self, client, draw):
         if self.truncation.full:

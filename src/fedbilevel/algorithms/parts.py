@@ -20,7 +20,7 @@ from ..federation import Client, Federation
 from ..problem import Problem, Rows
 from .curvature import AutoStep, keeping, kept_in
 
-Gradient = Callable[[PyTree, Any], PyTree]  # (point, draw number) -> gradient there, on the rows of that draw
+Gradient = Callable[[Any], Callable[[PyTree], PyTree]]  # draw number -> (point -> gradient there, on that draw's rows)
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:
@@ -35,25 +35,27 @@ def descend(point: PyTree, lr: Any, gradient: PyTree) -> PyTree:
 
 def local_descent(gradient: Gradient, start: PyTree, lr: Any, steps: int) -> PyTree:
     """`steps` plain steps z <- z - lr gradient(z; fresh rows)."""
-    return jax.lax.fori_loop(0, steps, lambda s, z: descend(z, lr, gradient(z, s)), start)
+    return jax.lax.fori_loop(0, steps, lambda s, z: descend(z, lr, gradient(s)(z)), start)
 
 
-def fedsvrg(
-    gradient: Callable[[PyTree, Any], PyTree], draw: Callable[[Any], Any], anchor: PyTree, mean_gradient: PyTree,
-    lr: Any, steps: int,
-) -> PyTree:  # fmt: skip
-    """`steps` corrected steps z <- z - lr [gradient(z, rows) - gradient(anchor, rows) + mean_gradient], rows = draw(step).
+def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Any, steps: int) -> PyTree:
+    """`steps` corrected steps z <- z - lr [gradient(z; rows) - gradient(anchor; same rows) + mean_gradient].
 
     The correction removes the clients' drift: the fixed point is the global one for any number of steps. At the
     first step z is the anchor and the two local gradients cancel, so it is taken without evaluating them.
     """
 
     def corrected(s, z):
-        rows = draw(s)
-        drift = optax.tree.sub(gradient(z, rows), gradient(anchor, rows))
+        on_rows = gradient(s)
+        drift = optax.tree.sub(on_rows(z), on_rows(anchor))
         return descend(z, lr, optax.tree.add(drift, mean_gradient))
 
     return jax.lax.fori_loop(1, steps, corrected, descend(anchor, lr, mean_gradient))
+
+
+def inner_gradient(problem: Problem, x: PyTree, rows: Rows) -> Callable[[PyTree], PyTree]:
+    """y -> d_y g(x, y) on the rows."""
+    return lambda y: problem.inner_gradient(x, y, rows)
 
 
 def hessian_factor(problem: Problem, x: PyTree, y: PyTree, v: PyTree, lr: Any, rows: Rows) -> PyTree:
@@ -112,8 +114,7 @@ class CorrectedLower(LowerLoop):
     def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """FedSVRG steps on y around the mean gradient q at y."""
         rows = client.batches("inner", self.batch_size, self.local_steps - 1, at=x)  # the first step needs none
-        gradient = lambda z, drawn: client.problem.inner_gradient(x, z, drawn)
-        return fedsvrg(gradient, rows, y, q, self.inner_lr, self.local_steps)
+        return fedsvrg(lambda s: inner_gradient(client.problem, x, rows(s)), y, q, self.inner_lr, self.local_steps)
 
     def lower_round(self, fed: Federation, x: PyTree, y: PyTree, q: PyTree, cohort: Any = None) -> PyTree:
         """The round that follows the anchor round; with one local step nothing is left for the clients to add."""
@@ -147,8 +148,7 @@ class LocalLower(LowerLoop):
     def lower(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """Plain gradient steps on y."""
         rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
-        return local_descent(gradient, y, self.inner_lr, self.local_steps)
+        return local_descent(lambda s: inner_gradient(client.problem, x, rows(s)), y, self.inner_lr, self.local_steps)
 
     def lower_loop(self, fed: Federation, x: PyTree, y: PyTree) -> PyTree:
         """`inner_rounds` rounds of local steps."""
@@ -183,8 +183,12 @@ class CorrectedUpper(Algorithm):
 
     def upper(self, client: Client, x: PyTree, y: PyTree, v: PyTree, h: PyTree) -> PyTree:
         """FedSVRG steps on x around the mean hypergradient h at x, with y and v fixed."""
-        along = lambda z, rows: hypergradient(client.problem, z, y, v, *rows)
-        return fedsvrg(along, lambda s: self._rows(client, s), x, h, self.outer_lr, self.outer_steps)
+
+        def along(s):
+            rows = self._rows(client, s)
+            return lambda z: hypergradient(client.problem, z, y, v, *rows)
+
+        return fedsvrg(along, x, h, self.outer_lr, self.outer_steps)
 
     def _rows(self, client, draw):
         return tuple(client.batch(level, self.batch_size, draw) for level in ("inner", "outer"))

@@ -177,7 +177,8 @@ class _SimulatedFederation(TracedFederation):
     """`fed` inside the simulated program: an exchange is a vmap of the client method over the cohort.
 
     Where exchanges ask the same clients (everyone, or a cohort that the program drew for them), the features of their
-    rows at the iteration's x are computed once, before any loop; what no exchange uses, the compiler drops.
+    rows at the iteration's x are computed once, before any loop; what no exchange uses, the compiler drops. Not so on a
+    mesh, nor with `client_batch`, which bounds the memory that they would take: then once in each exchange.
     """
 
     def __init__(self, static, problem, data, algorithm, key, state, client_state):
@@ -194,7 +195,9 @@ class _SimulatedFederation(TracedFederation):
         return cohort
 
     def _remember(self, cohort):
-        if self._problem.features is not None and self._static.mesh is None:
+        batch = self._static.client_batch
+        at_once = self._static.mesh is None and (batch is None or batch >= cohort.shape[0])
+        if self._problem.features is not None and at_once:
             features = lambda i: self._data.inner.client(i).with_features(self._problem, self._x).features
             self._known.append((cohort, jax.vmap(features)(cohort)))
 
