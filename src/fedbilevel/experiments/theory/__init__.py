@@ -1,0 +1,27 @@
+"""Why it works: studies on closed-form tasks, each point held against its formula.
+
+A study is a function (folder, quick, progress) -> files: NAME.csv, NAME.md, NAME.png, and NAME.json, which says with what
+settings the table was made; one that is there already with the same settings is used again. `progress` takes a line of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .common import Progress
+from .estimator import bias, q_variance
+from .heterogeneity import heterogeneity
+from .rounds import rounds_ratio
+
+Study = Callable[[Path, bool, Progress], list[Path]]
+
+THEORY: dict[str, tuple[str, Study]] = {
+    "heterogeneity": (
+        "the hypergradient's error as clients grow apart: a floor for LFedNest, none for the others",
+        heterogeneity,
+    ),
+    "q-variance": ("the second moment over Q: linear in N, below its bound", q_variance),
+    "bias": ("the bias of AggITD's estimator, and its closed form", bias),
+    "rounds-ratio": ("rounds of AggITD over those of FedNest at T = N, and (2N+3)/(3N+3)", rounds_ratio),
+}
