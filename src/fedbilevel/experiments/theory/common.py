@@ -19,8 +19,8 @@ ERRORS = 5.0  # how many standard errors a random one may be
 Progress = Callable[[str], None]
 
 
-def table(folder: Path, name: str, settings: dict[str, Any], rows: Callable[[], list[dict[str, Any]]]):
-    """The DataFrame of NAME.csv if it was made with these settings, which NAME.json tells; else of `rows()`, written there."""
+def table(folder: Path, name: str, settings: dict[str, Any], rows: Callable[[], list[dict[str, Any]]]) -> Any:
+    """NAME.csv as a DataFrame, if NAME.json says that it was made with these settings; else of `rows()`, written there."""
     import pandas
 
     from ... import __version__
@@ -32,7 +32,7 @@ def table(folder: Path, name: str, settings: dict[str, Any], rows: Callable[[], 
         beside.unlink(missing_ok=True)  # so that an interrupted run leaves nothing that looks finished
         pandas.DataFrame(rows()).to_csv(file, index=False)
         beside.write_text(wanted)
-    return pandas.read_csv(file, float_precision="round_trip")
+    return pandas.read_csv(file)
 
 
 def agree(frame: Any, study: str) -> None:
@@ -50,11 +50,16 @@ def agree(frame: Any, study: str) -> None:
         raise RunError(f"{study}: a measured point is off its formula, {worse[at]:.3g} times the tolerance: {where}.")
 
 
-def point(measured: float, formula: float, size: float) -> dict[str, float]:
+def point(measured: Any, formula: Any, size: Any) -> dict[str, float]:
     """The columns of a deterministic point, which came out of vectors of that size."""
     return {
         "measured": float(measured), "formula": float(formula), "tolerance": EXACT * abs(formula) + ROUNDING * size
     }  # fmt: skip
+
+
+def distance(measured: Any, formula: Any, true: Any, size: Any) -> dict[str, float]:
+    """The point that is the distance of a vector from the true one."""
+    return point(np.linalg.norm(measured - true), np.linalg.norm(formula - true), size)
 
 
 def markdown(path: Path, title: str, head: list[str], rows: list[list[str]], *notes: str) -> Path:

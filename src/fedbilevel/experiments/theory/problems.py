@@ -54,12 +54,12 @@ def quadratic(clients: int = 8, spread: float = 1.0, cohort: int | None = None) 
 class Ridge(eqx.Module):
     """|grad Phi(x)|^2 of ridge tuning, from second moments of the rows; a column of ones stands for the bias."""
 
-    inner: tuple[jax.Array, jax.Array]
-    outer: tuple[jax.Array, jax.Array]
+    inner: tuple[jax.Array, ...]
+    outer: tuple[jax.Array, ...]
 
     def gradient(self, x):
         """grad Phi(x): v = H^-1 d_y f, d2_xy g = diag(exp(x) w)."""
-        (inside, pull), (outside, wish) = self.inner, self.outer
+        pull, (outside, wish) = self.inner[1], self.outer
         penalty = jnp.exp(x)
         H = self.hessian(x)
         y = jnp.linalg.solve(H, pull)
@@ -94,9 +94,9 @@ def ridge(clients: int = 8, cohort: int | None = None, seed: int = 0) -> Setup:
     best = _minimum(stationarity, x)
     largest = lambda matrix: float(jnp.abs(jnp.linalg.eigvalsh(matrix)).max())
     upper = jax.jacfwd(stationarity.gradient)
-    curvatures = tuple(max(largest(of(x)), largest(of(best))) for of in (stationarity.hessian, upper))
+    curvatures = [max(largest(of(x)), largest(of(best))) for of in (stationarity.hessian, upper)]
     data = FederatedData.stack(inside, outside)
-    return Setup(Problem(inner_loss, outer_loss), data, x, y, stationarity, curvatures, cohort)
+    return Setup(Problem(inner_loss, outer_loss), data, x, y, stationarity, (curvatures[0], curvatures[1]), cohort)
 
 
 def _moments(rows):

@@ -1,4 +1,4 @@
-"""Rounds to a given |grad Phi|^2: AggITD's loop that does both levels at once against FedNest's two loops, one after the other.
+"""Rounds to a given |grad Phi|^2: AggITD's one loop for both levels against FedNest's two, one after the other.
 
 An iteration of AggITD takes 2N+3 rounds, one of FedNest with T = N takes 3N+3. Where both need as many iterations, the
 ratio of their rounds is (2N+3)/(3N+3), which goes to 2/3.
@@ -32,11 +32,13 @@ def rounds_ratio(folder: Path, quick: bool = False, progress: common.Progress = 
 
     frame = common.table(folder, "rounds-ratio", settings, rows)
     common.agree(frame, "rounds-ratio")
+    spent = lambda row, method: (
+        common.count(row[f"{method}_iterations"]) + " / " + common.count(row[f"{method}_rounds"])
+    )
     table = [
-        [str(row.N), *(f"{common.count(getattr(row, m + '_iterations'))} / {common.count(getattr(row, m + '_rounds'))}" for m in METHODS),
-         f"{row.ratio:.3f}", f"{row.formula:.3f}"]
-        for row in frame.itertuples()
-    ]  # fmt: skip
+        [f"{row['N']:.0f}", *(spent(row, method) for method in METHODS), f"{row['ratio']:.3f}", f"{row['formula']:.3f}"]
+        for _, row in frame.iterrows()
+    ]
     head = ["N = T", *(f"{method}: iterations / rounds" for method in METHODS), "ratio of rounds", "(2N+3)/(3N+3)"]
     text = f"Rounds until |h_N(x)|^2 < {LEVEL:g}, each method with the best steps of one grid."
     return [

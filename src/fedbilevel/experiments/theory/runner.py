@@ -22,6 +22,8 @@ from ...engines.simulation import _SimulatedFederation, _Static
 from ...problem import Problem, strong
 from ...protocol import as_leaves, client_state
 
+STALLED = 1_000  # iterations without progress after which a race is given up
+
 Program = Callable[[Any, Any, Any], tuple[Any, Any]]  # (algorithm, fed, state) -> (state, a dict of scalars)
 
 
@@ -94,6 +96,22 @@ def _lanes(static, problem, data, algorithms, states, key):
     return eqx.filter_vmap(one, in_axes=(_batched(algorithms),))(algorithms)
 
 
+def draws(setup: Setup, algorithm: Algorithm, program: Program, count: int) -> np.ndarray:
+    """(count, dim) what the program estimates, with as many keys: cohorts and random numbers drawn anew for each."""
+    static, states, _ = setup.bind(algorithm, program)
+    which = jnp.arange(count, dtype=jnp.int32)
+    return np.asarray(_draws(static, setup.problem, setup.data, as_leaves(algorithm), states, setup.key, which))
+
+
+@eqx.filter_jit
+def _draws(static, problem, data, algorithm, states, key, which):
+    def one(k):
+        fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, k), *states)
+        return static.program(algorithm, fed, states[0])[0].x
+
+    return jax.lax.map(one, which, batch_size=500)
+
+
 def _batched(algorithms):
     """in_axes: the first axis of every leaf that has one."""
     return jax.tree.map(lambda leaf: 0 if eqx.is_array(leaf) and leaf.ndim else None, algorithms)
@@ -106,16 +124,19 @@ def _step(algorithm, fed, state):
 
 @dataclasses.dataclass(frozen=True)
 class Race:
-    """The lane that got there first: its place, rounds and iterations; of all lanes the last |grad Phi|^2."""
+    """The lane that got there first: its place, rounds and iterations; |grad Phi|^2 of all lanes at the end, and the lowest."""
 
     lane: int | None
     rounds: int
     iterations: int
     last: np.ndarray
+    lowest: float
 
 
 def race(setup: Setup, algorithm: Algorithm, tolerance: float, rounds: int, **leaves: Any) -> Race:
     """Run all lanes side by side until the first has |grad Phi(x)|^2 < tolerance, or `rounds` are used up.
+
+    Given up earlier if its lowest value among all lanes has not fallen by 1 % in `STALLED` iterations: that is a floor.
 
     All lanes take the same number of rounds an iteration: they share the key of what the server draws.
     """
@@ -125,10 +146,10 @@ def race(setup: Setup, algorithm: Algorithm, tolerance: float, rounds: int, **le
     states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), states)
     limits = jnp.asarray(tolerance, float), jnp.asarray(rounds, jnp.int32)
     out = _race(static, counted, setup.stationarity, setup.problem, setup.data, algorithms, states, setup.key, *limits)
-    iterations, used, last = (np.asarray(part) for part in out)
+    iterations, used, last, lowest = (np.asarray(part) for part in out)
     reached = last < tolerance
     lane = int(np.argmin(np.where(reached, last, np.inf))) if reached.any() else None
-    return Race(lane, int(used), int(iterations), last)
+    return Race(lane, int(used), int(iterations), last, float(lowest))
 
 
 @eqx.filter_jit
@@ -137,17 +158,21 @@ def _race(static, counted, stationarity, problem, data, algorithms, states, key,
     advance = eqx.filter_vmap(one, in_axes=(None, _batched(algorithms), 0), out_axes=(0, None))
 
     def going(loop):
-        _, used, _, value = loop
-        return (used < rounds) & ~jnp.any(value < tolerance) & jnp.any(value < 1e12)  # NaN counts as blown up
+        k, used, _, value, lowest, mark = loop
+        stalled = (k % STALLED == 0) & (k > 0) & (lowest > 0.99 * mark)
+        return (used < rounds) & ~jnp.any(value < tolerance) & jnp.any(value < 1e12) & ~stalled  # NaN: blown up
 
     def body(loop):
-        k, used, states, _ = loop
+        k, used, states, value, lowest, mark = loop
+        mark = jnp.where(k % STALLED == 0, lowest, mark)
         states, more = advance(k, algorithms, states)
-        return k + 1, used + more, states, jax.vmap(stationarity)(states[0].x)
+        value = jax.vmap(stationarity)(states[0].x)
+        return k + 1, used + more, states, value, jnp.fmin(lowest, jnp.nanmin(value)), mark
 
-    zero = jnp.zeros((), jnp.int32)
-    k, used, _, value = jax.lax.while_loop(going, body, (zero, zero, states, jax.vmap(stationarity)(states[0].x)))
-    return k, used, value
+    zero, start = jnp.zeros((), jnp.int32), jax.vmap(stationarity)(states[0].x)
+    loop = (zero, zero, states, start, jnp.min(start), jnp.asarray(jnp.inf, start.dtype))
+    k, used, _, value, lowest, _ = jax.lax.while_loop(going, body, loop)
+    return k, used, value, lowest
 
 
 def _one_lane(static, counted, problem, data, key):

@@ -21,7 +21,7 @@ from ...algorithms import AggITD, FedNest, LFedNest
 from . import common, runner
 from .family import CURVATURE, DY, PROBLEM, Family, family, power
 
-SPREADS, ROUNDS = (0.0, 0.5, 1.0, 2.0), (1, 2, 4, 8, 16, 32, 64, 128)
+SPREADS, ROUNDS = (0.0, 0.5, 1.0, 2.0), (2, 4, 8, 16, 32, 64, 128)
 STEPS = {"inner_lr": 0.7, "local_steps": 2, "hessian_lr": 1.4}
 LAM, LOWER = STEPS["hessian_lr"], (STEPS["inner_lr"], STEPS["local_steps"])
 MANY = 1_000  # turns after which LFedNest is at its floor
@@ -55,8 +55,7 @@ def _rows(N, spreads, progress):
             formula_mean, formula_deviation = formula(f, method, N)
             slope, more = COST[method]
             at = {"spread": spread, "method": method, "N": N, "rounds": slope * N + more}
-            error = lambda h, true=true: np.linalg.norm(h - true)
-            yield {**at, "quantity": "error", **common.point(error(mean), error(formula_mean), N * size)}
+            yield {**at, "quantity": "error", **common.distance(mean, formula_mean, true, N * size)}
             if deviation is not None:
                 yield {**at, "quantity": "deviation", **common.point(deviation, formula_deviation, N * size)}
 
@@ -66,11 +65,9 @@ def _floors(spreads, progress):
     for spread in spreads:
         progress(f"heterogeneity: the floor of LFedNest, s = {spread:g}")
         f = family(spread)
-        true = f.hypergradient(f.x)
         h, _ = measured(_setup(f), "LFedNest", MANY)
         at = {"spread": spread, "method": "LFedNest", "N": MANY, "rounds": MANY + 1, "quantity": "floor"}
-        errors = [np.linalg.norm(estimate - true) for estimate in (h, local_limit(f))]
-        yield {**at, **common.point(*errors, 100)}
+        yield {**at, **common.distance(h, local_limit(f), f.hypergradient(f.x), 100)}
 
 
 def _setup(f):
