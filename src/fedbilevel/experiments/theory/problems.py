@@ -1,0 +1,117 @@
+"""The two problems on which rounds are counted, with |grad Phi(x)|^2 in closed form, compiled; and the one grid of steps.
+
+quadratic  `family`: H of condition 13, the Hessian of Phi of condition 56, every largest eigenvalue 1
+ridge      x = log penalties of six features, rows of clients with features of other scales and other true weights
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ... import reference
+from ...data import FederatedData
+from ...problem import Problem
+from ...tasks.ridge import BIAS_PENALTY, inner_loss, outer_loss
+from . import family as quadratics
+from .runner import Setup
+
+FEATURES = 6
+SHRUNK = 0.6  # validation rows follow weights this much smaller, so that every best penalty is finite
+INNER = (0.5, 1.0, 1.5, 1.9)  # inner_lr * local_steps, in units of 1 / L of g; and hessian_lr
+OUTER = (*(2.0**-k for k in range(7, -1, -1)), 1.9)  # outer_lr, in units of 1 / L of Phi
+
+
+def grid(setup: Setup, local_steps: int) -> dict[str, np.ndarray]:
+    """Every combination of the three steps: the same multiples for every method."""
+    inner, hessian, outer = np.array(list(itertools.product(INNER, INNER, OUTER))).T
+    lower, upper = setup.curvatures
+    return {"inner_lr": inner / (local_steps * lower), "hessian_lr": hessian / lower, "outer_lr": outer / upper}
+
+
+class Affine(eqx.Module):
+    """|G x + g|^2, with grad Phi(x) = G x + g."""
+
+    G: jax.Array
+    g: jax.Array
+
+    def __call__(self, x):
+        return jnp.sum((self.G @ x + self.g) ** 2)
+
+
+def quadratic(clients: int = 8, spread: float = 1.0, cohort: int | None = None) -> Setup:
+    """The quadratic family at one heterogeneity."""
+    f = quadratics.family(spread, clients)
+    stationarity = Affine(*map(jnp.asarray, f.upper()))
+    start = jnp.asarray(f.x), jnp.asarray(f.y)
+    return Setup(quadratics.PROBLEM, f.data(), *start, stationarity, (1.0, 1.0), cohort)
+
+
+class Ridge(eqx.Module):
+    """|grad Phi(x)|^2 of ridge tuning, from second moments of the rows; a column of ones stands for the bias."""
+
+    inner: tuple[jax.Array, ...]
+    outer: tuple[jax.Array, ...]
+
+    def gradient(self, x):
+        """grad Phi(x): v = H^-1 d_y f, d2_xy g = diag(exp(x) w)."""
+        pull, (outside, wish) = self.inner[1], self.outer
+        penalty = jnp.exp(x)
+        H = self.hessian(x)
+        y = jnp.linalg.solve(H, pull)
+        v = jnp.linalg.solve(H, outside @ y - wish)
+        return -penalty * y[:-1] * v[:-1]
+
+    def hessian(self, x):
+        """d2_yy g."""
+        return self.inner[0] + jnp.diag(jnp.concatenate([jnp.exp(x), jnp.full((1,), BIAS_PENALTY, x.dtype)]))
+
+    def __call__(self, x):
+        return jnp.sum(self.gradient(x) ** 2)
+
+
+def ridge(clients: int = 8, cohort: int | None = None, seed: int = 0) -> Setup:
+    """Synthetic ridge tuning; the curvatures are those at the start and at the solution, the larger of each."""
+    draw = np.random.default_rng(seed)
+    weights = np.linspace(0.7, 1.4, FEATURES)
+    inside, outside = [], []
+    for i in range(clients):
+        scales, own = np.exp(0.4 * draw.normal(size=FEATURES)), weights + 0.4 * draw.normal(size=FEATURES)
+        for rows, size, level in ((6 + 2 * (i % 3), 1.0, inside), (10, SHRUNK, outside)):
+            a = scales * draw.normal(size=(rows, FEATURES))
+            noise = 0.3 * draw.normal(size=rows)
+            level.append({"a": a, "target": (a @ (size * own) + 0.3 + noise)[:, None]})
+    moments = lambda level: tuple(
+        jnp.asarray(np.mean(part, axis=0)) for part in zip(*map(_moments, level), strict=True)
+    )
+    stationarity = Ridge(moments(inside), moments(outside))
+    x = jnp.ones((FEATURES,))
+    y = {"weight": jnp.zeros((FEATURES, 1)), "bias": jnp.zeros((1,))}
+    best = _minimum(stationarity, x)
+    largest = lambda matrix: float(jnp.abs(jnp.linalg.eigvalsh(matrix)).max())
+    upper = jax.jacfwd(stationarity.gradient)
+    curvatures = [max(largest(of(x)), largest(of(best))) for of in (stationarity.hessian, upper)]
+    data = FederatedData.stack(inside, outside)
+    return Setup(Problem(inner_loss, outer_loss), data, x, y, stationarity, (curvatures[0], curvatures[1]), cohort)
+
+
+def _moments(rows):
+    a = np.concatenate([rows["a"], np.ones((len(rows["a"]), 1))], axis=1)
+    return a.T @ a / len(a), a.T @ rows["target"][:, 0] / len(a)
+
+
+def _minimum(stationarity, x):
+    """Gradient steps, then Newton's."""
+    step = 0.5 / jnp.abs(jnp.linalg.eigvalsh(jax.jacfwd(stationarity.gradient)(x))).max()
+    x = jax.lax.fori_loop(0, 5_000, lambda _, x: x - step * stationarity.gradient(x), x)
+    newton = lambda _, x: x - jnp.linalg.solve(jax.jacfwd(stationarity.gradient)(x), stationarity.gradient(x))
+    return jax.lax.fori_loop(0, 5, newton, x)
+
+
+def check(setup: Setup) -> float:
+    """The closed form over `reference.stationarity`, at the start: 1."""
+    return float(setup.stationarity(setup.x) / reference.stationarity(setup.problem, setup.data, setup.x, setup.y))

@@ -1,0 +1,245 @@
+"""Rounds to a stationary point, method by method, on one grid of steps and turns: what each idea is worth.
+
+Every method gets the same grid: N = T in `TURNS`, and for each the steps of `problems.grid`. Rounds in which one local
+step adds nothing are left out (`skip_idle_rounds`), for every method alike; the other column counts them too.
+
+All clients, exact gradients: rounds until |grad Phi|^2 < 1e-8 for the first time. Cohorts: the replies of 4 of 40 clients
+are noisy, and with constant steps |grad Phi|^2 falls to a floor. There a budget of rounds is used up; a level counts as
+reached where the mean of |grad Phi|^2 over a hundredth of the budget is below it, in the middle one of three runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ...algorithms import AggITD, FedNest
+from ...protocol import protocol
+from . import common, problems, runner
+
+LEVEL, BUDGET, RANDOM_BUDGET, TURNS = 1e-8, 100_000, 20_000, (1, 2, 5, 10, 20, 40, 80)
+CLIENTS, COHORT, SEEDS, BLOCKS = 40, 4, 3, 100
+COHORT_BUDGET, COHORT_TURNS = 10_000, (1, 5, 20)
+PROBLEMS: dict[str, Callable[..., runner.Setup]] = {"quadratic": problems.quadratic, "ridge": problems.ridge}
+BASELINE = "FedNest, full, T = N"
+FULL: dict[str, Any] = {"truncation": "full"}
+WARM: dict[str, Any] = {**FULL, "warm_start_v": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the table: a class and its options; `single`: FedNest with one turn of the lower loop, not N."""
+
+    kind: Any
+    options: dict[str, Any]
+    single: bool = False
+
+    @property
+    def random(self) -> bool:
+        """Whether the server draws where the series ends; with constant steps that is noise."""
+        return self.options["truncation"] == "uniform"
+
+    def build(self, N: int, local_steps: int, skip: bool = True) -> Any:
+        """The algorithm with N turns; FedNest with N terms, and N turns or one."""
+        settings = {"local_steps": local_steps, "skip_idle_rounds": skip, **self.options}
+        if self.kind is FedNest:
+            return FedNest(inner_rounds=1 if self.single else N, neumann_terms=N, **settings)
+        return AggITD(inner_rounds=N, **settings)
+
+
+METHODS = {
+    "FedNest, random N', T = N": Method(FedNest, {"truncation": "uniform"}),
+    BASELINE: Method(FedNest, FULL),
+    "FedNest, full, T = 1": Method(FedNest, FULL, single=True),
+    "AggITD, random Q": Method(AggITD, {"truncation": "uniform"}),
+    "AggITD, full (ours)": Method(AggITD, FULL),
+    "AggITD, full, warm v (ours)": Method(AggITD, WARM),
+    "AggITD, full, warm v, one round (ours)": Method(AggITD, {**WARM, "one_round": True}),
+}
+MANY_STEPS = (BASELINE, "AggITD, full (ours)", "AggITD, full, warm v (ours)", "AggITD, full, warm v, one round (ours)")
+OURS = tuple(name for name in METHODS if "warm" in name)
+
+
+def rounds_table(folder: Path, quick: bool = False, progress: common.Progress = lambda text: None) -> list[Path]:
+    """The study; leaves rounds-table.csv, .md and .png, and rounds-table-cohorts.csv and .md."""
+    budget, turns, names = (2_000, (2,), ("ridge",)) if quick else (BUDGET, TURNS, tuple(PROBLEMS))
+    methods = {1: (BASELINE, *OURS), 5: OURS[-1:]} if quick else {1: tuple(METHODS), 5: MANY_STEPS}
+    settings = {
+        "methods": {str(steps): found for steps, found in methods.items()},
+        "level": LEVEL,
+        "budget": budget,
+        "N": turns,
+        "problems": names,
+        "inner": problems.INNER,
+    }
+
+    def rows():
+        with jax.enable_x64(True):
+            return [row for name in names for row in _problem(name, methods, budget, turns, progress)]
+
+    frame = common.table(
+        folder,
+        "rounds-table",
+        settings | {"outer": problems.OUTER, "random_budget": RANDOM_BUDGET, "stalled": runner.STALLED},
+        rows,
+    )
+    files = [folder / "rounds-table.csv", _markdown(folder, frame, budget), _figure(folder, frame)]
+    return [*files, *_cohorts(folder, quick, names, progress)]
+
+
+# All clients, exact gradients ------------------------------------------------------------------------------------------
+
+
+def _problem(name, methods, budget, turns, progress) -> Iterable[dict[str, Any]]:
+    setup = PROBLEMS[name]()
+    for local_steps, labels in methods.items():
+        for label in labels:
+            method, best, missed, last = METHODS[label], None, 0, np.inf
+            for N in turns:
+                progress(f"rounds-table: {name}, {local_steps} local steps, {label}, N = {N}")
+                lanes = problems.grid(setup, local_steps)
+                algorithm = method.build(N, local_steps)
+                most = (min(budget, RANDOM_BUDGET) if method.random else budget) if best is None else best["rounds"]
+                race = runner.race(setup, algorithm, LEVEL, most, **lanes)
+                last = min(last, race.lowest)
+                missed += 1
+                if race.lane is not None and (best is None or race.rounds < best["rounds"]):
+                    steps = {step: values[race.lane] for step, values in lanes.items()}
+                    idle = _rounds_an_iteration(setup, method.build(N, local_steps, skip=False))
+                    literal = np.nan if idle is None else idle * race.iterations
+                    best, missed = {"rounds": race.rounds, "all_rounds": literal, "N": N, **steps}, 0
+                if best is not None and missed == 2:  # two larger N in a row took longer
+                    break
+            never = {"rounds": np.inf, "all_rounds": np.inf, "N": np.nan}
+            yield {"problem": name, "local_steps": local_steps, "method": label, **(best or never), "lowest": last}
+
+
+def _rounds_an_iteration(setup: runner.Setup, algorithm: Any) -> int | None:
+    """None if it is drawn while running."""
+    found = protocol(algorithm, setup.problem, setup.data, setup.x, setup.y)
+    return found.rounds_most if found.rounds == found.rounds_most else None
+
+
+def _markdown(folder, frame, budget):
+    names, rows = list(frame["problem"].unique()), []
+    for (local_steps, label), at in frame.groupby(["local_steps", "method"], sort=False):
+        cells = [str(local_steps), str(label)]
+        for name in names:
+            row = at[at["problem"] == name].iloc[0]
+            reached = np.isfinite(row["rounds"])
+            cells += [common.count(row["rounds"]), f"{row['N']:.0f}" if reached else "-", _ratio(frame, row)]
+            cells += [common.count(row["all_rounds"]) if reached else f"lowest {row['lowest']:.1e}"]
+        rows.append(cells)
+    head = ["local steps", "method"]
+    for name in names:
+        head += [f"{name}: rounds", "N", "FedNest's over these", "with idle rounds"]
+    text = (
+        f"Rounds to |grad Phi|^2 < {LEVEL:g}, all clients, exact gradients; one grid of steps. Given up after {budget:,} "
+        f"rounds ({min(budget, RANDOM_BUDGET):,} with a random number of terms), or where 1,000 iterations bring nothing."
+    )
+    return common.markdown(folder / "rounds-table.md", text, head, rows)
+
+
+def _ratio(frame, row):
+    """Rounds of the baseline with one local step over this row's."""
+    where = (frame["problem"] == row["problem"]) & (frame["method"] == BASELINE) & (frame["local_steps"] == 1)
+    baseline = frame[where]["rounds"].item()
+    return f"{baseline / row['rounds']:.3g}" if np.isfinite(row["rounds"]) and np.isfinite(baseline) else "-"
+
+
+def _figure(folder, frame):
+    names = list(frame["problem"].unique())
+    figure, axes = common.panels(1, len(names), (5.2 * len(names) + 3, 5), sharey=True)
+    bars = frame[["local_steps", "method"]].drop_duplicates()
+    for axis, name in zip(axes[0], names, strict=True):
+        at = frame[frame["problem"] == name].merge(bars)
+        never = ~np.isfinite(at["rounds"])
+        reached = at["rounds"].where(~never)
+        end = 2 * (reached.max() if reached.notna().any() else 10)
+        for local_steps, look in ((1, {"color": "#0072B2"}), (5, {"color": "#E69F00", "hatch": "//"})):
+            part = at["local_steps"] == local_steps
+            label = "one local step" if local_steps == 1 else f"{local_steps} local steps"
+            axis.barh(np.flatnonzero(part), reached[part], **look, edgecolor="white", label=label)
+        for place, value in enumerate(reached):
+            text, where = ("never", end / 1e3) if np.isnan(value) else (f" {value:,.0f}", value)
+            axis.text(where, place, text, va="center", fontsize=8)
+        axis.set(title=name, xscale="log", xlim=(end / 2e3, 3 * end))
+        axis.set_xlabel(f"rounds to $|\\nabla\\Phi|^2$ < {LEVEL:g}")
+        axis.set_yticks(range(len(at)), at["method"])
+    axes[0, 0].invert_yaxis()
+    common.legend(figure, 2)
+    return common.save(figure, folder / "rounds-table.png")
+
+
+# Cohorts ---------------------------------------------------------------------------------------------------------------
+
+
+def _cohorts(folder, quick, names, progress):
+    budget, turns, seeds = (1_000, (2,), 1) if quick else (COHORT_BUDGET, COHORT_TURNS, SEEDS)
+    methods = (BASELINE, *OURS[-1:]) if quick else tuple(METHODS)
+    settings = {"budget": budget, "N": turns, "problems": names, "inner": problems.INNER, "outer": problems.OUTER}
+    settings |= {"clients": CLIENTS, "cohort": COHORT, "seeds": seeds, "methods": methods}
+
+    def rows():
+        with jax.enable_x64(True):
+            return [row for name in names for row in _noisy(name, budget, turns, seeds, methods, progress)]
+
+    frame = common.table(folder, "rounds-table-cohorts", settings, rows)
+    cells = []
+    for label, at in frame.groupby("method", sort=False):
+        line = [str(label)]
+        for name in names:
+            row = at[at["problem"] == name].iloc[0]
+            line += [common.number(row["floor"], 2), str(row["N"]), common.count(row["rounds"]), str(row["N_rounds"])]
+        cells.append(line)
+    head = ["method"]
+    for name in names:
+        head += [f"{name}: abs(grad Phi)^2 at the end", "N", "rounds to FedNest's", "N"]
+    text = (
+        f"{COHORT} of {CLIENTS} clients an exchange, one local step, {budget:,} rounds; one grid of steps. "
+        "The best mean of |grad Phi|^2 over the last tenth, and the rounds to where FedNest (full, T = N) ends."
+    )
+    path = common.markdown(folder / "rounds-table-cohorts.md", text, head, cells)
+    return [folder / "rounds-table-cohorts.csv", path]
+
+
+def _noisy(name, budget, turns, seeds, methods, progress):
+    setup = PROBLEMS[name](CLIENTS, cohort=COHORT)
+    lanes = problems.grid(setup, 1)
+    found = {}
+    for label in methods:
+        for N in turns:
+            progress(f"rounds-table, cohorts: {name}, {label}, N = {N}")
+            algorithm = METHODS[label].build(N, 1)
+            iterations = int(budget / protocol(algorithm, setup.problem, setup.data, setup.x, setup.y).rounds)
+            seeded = [dataclasses.replace(setup, key=jax.random.key(seed)) for seed in range(seeds)]
+            runs = [runner.curves(one, algorithm, iterations, BLOCKS, **lanes) for one in seeded]
+            found[label, N] = tuple(np.stack(part) for part in zip(*runs, strict=True))
+    ends = {place: _median(values[:, :, -BLOCKS // 10 :].mean(-1)) for place, (_, values) in found.items()}
+    level = min(np.nanmin(ends[place]) for place in ends if place[0] == BASELINE)
+    for label in methods:
+        floors = {N: np.nanmin(ends[label, N]) for N in turns}
+        times = {N: np.min(_median(_first(found[label, N], level))) for N in turns}
+        end, soon = min(floors, key=floors.__getitem__), min(times, key=times.__getitem__)
+        yield {
+            "problem": name, "method": label, "floor": floors[end], "N": end, "rounds": times[soon],
+            "N_rounds": soon if np.isfinite(times[soon]) else "-", "level": level,
+        }  # fmt: skip
+
+
+def _median(values):
+    """Over the seeds; what blew up counts as infinite."""
+    return np.median(np.where(np.isfinite(values), values, np.inf), axis=0)
+
+
+def _first(runs, level):
+    """(seeds, lanes) rounds at the end of the first block whose mean is at the level, of (rounds, values)."""
+    rounds, values = runs
+    reached = values <= level
+    first = np.take_along_axis(rounds, np.argmax(reached, axis=-1), axis=-1)
+    return np.where(reached.any(-1), first, np.inf)
