@@ -9,9 +9,9 @@ iid (300 and 300). 10 clients a round, T = 1, N = 5 with all terms summed, one u
 40 local lower steps (25 iid: five passes over a client's rows). 2T+N+3 = 10 rounds an iteration; one evaluation each.
 
 `--cohorts same` asks, as that code does, one cohort in the two lower rounds and another in the eight upper ones; `fresh`
-asks a fresh one every time. `--means all` answers every mean gradient and product from all of a client's rows, as that code does,
-`--means batch` (as our algorithms do) from 64. Other differences: our local steps use one dropout mask for both of their
-gradients and draw rows with replacement, and our Neumann series is the paper's.
+asks a fresh one every time. `--means all` answers every mean gradient and product from all of a client's rows, as that
+code does, `--means batch` (as our algorithms do) from 64. Other differences: our local steps use one dropout mask for both
+of their gradients and draw rows with replacement, and our Neumann series is the paper's.
 """
 
 from __future__ import annotations

@@ -99,6 +99,7 @@ def bare(alg, x, y, Q, turns, final):
     inner, outer, h_inner, h_outer, u_inner, u_outer = final
     v = jax.tree.map(lambda a: lam * (N + 1) * a, vector(N, y, r, inner, outer))
     h = over(lambda i, o: hypergradient(PROBLEM, x, y, v, i, o), h_inner, h_outer)
+
     def move(inner, outer):
         on_rows = lambda s: lambda z: hypergradient(PROBLEM, z, y, v, at(inner, s), at(outer, s))
         return fedsvrg(on_rows, x, h, alg.outer_lr, alg.outer_steps)

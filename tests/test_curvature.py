@@ -193,7 +193,7 @@ def test_the_conformance_suite_passes():
 
 def test_another_word_is_refused():
     with pytest.raises(
-        fb.InputError, match="hessian_lr=...\\) is a step size, a positive number or 'auto'; got 'automatic'"
+        fb.InputError, match=r"hessian_lr=...\) is a step size, a positive number or 'auto'; got 'automatic'"
     ):
         fb.AggITD(hessian_lr="automatic")
     with pytest.raises(fb.InputError, match="inner_lr"):

@@ -119,8 +119,14 @@ def test_ratios_are_paired_by_seed():
     for label, per, speed in (("AggITD", 7, 0.1), ("FedNest", 9, 0.1)):
         for seed in (0, 1):
             for k in range(12):
-                rows.append({"algorithm": label, "seed": seed, "iteration": k, "rounds": per * k * (1 + seed), "kind": "rival",
-                             "test_error": 1 - speed * k, "megabytes_up": k, "oracle_calls": k, "seconds": k})  # fmt: skip
+                spent = {
+                    "iteration": k,
+                    "megabytes_up": k,
+                    "oracle_calls": k,
+                    "seconds": k,
+                    "rounds": per * k * (1 + seed),
+                }
+                rows.append({"algorithm": label, "seed": seed, "kind": "rival", "test_error": 1 - speed * k} | spent)
     frame = pandas.DataFrame(rows)
     table = tables.ratios_table(SMALL, frame)
     assert np.allclose(table["ratio"], 7 / 9)

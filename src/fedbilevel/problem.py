@@ -95,9 +95,10 @@ class Problem(eqx.Module):
 
     def row_features(self, x: PyTree, examples: PyTree) -> PyTree:
         """phi(x, example) of each row, leaves (rows, ...); None for a problem without features."""
-        if self.features is None:
+        phi = self.features
+        if phi is None:
             return None
-        return self.features(x, examples) if self.batched else jax.vmap(lambda e: self.features(x, e))(examples)
+        return phi(x, examples) if self.batched else jax.vmap(lambda example: phi(x, example))(examples)
 
     def outer_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
         """f(x, y): the weighted mean of the outer loss over the rows."""

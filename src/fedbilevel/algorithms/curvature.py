@@ -128,7 +128,7 @@ def krylov(like: PyTree) -> dict[str, PyTree]:
 def extend(t: Any, basis: dict[str, PyTree], product: PyTree) -> dict[str, PyTree]:
     """One Lanczos step, given the product of the matrix with `basis["v"]`; an exhausted space goes on with zeros."""
     v = basis["v"]
-    alpha = optax.tree.vdot(v, product)
+    alpha = jnp.asarray(optax.tree.vdot(v, product))
     rest = optax.tree.add_scale(optax.tree.add_scale(product, -alpha, v), -basis["beta"], basis["before"])
     beta = optax.tree.norm(rest)
     alive = beta > 1e-6 * jnp.maximum(jnp.abs(alpha), basis["beta"])

@@ -46,13 +46,17 @@ def family(rounds: int, local: int, outer: int, batch: int | None) -> tuple[Cont
 
 def _images(dataset: str, partition: str) -> Study:
     short = "iid" if partition == "iid" else "non-iid"
-    free = {"inner_rounds": 1, "local_steps": 10, "outer_steps": 5, "batch_size": 128, "truncation": "full"}
+    free = {"inner_rounds": 1, "local_steps": 10, "outer_steps": 2, "batch_size": 128, "truncation": "full"}
     return Study(
         f"{dataset}-{short}",
         f"Hyper-representation on {dataset}, {short}, 10 of 100 clients; T = N = 5, equal local work and grid",
         "hyper-representation", Options(dataset=dataset, partition=partition, clients=100), 10,
-        (*family(5, 5, 5, 64), Contender("AggITD, N = 1", "aggitd", free)),
-        {"inner_lr": (0.01, 0.03, 0.1), "hessian_lr": (0.01,), "outer_lr": (0.02, 0.06, 0.2)},
+        (
+            *family(5, 5, 2, 64),
+            Contender("AggITD, N = 1", "aggitd", free),
+            Contender("AggITD, N = 1, one round a turn", "aggitd", free | {"one_round": True}),
+        ),
+        {"inner_lr": (0.01, 0.03, 0.1), "hessian_lr": (0.01,), "outer_lr": (0.015, 0.05, 0.15, 0.4)},
         grid_rounds=260, grid_seeds=GRID_SEEDS, rounds=500, seeds=SEEDS[:3], every=1,
     )  # fmt: skip
 
@@ -62,8 +66,8 @@ def _equal(rounds: int) -> Study:
         f"equal-n{rounds}",
         f"AggITD against FedNest on MNIST hyper-representation, non-iid, 10 of 100 clients, T = N = {rounds}",
         "hyper-representation", Options(dataset="mnist", partition="shards", clients=100), 10,
-        rivals(rounds, 5, 5, 64),
-        {"inner_lr": (0.01, 0.03), "hessian_lr": (0.01, 0.03), "outer_lr": (0.02, 0.06)},
+        rivals(rounds, 5, 2, 64),
+        {"inner_lr": (0.03, 0.1), "hessian_lr": (0.01, 0.03), "outer_lr": (0.015, 0.05)},
         grid_rounds=18 * 25 if rounds == 5 else 33 * 16, grid_seeds=GRID_SEEDS,
         rounds=18 * 45 if rounds == 5 else 33 * 30, seeds=SEEDS, levels=(0.80, 0.85, 0.88, 0.90), goal=0.88,
         pairs=tuple((f"AggITD, {a}", f"FedNest, {b}") for b in ("full", "uniform") for a in ("full", "uniform")),

@@ -9,8 +9,8 @@ n_c of the n validation rows of ALL clients are of class c. The weights are not 
 scales its own by m n_i / n, so that in the plain mean over clients all count in proportion to their rows: f = (1/C) sum_c
 (mean cross-entropy of class c), however the classes lie, and a cohort's plain mean is an unbiased estimate of it. A client
 that divided by the sum of its own weights would undo them where it holds one class only. g is the plain mean over clients
-of their means over training rows. The outer loss does not contain x: the hypergradient has no direct part. The start is delta = iota = 0: all
-classes alike.
+of their means over training rows. The outer loss does not contain x: the hypergradient has no direct part. The start is
+delta = iota = 0: all classes alike.
 
 Metrics: test_accuracy, test_loss, balanced_accuracy (mean over classes of the recall on the test rows), validation_loss (f).
 
@@ -99,7 +99,7 @@ def build(options: Options) -> Task:
 
 
 def clients_data(a: np.ndarray, labels: np.ndarray, inner: Parts, outer: Parts) -> FederatedData:
-    """The clients' rows at both levels, the outer ones with their weights; clients count there in proportion to their rows."""
+    """The clients' rows at both levels, the outer ones with weights that make clients count in proportion to their rows."""
     weights = np.zeros(len(labels), jnp.result_type(float))
     held = np.concatenate(outer)
     weights[held] = class_weights(labels[held])
