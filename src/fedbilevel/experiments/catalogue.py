@@ -85,16 +85,17 @@ def _loss_tuning(partition: str) -> Study:
         (
             Contender("AggITD, uniform", "aggitd", work),
             Contender("AggITD, full", "aggitd", work | {"truncation": "full"}),
+            Contender("AggITD, one round a turn", "aggitd", work | {"truncation": "full", "one_round": True}),
             Contender("FedNest, full", "fednest", series | {"truncation": "full"}),
             Contender("FedNest-SGD", "fednest-sgd", series | {"truncation": "full"}),
             Contender("LFedNest", "lfednest", series | {"truncation": "full"}),
             Contender("LFedNest-SVRG", "lfednest-svrg", series | {"truncation": "full"}),
-            Contender("no loss tuning", "aggitd", work | {"truncation": "full"}, "frozen"),
-            Contender("one client with all data", "aggitd", work | {"truncation": "full"}, "pooled"),
+            Contender("no loss tuning", "aggitd", work | {"truncation": "full", "one_round": True}, "frozen"),
+            Contender("pooled", "aggitd", work | {"truncation": "full"}, "pooled"),
         ),
-        {"inner_lr": (0.01, 0.03, 0.1), "hessian_lr": (0.03,), "outer_lr": (0.3, 1.0, 3.0)},
-        grid_rounds=500, grid_seeds=GRID_SEEDS, rounds=2000, seeds=SEEDS[:3], metric="balanced_accuracy", goal=0.85,
-        pairs=(("AggITD, full", "FedNest, full"), ("AggITD, uniform", "FedNest, full")), every=2,
+        {"inner_lr": (0.01, 0.03), "hessian_lr": (0.03,), "outer_lr": (1.0, 6.0)},
+        grid_rounds=400, grid_seeds=GRID_SEEDS, rounds=1500, seeds=SEEDS[:3], metric="balanced_accuracy", goal=0.85,
+        pairs=(("AggITD, full", "FedNest, full"), ("AggITD, uniform", "FedNest, full")), shares=0, every=5,
     )  # fmt: skip
 
 
