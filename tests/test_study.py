@@ -102,7 +102,7 @@ def test_a_study_runs_goes_on_and_writes_its_tables(tmp_path):
         "test_error.png",
     }
     history = pandas.read_csv(folder / "history.csv")
-    assert set(history["algorithm"]) == {"AggITD", "FedNest", "still", "pooled"}
+    assert set(history["algorithm"]) == {"AggITD", "FedNest", "still"}
     moved = history[history["algorithm"] == "AggITD"].groupby("seed")["rounds"].max()
     assert (moved == 56).all()  # the whole iterations of 7 rounds in 60
     grid = pandas.read_csv(folder / "grid.csv")

@@ -15,6 +15,7 @@ AXES = {"rounds": "communication rounds", "megabytes": "payload, MB (down and up
 LOGARITHMIC = ("stationarity", "distance")
 FIXED = ("algorithm", "seed", "iteration", "rounds", "bytes_down", "bytes_up", "seconds")
 DIAGNOSTICS = ("hypergradient_norm", "vector_growth")
+DERIVED = ("megabytes", "megabytes_up", "oracle_calls")
 
 
 def read(folder: str | Path):
@@ -42,7 +43,7 @@ def read(folder: str | Path):
 
 def metrics_of(frame) -> list[str]:
     """The metrics in a history, most telling first."""
-    return [c for c in frame.columns if c not in (*FIXED, *DIAGNOSTICS, "megabytes")]
+    return [c for c in frame.columns if c not in (*FIXED, *DIAGNOSTICS, *DERIVED)]
 
 
 def summarise(frame):

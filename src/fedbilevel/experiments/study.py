@@ -103,6 +103,11 @@ class Study:
             return TASKS[self.task](dataclasses.replace(options, clients=1, partition="iid", alpha=None)), Simulation()
         return TASKS[self.task](options), Simulation(cohort=self.cohort)
 
+    @property
+    def clients_an_exchange(self) -> int:
+        """How many clients a rival asks."""
+        return self.cohort or self.options.clients or 1
+
     def rates(self, contender: Contender) -> dict[str, tuple[float, ...]]:
         """The contender's grid: the study's, but for what it leaves alone."""
         idle = {"outer_lr", "hessian_lr"} if contender.kind == "frozen" else set()
@@ -127,6 +132,8 @@ def run(study: Study, folder: Path, data_dir: Any = None, best: Mapping[str, Any
         InputError: the folder holds another study, or a data set is missing.
     """
     open_folder(folder, study.to_dict())
+    asked = {"study": study.name, "clients_an_exchange": study.clients_an_exchange}  # what `fedbilevel cost` needs
+    (folder / "config.json").write_text(json.dumps(asked) + "\n")
     say = lambda news: print(f"{study.name}: {news}", flush=True)
     if best is None:
         best = search(study, folder, data_dir, say)

@@ -32,7 +32,7 @@ def collect(study: Study, folder: Path):
             place = folder / "runs" / f"{contender.label}-{seed}"
             done = json.loads((place / "done.json").read_text())
             frame = pandas.read_csv(place / "history.csv")
-            cohort = 1 if contender.kind == "pooled" else (study.cohort or study.options.clients or 1)
+            cohort = 1 if contender.kind == "pooled" else study.clients_an_exchange
             frames.append(frame.assign(
                 kind=contender.kind, megabytes_up=frame["bytes_up"] / cohort / 1e6,
                 oracle_calls=frame["iteration"] * done["oracle_calls"], failure=done["failure"],
@@ -45,7 +45,8 @@ def write(study: Study, folder: Path) -> list[Path]:
     import pandas
 
     frame = collect(study, folder)
-    frame.drop(columns=["kind", "failure"]).to_csv(folder / "history.csv", index=False)
+    rivals = frame[frame["kind"] != "pooled"]  # whose bytes and rounds mean something
+    rivals.drop(columns=["kind", "failure"]).to_csv(folder / "history.csv", index=False)
     levels = levels_table(study, frame)
     files = [folder / "history.csv", *_write_table(folder, "levels", levels, _levels_text(study, levels))]
     if study.pairs:
