@@ -144,5 +144,6 @@ def largest_ritz_value(basis: dict[str, PyTree]) -> Float[Array, ""]:
     """The largest eigenvalue, in absolute value, of the tridiagonal matrix."""
     beside = basis["beside"][:-1]
     matrix = jnp.diag(basis["diagonal"]) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
-    wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))  # no eigenvalues in half precision
+    half = jnp.finfo(matrix.dtype).bits < 32  # no eigenvalues in half precision
+    wide = matrix.astype(jnp.float32) if half else matrix
     return jnp.max(jnp.abs(jnp.linalg.eigvalsh(wide))).astype(matrix.dtype)
