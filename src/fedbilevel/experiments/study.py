@@ -12,6 +12,7 @@ that never gets there by how far it is from it at the end. A contender is judged
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -131,6 +132,7 @@ def run(study: Study, folder: Path, data_dir: Any = None, best: Mapping[str, Any
     Raises:
         InputError: the folder holds another study, or a data set is missing.
     """
+    study.build(study.contenders[0], study.seeds[0], data_dir)  # a missing data set leaves no folder behind
     open_folder(folder, study.to_dict())
     asked = {"study": study.name, "clients_an_exchange": study.clients_an_exchange}  # what `fedbilevel cost` needs
     (folder / "config.json").write_text(json.dumps(asked) + "\n")
@@ -293,8 +295,8 @@ class Shares(Callback):
         implicit, direct = self._parts(run)
         share = implicit / (implicit + direct) if implicit + direct > 0 else float("nan")
         cells = [*self.named.values(), run.iteration, run.rounds, implicit, direct, share]
-        with self.file.open("a") as file:
-            file.write(",".join(map(str, cells)) + "\n")
+        with self.file.open("a", newline="") as file:
+            csv.writer(file).writerow(cells)
 
     def _parts(self, run) -> tuple[float, float]:
         if self._runs is None:
