@@ -165,9 +165,9 @@ def test_rounds_ratio(tmp_path):
 @pytest.mark.slow
 def test_rounds_table(tmp_path):
     files = run("rounds-table", tmp_path)
-    frame = pandas.read_csv(files["rounds-table.csv"]).set_index(["local_steps", "method"])["rounds"]
+    frame = pandas.read_csv(files["rounds-table-ridge.csv"]).set_index(["local_steps", "method"])["rounds"]
     assert np.isfinite(frame[1, "AggITD, full, warm v (ours)"])
-    cohorts = pandas.read_csv(files["rounds-table-cohorts.csv"])
+    cohorts = pandas.read_csv(files["rounds-table-cohorts-ridge.csv"])
     assert np.isfinite(cohorts[["floor", "rounds"]].to_numpy(float)).all()
 
 

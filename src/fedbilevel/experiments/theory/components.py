@@ -32,7 +32,7 @@ TRUNCATIONS = {
     "full": {"truncation": "full"},
     "full, warm v": {"truncation": "full", "warm_start_v": True},
 }
-CLIENTS, BUDGET, BLOCKS, SEEDS = 40, 3_000, 20, 3
+CLIENTS, BUDGET, BLOCKS, SEEDS = 20, 2_000, 20, 3
 SPREAD, ASKED = 1.0, 2
 COHORTS = ("fresh cohorts", "one cohort")
 

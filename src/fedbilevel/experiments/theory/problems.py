@@ -1,7 +1,8 @@
 """The two problems on which rounds are counted, with |grad Phi(x)|^2 in closed form, compiled; and the one grid of steps.
 
 quadratic  `family`: H of condition 13, the Hessian of Phi of condition 56, every largest eigenvalue 1
-ridge      x = log penalties of six features, rows of clients with features of other scales and other true weights
+ridge      x = log penalties of six features; clients differ in the scales of their features and in their true weights.
+           With eight of them H has condition 12 at the solution, and the Hessian of Phi 27
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .runner import Setup
 
 FEATURES = 6
 SHRUNK = 0.6  # validation rows follow weights this much smaller, so that every best penalty is finite
+NEAR = 3.0
 INNER = (0.5, 1.0, 1.5, 1.9)  # inner_lr * local_steps, in units of 1 / L of g; and hessian_lr
 OUTER = (*(2.0**-k for k in range(7, -1, -1)), 1.9)  # outer_lr, in units of 1 / L of Phi
 
@@ -52,10 +54,15 @@ def quadratic(clients: int = 8, spread: float = 1.0, cohort: int | None = None) 
 
 
 class Ridge(eqx.Module):
-    """|grad Phi(x)|^2 of ridge tuning, from second moments of the rows; a column of ones stands for the bias."""
+    """|grad Phi(x)|^2 of ridge tuning, from second moments of the rows; a column of ones stands for the bias.
+
+    Infinite where a log penalty is more than `NEAR` off the best: Phi is flat too where penalties are infinite or zero, and
+    a run that ends there has found nothing.
+    """
 
     inner: tuple[jax.Array, ...]
     outer: tuple[jax.Array, ...]
+    best: jax.Array
 
     def gradient(self, x):
         """grad Phi(x): v = H^-1 d_y f, d2_xy g = diag(exp(x) w)."""
@@ -71,16 +78,17 @@ class Ridge(eqx.Module):
         return self.inner[0] + jnp.diag(jnp.concatenate([jnp.exp(x), jnp.full((1,), BIAS_PENALTY, x.dtype)]))
 
     def __call__(self, x):
-        return jnp.sum(self.gradient(x) ** 2)
+        near = jnp.max(jnp.abs(x - self.best)) <= NEAR
+        return jnp.where(near, jnp.sum(self.gradient(x) ** 2), jnp.inf)
 
 
-def ridge(clients: int = 8, cohort: int | None = None, seed: int = 0) -> Setup:
+def ridge(clients: int = 8, cohort: int | None = None) -> Setup:
     """Synthetic ridge tuning; the curvatures are those at the start and at the solution, the larger of each."""
-    draw = np.random.default_rng(seed)
-    weights = np.linspace(0.7, 1.4, FEATURES)
+    draw = np.random.default_rng(0)
+    weights, size_of = np.linspace(0.7, 1.4, FEATURES), np.geomspace(0.7, 2.5, FEATURES)
     inside, outside = [], []
     for i in range(clients):
-        scales, own = np.exp(0.4 * draw.normal(size=FEATURES)), weights + 0.4 * draw.normal(size=FEATURES)
+        scales, own = size_of * np.exp(0.3 * draw.normal(size=FEATURES)), weights + 0.4 * draw.normal(size=FEATURES)
         for rows, size, level in ((6 + 2 * (i % 3), 1.0, inside), (10, SHRUNK, outside)):
             a = scales * draw.normal(size=(rows, FEATURES))
             noise = 0.3 * draw.normal(size=rows)
@@ -88,10 +96,11 @@ def ridge(clients: int = 8, cohort: int | None = None, seed: int = 0) -> Setup:
     moments = lambda level: tuple(
         jnp.asarray(np.mean(part, axis=0)) for part in zip(*map(_moments, level), strict=True)
     )
-    stationarity = Ridge(moments(inside), moments(outside))
-    x = jnp.ones((FEATURES,))
+    x = jnp.zeros((FEATURES,))
     y = {"weight": jnp.zeros((FEATURES, 1)), "bias": jnp.zeros((1,))}
-    best = _minimum(stationarity, x)
+    stationarity = Ridge(moments(inside), moments(outside), jnp.zeros((FEATURES,)))
+    best = _minimum(stationarity, stationarity.best)
+    stationarity = eqx.tree_at(lambda found: found.best, stationarity, best)
     largest = lambda matrix: float(jnp.abs(jnp.linalg.eigvalsh(matrix)).max())
     upper = jax.jacfwd(stationarity.gradient)
     curvatures = [max(largest(of(x)), largest(of(best))) for of in (stationarity.hessian, upper)]

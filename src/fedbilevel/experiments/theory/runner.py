@@ -124,7 +124,7 @@ def _step(algorithm, fed, state):
 
 @dataclasses.dataclass(frozen=True)
 class Race:
-    """The first lane there: its place, rounds, iterations; |grad Phi|^2 of all lanes at the end, and the lowest."""
+    """The lane that got there first, its rounds and iterations; |grad Phi|^2 of all lanes at the end, and the lowest."""
 
     lane: int | None
     rounds: int

@@ -22,7 +22,7 @@ from ...algorithms import AggITD, FedNest
 from ...protocol import protocol
 from . import common, problems, runner
 
-LEVEL, BUDGET, RANDOM_BUDGET, TURNS = 1e-8, 100_000, 20_000, (1, 2, 5, 10, 20, 40, 80)
+LEVEL, BUDGET, RANDOM_BUDGET, TURNS = 1e-8, 100_000, 20_000, (1, 2, 5, 10, 20, 40, 60, 80)
 CLIENTS, COHORT, SEEDS, BLOCKS = 40, 4, 3, 100
 COHORT_BUDGET, COHORT_TURNS = 10_000, (1, 5, 20)
 PROBLEMS: dict[str, Callable[..., runner.Setup]] = {"quadratic": problems.quadratic, "ridge": problems.ridge}
@@ -66,30 +66,33 @@ OURS = tuple(name for name in METHODS if "warm" in name)
 
 
 def rounds_table(folder: Path, quick: bool = False, progress: common.Progress = lambda text: None) -> list[Path]:
-    """The study; leaves rounds-table.csv, .md and .png, and rounds-table-cohorts.csv and .md."""
+    """The study; leaves rounds-table.md and .png, rounds-table-cohorts.md, and of each a table for every problem."""
     budget, turns, names = (2_000, (2,), ("ridge",)) if quick else (BUDGET, TURNS, tuple(PROBLEMS))
     methods = {1: (BASELINE, *OURS), 5: OURS[-1:]} if quick else {1: tuple(METHODS), 5: MANY_STEPS}
-    settings = {
-        "methods": {str(steps): found for steps, found in methods.items()},
-        "level": LEVEL,
-        "budget": budget,
-        "N": turns,
-        "problems": names,
-        "inner": problems.INNER,
-    }
-
-    def rows():
-        with jax.enable_x64(True):
-            return [row for name in names for row in _problem(name, methods, budget, turns, progress)]
-
-    frame = common.table(
-        folder,
-        "rounds-table",
-        settings | {"outer": problems.OUTER, "random_budget": RANDOM_BUDGET, "stalled": runner.STALLED},
-        rows,
+    settings = {"methods": {str(steps): found for steps, found in methods.items()}, "level": LEVEL, "N": turns}
+    settings |= {"budget": budget, "random_budget": RANDOM_BUDGET, "stalled": runner.STALLED}
+    frame = _tables(
+        folder, "rounds-table", names, settings, lambda name: _problem(name, methods, budget, turns, progress)
     )
-    files = [folder / "rounds-table.csv", _markdown(folder, frame, budget), _figure(folder, frame)]
+    files = [*_csv(folder, "rounds-table", names), _markdown(folder, frame, budget), _figure(folder, frame)]
     return [*files, *_cohorts(folder, quick, names, progress)]
+
+
+def _tables(folder, study, names, settings, rows):
+    """The problems' tables one below the other, each kept for itself: an interrupted study goes on with the next one."""
+    import pandas
+
+    def made(name):
+        with jax.enable_x64(True):
+            return list(rows(name))
+
+    settings = settings | {"inner": problems.INNER, "outer": problems.OUTER}
+    frames = [common.table(folder, f"{study}-{name}", settings, lambda name=name: made(name)) for name in names]
+    return pandas.concat(frames, ignore_index=True)
+
+
+def _csv(folder, study, names):
+    return [folder / f"{study}-{name}.csv" for name in names]
 
 
 # All clients, exact gradients ------------------------------------------------------------------------------------------
@@ -182,14 +185,9 @@ def _figure(folder, frame):
 def _cohorts(folder, quick, names, progress):
     budget, turns, seeds = (1_000, (2,), 1) if quick else (COHORT_BUDGET, COHORT_TURNS, SEEDS)
     methods = (BASELINE, *OURS[-1:]) if quick else tuple(METHODS)
-    settings = {"budget": budget, "N": turns, "problems": names, "inner": problems.INNER, "outer": problems.OUTER}
-    settings |= {"clients": CLIENTS, "cohort": COHORT, "seeds": seeds, "methods": methods}
-
-    def rows():
-        with jax.enable_x64(True):
-            return [row for name in names for row in _noisy(name, budget, turns, seeds, methods, progress)]
-
-    frame = common.table(folder, "rounds-table-cohorts", settings, rows)
+    settings = {"budget": budget, "N": turns, "clients": CLIENTS, "cohort": COHORT, "seeds": seeds, "methods": methods}
+    study, rows = "rounds-table-cohorts", lambda name: _noisy(name, budget, turns, seeds, methods, progress)
+    frame = _tables(folder, study, names, settings, rows)
     cells = []
     for label, at in frame.groupby("method", sort=False):
         line = [str(label)]
@@ -205,7 +203,7 @@ def _cohorts(folder, quick, names, progress):
         "The best mean of |grad Phi|^2 over the last tenth, and the rounds to where FedNest (full, T = N) ends."
     )
     path = common.markdown(folder / "rounds-table-cohorts.md", text, head, cells)
-    return [folder / "rounds-table-cohorts.csv", path]
+    return [*_csv(folder, study, names), path]
 
 
 def _noisy(name, budget, turns, seeds, methods, progress):
