@@ -110,22 +110,23 @@ def test_the_step_travels_with_the_messages_that_need_it():
 # Curvature in single clients or rows ----------------------------------------------------------------------------------
 
 SPIKES = 6
+GOAL = np.arange(1.0, SPIKES + 1)
+SPIKY = fb.Problem(
+    lambda x, y, e: 0.5 * (y - x) @ e["H"] @ (y - x),
+    lambda x, y, e: 0.5 * jnp.sum((y - GOAL) ** 2),
+)
 
 
-def spiky(scale=1.0, pooled=False):
-    """H_i = scale (6 e_i e_i' + I/10): mean 1.1 scale I. At the solution every gradient of g_i and of f is zero."""
+def spiky(scale, pooled):
+    """H_i = scale (6 e_i e_i' + I/10): mean 1.1 scale I. At x = y = GOAL every gradient of g_i and of f is zero."""
     hessians = scale * (6 * np.einsum("ij,ik->ijk", np.eye(SPIKES), np.eye(SPIKES)) + 0.1 * np.eye(SPIKES))
-    rows = [{"H": H[None]} for H in hessians]
-    rows = [{"H": hessians}] if pooled else rows
-    goal = jnp.arange(1.0, SPIKES + 1)
-    inner = lambda x, y, e: 0.5 * (y - x) @ e["H"] @ (y - x)
-    outer = lambda x, y, e: 0.5 * jnp.sum((y - goal) ** 2)
-    return fb.Problem(inner, outer), fb.FederatedData.stack(rows, rows), np.zeros(SPIKES), np.zeros(SPIKES), goal
+    rows = [{"H": hessians}] if pooled else [{"H": H[None]} for H in hessians]
+    return fb.FederatedData.stack(rows, rows)
 
 
 def distance(hessian_lr, kind: Any = fb.AggITD, scale=1.0, pooled=False, cohort=None, iterations=400, **settings):
     """How far x and y are from the solution at the end, in starting distances; infinite if the run diverges."""
-    problem, data, x, y, goal = spiky(scale, pooled)
+    data, start = spiky(scale, pooled), np.zeros(SPIKES)
     algorithm = kind(
         inner_rounds=20,
         inner_lr=0.1 / scale,
@@ -137,10 +138,12 @@ def distance(hessian_lr, kind: Any = fb.AggITD, scale=1.0, pooled=False, cohort=
     )
     try:
         engine = fb.Simulation(cohort)
-        result = fb.solve(problem, data, algorithm, x, y, iterations, key=KEY, engine=engine, evaluate_every=iterations)
+        result = fb.solve(
+            SPIKY, data, algorithm, start, start, iterations, key=KEY, engine=engine, evaluate_every=iterations
+        )
     except fb.Diverged:
         return np.inf
-    return np.linalg.norm([result.x - goal, result.y - goal]) / np.linalg.norm(goal)
+    return np.linalg.norm([result.x - GOAL, result.y - GOAL]) / np.linalg.norm(GOAL)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ loop down N (dx + 2 dy) and up 2 N dy, and r as above; in all, down (N+4) dx + (
 
 `independent_cohorts`: a second cohort answers r in the same round: without the bias named above, for twice the clients
 asked. Down (N-Q) (dx + dy) more: x and y^t once more for each r that is made in the loop; up the same.
+
+`estimate` starts v and c at 0: it is for clients at their start, not for use in the `step` of another algorithm with these.
 """
 
 from __future__ import annotations
