@@ -9,9 +9,10 @@ iid (300 and 300). 10 clients a round, T = 1, N = 5 with all terms summed, one u
 40 local lower steps (25 iid: five passes over a client's rows). 2T+N+3 = 10 rounds an iteration; one evaluation each.
 
 `--cohorts same` asks, as that code does, one cohort in the two lower rounds and another in the eight upper ones; `fresh`
-asks a fresh one every time. `--means all` answers every mean gradient and product from all of a client's rows, as that
-code does, `--means batch` (as our algorithms do) from 64. Other differences: our local steps use one dropout mask for both
-of their gradients and draw rows with replacement, and our Neumann series is the paper's.
+asks a fresh one every time. `--means all` answers every mean gradient and product from all rows of a client, as that code
+does; `--means batch` from 64, as our algorithms do. `--masks own`: the two gradients of a local step drop their own hidden
+units, as in that code; `shared`: the same ones. Other differences: our rows are drawn with replacement, and our Neumann
+series is the paper's. "growth" is the most that the series' factors stretched the vector in one iteration.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import time
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--partition", choices=list(HELD), default="shards")
     parser.add_argument("--cohorts", choices=["same", "fresh"], default="same")
     parser.add_argument("--means", choices=["batch", "all"], default="batch")
+    parser.add_argument("--masks", choices=["own", "shared"], default="own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=1800)
     parser.add_argument("--cores", type=int, default=1, help="cores to use: fewer waste less cpu time on waiting")
@@ -58,24 +61,24 @@ def hidden(x, example):
     return jax.nn.relu(pixels @ x["weight"] + x["bias"])
 
 
-def random_words(key, rows, columns):
-    """(rows, columns) uint32 of random bits: a counter and the key through murmur3's mixing, twice.
+def random_words(seeds, rows, columns):
+    """(rows, columns) uint32 of random bits: a counter and each of the seeds, uint32, through murmur3's mixing.
 
-    Enough for dropout; unlike JAX's own generator it compiles to no loop, so that both gradients of a local step share it.
+    Enough for dropout; unlike JAX's own generator it compiles to no loop.
     """
     words = jnp.arange(rows * columns, dtype=jnp.uint32).reshape(rows, columns) * jnp.uint32(0x9E3779B9)
-    for half in jax.random.key_data(key):
-        words = words ^ half
+    for seed in seeds:
+        words = words ^ seed
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
             words = (words ^ (words >> shift)) * jnp.uint32(factor)
         words = words ^ (words >> 16)
     return words
 
 
-def half_dropped(key, phi):
+def half_dropped(seeds, phi):
     """`phi` (rows, units) with every unit dropped with probability 1/2 and the others doubled; one random bit for each."""
     rows, units = phi.shape
-    kept = (random_words(key, rows, -(-units // 32))[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    kept = (random_words(seeds, rows, -(-units // 32))[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return phi * 2 * kept.reshape(rows, -1)[:, :units].astype(phi.dtype)
 
 
@@ -85,7 +88,12 @@ def penalty(y):
 
 
 class Dropout(fb.Problem):
-    """Hyper-representation whose oracles drop hidden units by the key of the rows they are given."""
+    """Hyper-representation whose oracles drop hidden units by the key of the rows they are given.
+
+    Unless `shared_masks`, the point counts too: the two gradients of a FedSVRG step, on the same rows, drop other units.
+    """
+
+    shared_masks: bool = eqx.field(static=True, default=False)
 
     def inner_value(self, x, y, rows):
         phi = rows.features if rows.computed_at(x) else self.row_features(x, rows.examples)
@@ -95,16 +103,21 @@ class Dropout(fb.Problem):
         return self._loss(y, self.row_features(x, rows.examples), rows)
 
     def _loss(self, y, phi, rows):
-        phi = phi if rows.key is None else half_dropped(rows.key, phi)
+        if rows.key is not None:
+            point = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(jnp.sum(y["weight"])), jnp.uint32)
+            phi = half_dropped([*jax.random.key_data(rows.key), *([] if self.shared_masks else [point])], phi)
         losses = jax.vmap(cross_entropy)(phi @ y["weight"] + y["bias"], rows.examples["label"])
         return jnp.sum(rows.weights * losses)
 
 
-PROBLEM = Dropout(
-    inner=lambda x, y, e, phi: cross_entropy(phi @ y["weight"] + y["bias"], e["label"]) + penalty(y),
-    outer=lambda x, y, e: cross_entropy(hidden(x, e) @ y["weight"] + y["bias"], e["label"]),
-    features=hidden,
-)
+def problem(shared_masks: bool) -> Dropout:
+    """The two losses; the plain ones are there for what has no key."""
+    return Dropout(
+        inner=lambda x, y, e, phi: cross_entropy(phi @ y["weight"] + y["bias"], e["label"]) + penalty(y),
+        outer=lambda x, y, e: cross_entropy(hidden(x, e) @ y["weight"] + y["bias"], e["label"]),
+        features=hidden,
+        shared_masks=shared_masks,
+    )
 
 
 class AllRows(fb.FedNest):
@@ -140,7 +153,7 @@ def accuracy(x, y, a, labels):
 
 
 def train(options: argparse.Namespace, algorithm: fb.Algorithm, seed: int):
-    """[(rounds, accuracy)] after every iteration, cpu and wall seconds of a round, and rounds of an iteration."""
+    """[(rounds, accuracy)] of every iteration; cpu and wall seconds of a round, rounds of an iteration, largest growth."""
     images, labels, *test = mnist(options.data_dir)
     deal, split, start, run = jax.random.split(jax.random.key(seed), 4)
     parts = partition(options.partition, labels, CLIENTS, deal)
@@ -150,16 +163,17 @@ def train(options: argparse.Namespace, algorithm: fb.Algorithm, seed: int):
     state = algorithm.init(layer(body, images.shape[1], HIDDEN), layer(head, HIDDEN, CLASSES))
     del clients, images
     test = [jnp.asarray(array) for array in test]
-    execution = fb.Simulation(cohort=COHORT).bind(PROBLEM, data, algorithm, state, run)
+    execution = fb.Simulation(cohort=COHORT).bind(problem(options.masks == "shared"), data, algorithm, state, run)
     carry = execution.start(algorithm, state)
     execution.advance(algorithm, carry, 0, np.inf)  # compiles
-    curve, rounds, cpu, wall = [], 0, 0.0, 0.0
+    curve, rounds, cpu, wall, growth = [], 0, 0.0, 0.0, 0.0
     while rounds + execution.protocol.rounds_most <= options.rounds:
         begin = time.process_time()
         carry, record = execution.advance(algorithm, carry, 1, np.inf)
         cpu, wall, rounds = cpu + time.process_time() - begin, wall + record.seconds, rounds + sum(record.rounds)
+        growth = max(growth, float(record.info.vector_growth.max()))
         curve.append((rounds, float(accuracy(carry.state.x, carry.state.y, *test))))
-    return curve, cpu / rounds, wall / rounds, execution.protocol.rounds
+    return curve, cpu / rounds, wall / rounds, execution.protocol.rounds, growth
 
 
 def main() -> None:
@@ -172,20 +186,24 @@ def main() -> None:
         local_steps=LOCAL_STEPS[options.partition], outer_steps=1, batch_size=64, same_cohort=options.cohorts == "same",
     )  # fmt: skip
     print(
-        f"FedNest, {options.partition}, {options.cohorts} cohorts, means of {options.means}, {options.cores} core(s), "
+        f"FedNest, {options.partition}, {options.cohorts} cohorts, means of {options.means}, {options.masks} masks, "
+        f"{options.cores} core(s), "
         f"JAX {jax.__version__} on {jax.devices()[0].platform}\n"
         f"{'seed':>4} {'rounds an iteration':>19} {'cpu ms a round':>14} {'wall ms':>8} "
         + " ".join(f"{f'{level:.0%} at':>7}" for level in LEVELS)
-        + f" {'best':>7} {'at':>5}"
+        + f" {'best':>7} {'at':>5} {'growth':>8}"
     )
     reached = []
     for seed in options.seeds:
-        curve, cpu, wall, each = train(options, algorithm, seed)
+        curve, cpu, wall, each, growth = train(options, algorithm, seed)
         first = [next((n for n, value in curve if value >= level), None) for level in LEVELS]
         reached.append(first)
         at, best = max(curve, key=lambda point: point[1])
         hits = " ".join(f"{'never' if n is None else n:>7}" for n in first)
-        print(f"{seed:4} {each:19} {1e3 * cpu:14.1f} {1e3 * wall:8.1f} {hits} {best:7.2%} {at:5}", flush=True)
+        print(
+            f"{seed:4} {each:19} {1e3 * cpu:14.1f} {1e3 * wall:8.1f} {hits} {best:7.2%} {at:5} {growth:8.3g}",
+            flush=True,
+        )
     middle = [
         statistics.median_low([options.rounds + 1 if n is None else n for n in column])
         for column in zip(*reached, strict=True)
