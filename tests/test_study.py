@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -174,3 +175,14 @@ def test_the_command_line_refuses_in_one_sentence(fedbilevel, tmp_path, monkeypa
         assert (code, sentence in errors, len(errors.strip().splitlines())) == (2, True, 1), errors
     assert list(tmp_path.iterdir()) == []  # nothing was written
     assert "equal-n5" in fedbilevel("reproduce", "--list")[1]
+
+
+def test_checked_in_step_sizes_are_points_of_the_grid():
+    for file in sorted((Path(catalogue.__file__).parent / "found").glob("*.toml")):
+        full = catalogue.STUDIES[file.stem]
+        rates = catalogue.found(file.stem)
+        for contender in full.contenders:
+            assert rates[contender.label] in points(full.rates(contender))
+            contender.build(rates[contender.label])
+    with pytest.raises(InputError, match="no step sizes are checked in for mnist-iid"):
+        catalogue.found("mnist-iid")

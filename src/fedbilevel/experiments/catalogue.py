@@ -56,7 +56,7 @@ def _images(dataset: str, partition: str) -> Study:
             Contender("AggITD, N = 1", "aggitd", free),
             Contender("AggITD, N = 1, one round a turn", "aggitd", free | {"one_round": True}),
         ),
-        {"inner_lr": (0.01, 0.03, 0.1), "hessian_lr": (0.01,), "outer_lr": (0.015, 0.05, 0.15, 0.4)},
+        {"inner_lr": (0.01, 0.03, 0.1), "hessian_lr": (0.01,), "outer_lr": (0.015, 0.05, 0.15, 0.25)},
         grid_rounds=260, grid_seeds=GRID_SEEDS, rounds=500, seeds=SEEDS[:3], every=1,
     )  # fmt: skip
 
@@ -170,12 +170,12 @@ def reproduce(name: str, folder: Path, *, small: bool, data_dir: Any, checked_in
     best = None
     if checked_in:
         check(not small, "the checked-in step sizes are of the whole studies: leave --quick or --checked-in out.")
-        best = _checked_in(name)
+        best = found(name)
     stages.run(study, folder, data_dir, best)
     return tables.write(study, folder)
 
 
-def _checked_in(name: str) -> dict[str, dict[str, float]]:
+def found(name: str) -> dict[str, dict[str, float]]:
     """The step sizes that the grid of a study found, as kept in the package."""
     import tomllib
     from importlib import resources
