@@ -30,7 +30,7 @@ class Staying(fb.AggITD):
     """x stays where it is; the estimates are columns of the history."""
 
     def step(self, fed, state):
-        h, _, _, after = self.estimate_parts(fed, state)
+        h, _, _, after, _ = self.estimate_parts(fed, state)
         return keeping(state.x, after.y, kept_in(after)), {f"h{i}": each for i, each in enumerate(ravel_pytree(h)[0])}
 
 

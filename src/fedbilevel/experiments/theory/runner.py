@@ -76,7 +76,7 @@ def hypergradient(algorithm, fed, state):
 
 def adjoint(algorithm, fed, state):
     """A program: the estimate v of H^-1 d_y f in place of x."""
-    _, v, _, after = algorithm.estimate_parts(fed, state)
+    _, v, _, after, _ = algorithm.estimate_parts(fed, state)
     return State(v, after.y), {}
 
 
