@@ -153,7 +153,7 @@ def accuracy(x, y, a, labels):
 
 
 def train(options: argparse.Namespace, algorithm: fb.Algorithm, seed: int):
-    """[(rounds, accuracy)] of every iteration; cpu and wall seconds of a round, rounds of an iteration, largest growth."""
+    """[(rounds, accuracy)] and cpu seconds a round of every iteration; wall seconds a round; its rounds; largest growth."""
     images, labels, *test = mnist(options.data_dir)
     deal, split, start, run = jax.random.split(jax.random.key(seed), 4)
     parts = partition(options.partition, labels, CLIENTS, deal)
@@ -166,14 +166,15 @@ def train(options: argparse.Namespace, algorithm: fb.Algorithm, seed: int):
     execution = fb.Simulation(cohort=COHORT).bind(problem(options.masks == "shared"), data, algorithm, state, run)
     carry = execution.start(algorithm, state)
     execution.advance(algorithm, carry, 0, np.inf)  # compiles
-    curve, rounds, cpu, wall, growth = [], 0, 0.0, 0.0, 0.0
+    curve, rounds, cpu, wall, growth = [], 0, [], 0.0, 0.0
     while rounds + execution.protocol.rounds_most <= options.rounds:
         begin = time.process_time()
         carry, record = execution.advance(algorithm, carry, 1, np.inf)
-        cpu, wall, rounds = cpu + time.process_time() - begin, wall + record.seconds, rounds + sum(record.rounds)
+        cpu.append((time.process_time() - begin) / sum(record.rounds))
+        wall, rounds = wall + record.seconds, rounds + sum(record.rounds)
         growth = max(growth, float(record.info.vector_growth.max()))
         curve.append((rounds, float(accuracy(carry.state.x, carry.state.y, *test))))
-    return curve, cpu / rounds, wall / rounds, execution.protocol.rounds, growth
+    return curve, cpu, wall / rounds, execution.protocol.rounds, growth
 
 
 def main() -> None:
@@ -189,7 +190,7 @@ def main() -> None:
         f"FedNest, {options.partition}, {options.cohorts} cohorts, means of {options.means}, {options.masks} masks, "
         f"{options.cores} core(s), "
         f"JAX {jax.__version__} on {jax.devices()[0].platform}\n"
-        f"{'seed':>4} {'rounds an iteration':>19} {'cpu ms a round':>14} {'wall ms':>8} "
+        f"{'seed':>4} {'rounds an iteration':>19} {'cpu ms a round':>14} {'least':>6} {'wall ms':>8} "
         + " ".join(f"{f'{level:.0%} at':>7}" for level in LEVELS)
         + f" {'best':>7} {'at':>5} {'growth':>8}"
     )
@@ -199,9 +200,10 @@ def main() -> None:
         first = [next((n for n, value in curve if value >= level), None) for level in LEVELS]
         reached.append(first)
         at, best = max(curve, key=lambda point: point[1])
+        times = f"{1e3 * statistics.mean(cpu):14.1f} {1e3 * min(cpu):6.1f} {1e3 * wall:8.1f}"
         hits = " ".join(f"{'never' if n is None else n:>7}" for n in first)
         print(
-            f"{seed:4} {each:19} {1e3 * cpu:14.1f} {1e3 * wall:8.1f} {hits} {best:7.2%} {at:5} {growth:8.3g}",
+            f"{seed:4} {each:19} {times} {hits} {best:7.2%} {at:5} {growth:8.3g}",
             flush=True,
         )
     middle = [

@@ -135,7 +135,7 @@ def idx_folder(tmp_path, images: bytes):
         ("run ridge --set inner_lr", "name=value"),
         ("run ridge --set inner_lr=fast", "takes a number"),
         ("run ridge --set inner_lr=-1", "positive number; got -1.0"),
-        ("run ridge --set hessian_lr=nan", "positive number; got nan"),
+        ("run ridge --set hessian_lr=nan", "positive number or 'auto'; got nan"),
         ("run ridge --set inner_rounds=0", "at least 1; got 0"),
         ("run ridge --set truncation=9", "lies in 0..5; got 9"),
         ("run ridge --set truncation=half", "'uniform', 'full' or a whole number"),

@@ -79,7 +79,7 @@ def test_a_warm_start_without_the_full_sum_is_refused(truncation):
 class Stalling(Staying):
     """Wrong on purpose: c is the mean of the control variates of those who were asked."""
 
-    def _turn(self, fed, x, y, control, r, now, lam):
+    def _turn(self, fed, x, y, control, r, now, lam, cohort):
         moved, own, new = fed.average(self.own, x, y, control, r, lam, replies=(True, True, now))
         return optax.tree.add(y, moved), own, new
 
@@ -131,7 +131,7 @@ class Scripted:
     def __init__(self, fed, number, each):
         self._fed, self._number, self._each, self._place = fed, number, each, 0
 
-    def average(self, *args, **kwargs):
+    def average(self, *args, cohort=None, **kwargs):
         digit = (self._number // jnp.asarray(3, jnp.int32) ** jnp.asarray(self._place, jnp.int32)) % 3
         self._place = self._place + 1
         return self._fed.average(*args, **kwargs, cohort=digit[None])

@@ -114,7 +114,10 @@ class _Simulated(Execution):
     def _compile(self, algorithm, carry, limit):
         """Compile, if need be, so that it is not timed."""
         leaves, structure = jax.tree.flatten(as_leaves(algorithm))
-        kind = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        kind = (
+            structure,
+            tuple(leaf if isinstance(leaf, str) else (jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves),
+        )
         if kind not in self._compiled:
             jax.block_until_ready(self._run(algorithm, carry, 0, limit))  # no iterations
             self._compiled.add(kind)

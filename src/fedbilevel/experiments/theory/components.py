@@ -122,7 +122,7 @@ class _OneCohort:
     def __init__(self, fed):
         self._fed, self._cohort = fed, fed.draw_cohort()
 
-    def average(self, *args, **kwargs):
+    def average(self, *args, cohort=None, **kwargs):
         return self._fed.average(*args, **kwargs, cohort=self._cohort)
 
     def __getattr__(self, name):
