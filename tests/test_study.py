@@ -81,6 +81,7 @@ def test_oracle_calls_are_those_counted_by_hand():
     assert nest == {"inner_gradient": 10, "hessian_vector": 4, "cross_vector": 1, "outer_gradients": 2, "all": 17}
 
 
+@pytest.mark.slow
 def test_a_study_runs_goes_on_and_writes_its_tables(tmp_path):
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):  # as the command runs it
         runs_goes_on_and_writes(tmp_path)
