@@ -11,8 +11,8 @@ from .study import Contender, Study
 
 SEEDS, GRID_SEEDS = (0, 1, 2, 3, 4), (10,)
 
-# Step sizes, equal for every contender of a study
-WIDE = {"inner_lr": (0.01, 0.03, 0.1), "hessian_lr": (0.01, 0.03), "outer_lr": (0.03, 0.1, 0.3)}
+OURS = "one round a turn (ours)"
+_FREE = (1, 5)  # the turns of the lower loop that a study with N free tries, for every contender alike
 
 
 def equal(rounds: int, local: int, outer: int, batch: int | None) -> dict[str, Any]:
@@ -33,31 +33,62 @@ def rivals(rounds: int, local: int, outer: int, batch: int | None) -> tuple[Cont
 
 
 def family(rounds: int, local: int, outer: int, batch: int | None) -> tuple[Contender, ...]:
-    """All of the first issue's algorithms, FedNest with one local step too."""
-    series = equal(rounds, local, outer, batch) | {"neumann_terms": rounds}
+    """All of the first issue's algorithms at T = N = `rounds`, FedNest with one local step too, and AggITD as we extend it."""
+    work = equal(rounds, local, outer, batch)
+    series = work | {"neumann_terms": rounds, "truncation": "full"}
     return (
         *rivals(rounds, local, outer, batch),
-        Contender("FedNest, tau = 1", "fednest", series | {"local_steps": 1, "outer_steps": 1, "truncation": "full"}),
-        Contender("FedNest-SGD", "fednest-sgd", series | {"truncation": "full"}),
-        Contender("LFedNest", "lfednest", series | {"truncation": "full"}),
-        Contender("LFedNest-SVRG", "lfednest-svrg", series | {"truncation": "full"}),
+        Contender(f"AggITD, {OURS}", "aggitd", work | {"truncation": "full", "one_round": True}),
+        Contender("FedNest, tau = 1", "fednest", series | {"local_steps": 1, "outer_steps": 1}),
+        Contender("FedNest-SGD", "fednest-sgd", series),
+        Contender("LFedNest", "lfednest", series),
+        Contender("LFedNest-SVRG", "lfednest-svrg", series),
     )
 
 
+def turns_free(contenders: tuple[Contender, ...]) -> tuple[Contender, ...]:
+    """The same with T = N left to the grid."""
+    names = ("inner_rounds", "neumann_terms")
+
+    def free(contender: Contender) -> Contender:
+        mine = [name for name in names if name in contender.settings]
+        fixed = {name: value for name, value in contender.settings.items() if name not in mine}
+        return dataclasses.replace(contender, settings=fixed, variants=tuple(dict.fromkeys(mine, N) for N in _FREE))
+
+    return tuple(map(free, contenders))
+
+
+def extensions(local: int, outer: int, batch: int | None) -> tuple[Contender, ...]:
+    """AggITD with one turn, and what each of our options makes of it."""
+    work = equal(1, local, outer, batch)
+    full = work | {"truncation": "full"}
+    return (
+        Contender("uniform (the paper's)", "aggitd", work),
+        Contender("full", "aggitd", full),
+        Contender("full, warm v", "aggitd", full | {"warm_start_v": True}),
+        Contender("full, independent cohorts", "aggitd", full | {"independent_cohorts": True}),
+        Contender("full, one round", "aggitd", full | {"one_round": True}),
+        Contender("full, one round, warm v", "aggitd", full | {"one_round": True, "warm_start_v": True}),
+        Contender("full, one round, auto step", "aggitd", full | {"one_round": True, "hessian_lr": "auto"}),
+    )
+
+
+_FIVE, _TEN = (5, 2, 64), (10, 2, 64)  # local lower steps, local upper steps, rows of a minibatch
+_MNIST = Options(dataset="mnist", partition="shards", clients=100)
+_SOONER = tuple((f"AggITD, {a}", "FedNest, full") for a in ("full", "uniform", OURS))
+
+
 def _images(dataset: str, partition: str) -> Study:
-    short = "iid" if partition == "iid" else "non-iid"
-    free = {"inner_rounds": 1, "local_steps": 10, "outer_steps": 2, "batch_size": 128, "truncation": "full"}
+    short, main = "iid" if partition == "iid" else "non-iid", (dataset, partition) == ("mnist", "shards")
+    levels = (0.80, 0.85, 0.88, 0.90, 0.93) if dataset == "mnist" else (0.70, 0.75, 0.80, 0.82, 0.84)
     return Study(
         f"{dataset}-{short}",
-        f"Hyper-representation on {dataset}, {short}, 10 of 100 clients; T = N = 5, equal local work and grid",
+        f"Hyper-representation on {dataset}, {short}, 10 of 100 clients; equal local work and grid, T = N free",
         "hyper-representation", Options(dataset=dataset, partition=partition, clients=100), 10,
-        (
-            *family(5, 5, 2, 64),
-            Contender("AggITD, N = 1", "aggitd", free),
-            Contender("AggITD, N = 1, one round a turn", "aggitd", free | {"one_round": True}),
-        ),
-        {"inner_lr": (0.01, 0.03, 0.1), "hessian_lr": (0.01,), "outer_lr": (0.015, 0.05, 0.15, 0.25)},
-        grid_rounds=260, grid_seeds=GRID_SEEDS, rounds=500, seeds=SEEDS[:3], every=1,
+        turns_free(family(1, *_TEN)),
+        {"inner_lr": (0.01, 0.03, 0.06), "hessian_lr": (0.01,), "outer_lr": (0.06, 0.12, 0.25, 0.5)[: 4 if main else 3]},
+        grid_rounds=200 if main else 130, grid_seeds=GRID_SEEDS, rounds=500, seeds=SEEDS if main else SEEDS[:3], levels=levels,
+        goal=levels[3] if main else levels[2], pairs=_SOONER, every=1,
     )  # fmt: skip
 
 
@@ -65,9 +96,8 @@ def _equal(rounds: int) -> Study:
     return Study(
         f"equal-n{rounds}",
         f"AggITD against FedNest on MNIST hyper-representation, non-iid, 10 of 100 clients, T = N = {rounds}",
-        "hyper-representation", Options(dataset="mnist", partition="shards", clients=100), 10,
-        rivals(rounds, 5, 2, 64),
-        {"inner_lr": (0.03, 0.1), "hessian_lr": (0.01, 0.03), "outer_lr": (0.015, 0.05)},
+        "hyper-representation", _MNIST, 10, rivals(rounds, *_FIVE),
+        {"inner_lr": (0.03, 0.1, 0.3), "hessian_lr": (0.01, 0.03), "outer_lr": (0.05, 0.15)},
         grid_rounds=18 * 25 if rounds == 5 else 33 * 16, grid_seeds=GRID_SEEDS,
         rounds=18 * 45 if rounds == 5 else 33 * 30, seeds=SEEDS, levels=(0.80, 0.85, 0.88, 0.90), goal=0.88,
         pairs=tuple((f"AggITD, {a}", f"FedNest, {b}") for b in ("full", "uniform") for a in ("full", "uniform")),
@@ -76,26 +106,41 @@ def _equal(rounds: int) -> Study:
 
 def _loss_tuning(partition: str) -> Study:
     short = "iid" if partition == "iid" else "non-iid"
-    work = {"inner_rounds": 1, "local_steps": 10, "outer_steps": 1, "batch_size": 64}
-    series = work | {"neumann_terms": 1}
+    work = equal(1, 10, 1, 64)
+    series = work | {"neumann_terms": 1, "truncation": "full"}
     return Study(
         f"loss-tuning-{short}",
-        f"Loss tuning on imbalanced MNIST, {short}, 10 of 100 clients",
+        f"Loss tuning on imbalanced MNIST, {short}, 10 of 100 clients; T = N = 1",
         "loss-tuning", Options(dataset="mnist", partition=partition, clients=100), 10,
         (
             Contender("AggITD, uniform", "aggitd", work),
             Contender("AggITD, full", "aggitd", work | {"truncation": "full"}),
-            Contender("AggITD, one round a turn", "aggitd", work | {"truncation": "full", "one_round": True}),
-            Contender("FedNest, full", "fednest", series | {"truncation": "full"}),
-            Contender("FedNest-SGD", "fednest-sgd", series | {"truncation": "full"}),
-            Contender("LFedNest", "lfednest", series | {"truncation": "full"}),
-            Contender("LFedNest-SVRG", "lfednest-svrg", series | {"truncation": "full"}),
+            Contender(f"AggITD, {OURS}", "aggitd", work | {"truncation": "full", "one_round": True}),
+            Contender("FedNest, full", "fednest", series),
+            Contender("FedNest-SGD", "fednest-sgd", series),
+            Contender("LFedNest", "lfednest", series),
+            Contender("LFedNest-SVRG", "lfednest-svrg", series),
             Contender("no loss tuning", "aggitd", work | {"truncation": "full", "one_round": True}, "frozen"),
             Contender("pooled", "aggitd", work | {"truncation": "full"}, "pooled"),
         ),
-        {"inner_lr": (0.01, 0.03), "hessian_lr": (0.03,), "outer_lr": (1.0, 6.0)},
-        grid_rounds=400, grid_seeds=GRID_SEEDS, rounds=1500, seeds=SEEDS[:3], metric="balanced_accuracy", goal=0.85,
-        pairs=(("AggITD, full", "FedNest, full"), ("AggITD, uniform", "FedNest, full")), shares=0, every=5,
+        {"inner_lr": (0.01, 0.03), "hessian_lr": (0.03,), "outer_lr": (1.0, 3.0, 9.0)},
+        grid_rounds=400, grid_seeds=GRID_SEEDS, rounds=2000, seeds=SEEDS[:3], metric="balanced_accuracy",
+        levels=(0.80, 0.85, 0.88, 0.90), goal=0.85, pairs=_SOONER, shares=0, every=5,
+    )  # fmt: skip
+
+
+def _extensions(task: str) -> Study:
+    tuning = task == "loss-tuning"
+    grid = {"inner_lr": (0.01, 0.03), "hessian_lr": (0.03,), "outer_lr": (1.0, 3.0, 9.0)}
+    if not tuning:
+        grid = {"inner_lr": (0.01, 0.03, 0.06), "hessian_lr": (0.01,), "outer_lr": (0.12, 0.25, 0.5)}
+    return Study(
+        f"extensions-{task}",
+        f"AggITD and our options of it: {task} on MNIST, non-iid, 10 of 100 clients, minibatches; N = 1",
+        task, _MNIST, 10, extensions(*((10, 1, 64) if tuning else _TEN)), grid,
+        grid_rounds=400 if tuning else 200, grid_seeds=GRID_SEEDS, rounds=1000 if tuning else 400, seeds=SEEDS[:3],
+        metric="balanced_accuracy" if tuning else "test_accuracy", levels=(0.80, 0.85, 0.88, 0.90),
+        goal=0.85 if tuning else 0.90, shares=0, every=5 if tuning else 1,
     )  # fmt: skip
 
 
@@ -108,8 +153,7 @@ def _regularisation(dataset: str, clients: int, cohort: int | None) -> Study:
         {"inner_lr": (0.03, 0.1, 0.3), "hessian_lr": (0.03, 0.1), "outer_lr": (0.3, 1.0, 3.0)},
         grid_rounds=200, grid_seeds=GRID_SEEDS, rounds=400, seeds=SEEDS, metric="validation_loss",
         levels=(0.25, 0.2, 0.15, 0.12) if dataset == "breast-cancer" else (0.5, 0.4, 0.35, 0.32),
-        goal=0.15 if dataset == "breast-cancer" else 0.35,
-        pairs=(("AggITD, full", "FedNest, full"), ("AggITD, uniform", "FedNest, full")),
+        goal=0.15 if dataset == "breast-cancer" else 0.35, pairs=_SOONER,
     )  # fmt: skip
 
 
@@ -119,19 +163,22 @@ STUDIES: dict[str, Study] = {
         _images("mnist", "shards"), _images("mnist", "iid"), _images("fashion-mnist", "shards"),
         _images("fashion-mnist", "iid"), _equal(5), _equal(10), _regularisation("breast-cancer", 10, None),
         _regularisation("mnist", 100, 10), _loss_tuning("shards"), _loss_tuning("iid"),
+        _extensions("hyper-representation"), _extensions("loss-tuning"),
     )
 }  # fmt: skip
 
 
 def quick(study: Study) -> Study:
-    """The same study in minutes: embedded data, few clients, two values of each step size, two seeds."""
+    """The same study in minutes: embedded data, few clients, two values of each step size, one variant, two seeds."""
     small = dataclasses.replace(study.options, dataset=_EMBEDDED.get(str(study.options.dataset), study.options.dataset))
     small = dataclasses.replace(small, clients=min(20, small.clients or 20))
     grid = {name: values[-2:] for name, values in study.grid.items()}
     batch = lambda settings: {
         name: (16 if name == "batch_size" and value else value) for name, value in settings.items()
     }
-    contenders = tuple(dataclasses.replace(c, settings=batch(c.settings)) for c in study.contenders)
+    contenders = tuple(
+        dataclasses.replace(c, settings=batch(c.settings), variants=c.variants[:1]) for c in study.contenders
+    )
     return dataclasses.replace(
         study, summary=f"{study.summary} (quick: {small.dataset}, {small.clients} clients)", options=small,
         cohort=study.cohort and 5, contenders=contenders, grid=grid, grid_rounds=min(study.grid_rounds, 150),

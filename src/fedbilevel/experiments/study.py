@@ -7,7 +7,8 @@ A study is data. `run` takes it through three stages, and goes on where it was i
 3. tables and figures (`tables.py`, `figures.py`).
 
 A point of the grid is judged by the first round at which the median of five consecutive evaluations is at the goal; one
-that never gets there by how far it is from it at the end. A contender is judged by the mean over the grid's seeds.
+that never gets there, or is not there at the end, by how far it is from it at the end. A contender is judged by the mean
+over the grid's seeds.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Contender:
         label: its name in tables and figures.
         algorithm: its name on the command line.
         settings: counts and options (and step sizes that its grid leaves alone).
+        variants: counts and options that the grid chooses among, as it does among step sizes.
         kind: "rival"; or a reference line: "frozen", x stays as it is; "pooled", one client holds all data.
     """
 
@@ -55,11 +57,12 @@ class Contender:
     algorithm: str
     settings: Mapping[str, Any]
     kind: Literal["rival", "frozen", "pooled"] = "rival"
+    variants: tuple[Mapping[str, Any], ...] = ({},)
 
-    def build(self, rates: Mapping[str, float]) -> Any:
-        """The algorithm with these step sizes."""
+    def build(self, chosen: Mapping[str, Any]) -> Any:
+        """The algorithm with these step sizes, and the variant's settings."""
         still = {"outer_lr": _STILL} if self.kind == "frozen" else {}
-        return algorithm_class(self.algorithm)(**{**self.settings, **rates, **still})
+        return algorithm_class(self.algorithm)(**{**self.settings, **chosen, **still})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,10 @@ class Study:
         idle = {"outer_lr", "hessian_lr"} if contender.kind == "frozen" else set()
         return {name: values for name, values in self.grid.items() if name not in idle | set(contender.settings)}
 
+    def candidates(self, contender: Contender) -> list[dict[str, Any]]:
+        """Everything that the grid tries: each variant at each point of step sizes."""
+        return [{**variant, **point} for variant in contender.variants for point in points(self.rates(contender))]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything that decides the numbers, as plain values."""
         plain = dataclasses.asdict(self)
@@ -127,7 +134,7 @@ def run(study: Study, folder: Path, data_dir: Any = None, best: Mapping[str, Any
     Args:
         folder: of the study; what is there already is kept, if it is of the same study.
         data_dir: folder of data sets that are not embedded.
-        best: label -> step sizes, to leave the grid out.
+        best: label -> what the grid chose, to leave it out.
 
     Raises:
         InputError: the folder holds another study, or a data set is missing.
@@ -161,8 +168,8 @@ def open_folder(folder: Path, plain: dict[str, Any]) -> None:
 # Stage 1 ----------------------------------------------------------------------------------------------------------------
 
 
-def search(study: Study, folder: Path, data_dir: Any, say: Telling) -> dict[str, dict[str, float]]:
-    """Each contender's best step sizes; every finished (contender, seed) is kept in grid.csv."""
+def search(study: Study, folder: Path, data_dir: Any, say: Telling) -> dict[str, dict[str, Any]]:
+    """Each contender's best step sizes and variant; every finished (contender, seed) is kept in grid.csv."""
     import pandas
 
     file = folder / "grid.csv"
@@ -177,46 +184,51 @@ def search(study: Study, folder: Path, data_dir: Any, say: Telling) -> dict[str,
     for contender in study.contenders:
         mine = [row for row in rows if row["label"] == contender.label]
         of = lambda point, mine=mine: [row["score"] for row in mine if all(row[n] == v for n, v in point.items())]
-        best[contender.label] = min(points(study.rates(contender)), key=lambda point, of=of: float(np.mean(of(point))))
+        best[contender.label] = min(study.candidates(contender), key=lambda point, of=of: float(np.mean(of(point))))
         say(f"{contender.label}: best {best[contender.label]}")
     return best
 
 
 def _search_one(study: Study, contender: Contender, seed: int, data_dir: Any, say: Telling) -> list[dict[str, Any]]:
     task, engine = study.build(contender, seed, data_dir)
-    curves = sweep(
-        task.problem, task.data, contender.build({}), points(study.rates(contender)), task.x, task.y,
-        rounds=study.grid_rounds, key=task.key, engine=engine, metrics={study.metric: task.metrics[study.metric]},
-        evaluate_every=study.every, progress=lambda news: None,
-    )  # fmt: skip
     rows = []
-    for curve in curves:
-        values = curve.metrics[study.metric]
-        reached, score = judge(study, curve.rounds, values)
-        rows.append({
-            "label": contender.label, "seed": seed, **curve.settings,
-            "rounds_to_goal": reached, "end": float(running_median(values)[-1]), "score": score,
-        })  # fmt: skip
-    say(f"{contender.label}, grid of {len(curves)} on seed {seed}: best score {min(row['score'] for row in rows):.0f}")
+    for variant in contender.variants:
+        curves = sweep(
+            task.problem, task.data, contender.build(variant), points(study.rates(contender)), task.x, task.y,
+            rounds=study.grid_rounds, key=task.key, engine=engine, metrics={study.metric: task.metrics[study.metric]},
+            evaluate_every=study.every,
+        )  # fmt: skip
+        for curve in curves:
+            values = curve.metrics[study.metric]
+            reached, score = judge(study, curve.rounds, values)
+            rows.append({
+                "label": contender.label, "seed": seed, **variant, **curve.settings,
+                "rounds_to_goal": reached, "end": float(running_median(values)[-1]), "score": score,
+            })  # fmt: skip
+    say(f"{contender.label}, grid of {len(rows)} on seed {seed}: best score {min(row['score'] for row in rows):.0f}")
     return rows
 
 
 def judge(study: Study, rounds: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """(the round at which the goal is reached, infinite for never; the score of the run, lower is better)."""
+    """(the round at which the goal is reached, infinite for never; the score of the run, lower is better).
+
+    A run that is at the goal early and falls back is no good: its score is that of one that never got there.
+    """
     sign = direction(study.metric)
     at = first_reached(sign * values, sign * study.goal)
-    if at is not None:
-        return float(rounds[at]), float(rounds[at])
-    end = running_median(values)[-1]
-    short = abs(study.goal - end) / max(abs(study.goal), 1e-12) if np.isfinite(end) else 10.0
-    return float("inf"), study.grid_rounds * (1 + float(short))
+    reached = float("inf") if at is None else float(rounds[at])
+    short = sign * (study.goal - running_median(values)[-1])
+    if short <= 0:
+        return reached, reached
+    missed = short / max(abs(study.goal), 1e-12) if np.isfinite(short) else 10.0
+    return reached, study.grid_rounds * (1 + float(missed))
 
 
-def write_settings(file: Path, best: Mapping[str, Mapping[str, float]]) -> None:
-    """The best step sizes as TOML, a section a contender."""
-    text = "".join(
-        f"[{json.dumps(label)}]\n" + "".join(f"{name} = {value!r}\n" for name, value in rates.items()) + "\n"
-        for label, rates in best.items()
+def write_settings(file: Path, best: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the grid chose, as TOML, a section a contender."""
+    text = "".join(  # numbers, words and truth values are written alike in JSON and TOML
+        f"[{json.dumps(label)}]\n" + "".join(f"{name} = {json.dumps(v)}\n" for name, v in chosen.items()) + "\n"
+        for label, chosen in best.items()
     )
     file.write_text(text)
 
