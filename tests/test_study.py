@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tomllib
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.errors import InputError
-from fedbilevel.experiments import catalogue, study, tables
+from fedbilevel.experiments import catalogue, search, stages, study, tables
 from fedbilevel.experiments.oracles import oracle_calls
 from fedbilevel.experiments.sweep import points, sweep
 from fedbilevel.tasks import Options
@@ -21,7 +22,10 @@ SMALL = study.Study(
     "small", "A small study", "ridge", Options(dataset="diabetes", clients=4), None,
     (
         study.Contender("AggITD, full", "aggitd", {"inner_rounds": 2, "truncation": "full"}),
-        study.Contender("FedNest", "fednest", {"inner_rounds": 2, "neumann_terms": 2, "truncation": "full"}),
+        study.Contender(
+            "FedNest", "fednest", {"inner_rounds": 2, "truncation": "full"},
+            variants=({"neumann_terms": 1}, {"neumann_terms": 2}),
+        ),
         study.Contender("still", "aggitd", {"inner_rounds": 2, "truncation": "full"}, "frozen"),
         study.Contender("pooled", "aggitd", {"inner_rounds": 2, "truncation": "full"}, "pooled"),
     ),
@@ -63,11 +67,13 @@ def test_a_point_that_blows_up_leaves_the_others_alone():
 def test_runs_are_judged_by_the_median_of_five():
     rounds = np.arange(8) * 10
     falling = np.array([1.0, 0.9, 0.6, 0.9, 0.69, 0.69, 0.69, 0.5])
-    assert study.judge(SMALL, rounds, falling) == (50.0, 50.0)  # one lucky evaluation does not count
-    at, score = study.judge(SMALL, rounds, falling + 0.7)
+    assert search.judge(SMALL, rounds, falling) == (50.0, 50.0)  # one lucky evaluation does not count
+    at, score = search.judge(SMALL, rounds, np.array([0.6] * 5 + [0.9] * 3))  # nor does a run that falls back
+    assert (at, score) == (40.0, pytest.approx(30 * (1 + 0.2 / 0.7)))
+    at, score = search.judge(SMALL, rounds, falling + 0.7)
     assert at == np.inf
     assert score == pytest.approx(30 * (1 + 0.69 / 0.7))  # how far the last median, 1.39, is from the goal
-    assert study.judge(SMALL, rounds, np.full(8, np.nan))[1] > score
+    assert search.judge(SMALL, rounds, np.full(8, np.nan))[1] > score
 
 
 def test_oracle_calls_are_those_counted_by_hand():
@@ -89,13 +95,13 @@ def test_a_study_runs_goes_on_and_writes_its_tables(tmp_path):
 
 def runs_goes_on_and_writes(tmp_path):
     folder = tmp_path / "study"
-    study.run(dataclasses.replace(SMALL, seeds=(0,)), folder)
+    stages.run(dataclasses.replace(SMALL, seeds=(0,)), folder)
     before = (folder / "grid.csv").read_text()
     with pytest.raises(InputError, match="another study"):
-        study.run(SMALL, folder)
+        stages.run(SMALL, folder)
     (folder / "study.json").write_text(json.dumps(SMALL.to_dict()))
     stamp = (folder / "runs" / "AggITD, full-0" / "done.json").stat().st_mtime_ns
-    study.run(SMALL, folder)
+    stages.run(SMALL, folder)
     assert (folder / "grid.csv").read_text() == before
     assert (folder / "runs" / "AggITD, full-0" / "done.json").stat().st_mtime_ns == stamp
     files = {file.name for file in tables.write(SMALL, folder)}
@@ -113,7 +119,10 @@ def runs_goes_on_and_writes(tmp_path):
     moved = history[history["algorithm"] == "AggITD, full"].groupby("seed")["rounds"].max()
     assert (moved == 56).all()  # the whole iterations of 7 rounds in 60
     grid = pandas.read_csv(folder / "grid.csv")
-    assert len(grid) == 4 + 4 + 2 + 4
+    assert len(grid) == 4 + 2 * 4 + 2 + 4
+    chosen = grid[grid["label"] == "FedNest"].sort_values("score", kind="stable").iloc[0]
+    found = tomllib.loads((folder / "settings.toml").read_text())["FedNest"]
+    assert found == {name: chosen[name] for name in ("neumann_terms", "inner_lr", "hessian_lr", "outer_lr")}
     best = grid[grid["label"] == "AggITD, full"].sort_values("score").iloc[0]
     assert f"inner_lr = {best['inner_lr']}" in (folder / "settings.toml").read_text().split("[")[1]
     shares = pandas.read_csv(folder / "shares.csv")
@@ -183,7 +192,7 @@ def test_checked_in_step_sizes_are_points_of_the_grid():
         full = catalogue.STUDIES[file.stem]
         rates = catalogue.found(file.stem)
         for contender in full.contenders:
-            assert rates[contender.label] in points(full.rates(contender))
+            assert rates[contender.label] in full.candidates(contender)
             contender.build(rates[contender.label])
     with pytest.raises(InputError, match="no step sizes are checked in for mnist-iid"):
         catalogue.found("mnist-iid")

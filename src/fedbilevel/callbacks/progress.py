@@ -10,6 +10,51 @@ from .base import Callback
 _LOG_EVERY = 5.0  # seconds between lines where the output is no terminal
 
 
+class Meter:
+    """How far a long piece of work is, on standard error: a live bar, or a line now and then where that is no terminal.
+
+    Args:
+        label: what to call the work.
+        total: how much there is to do, in units of the caller's.
+        done: how much of it is done already.
+    """
+
+    def __init__(self, label: str, total: float | None, done: float = 0):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.label = label
+        self._told, self._bar = time.monotonic(), None
+        console = Console(file=sys.stderr)
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[news]}"),
+                TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(label, total=total, news="compiling")
+            self._bar.update(self._task, completed=done)
+            self._bar.start()
+
+    def update(self, done: float, news: str) -> None:
+        """So much is done, and a word about it."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, news=news)
+        elif time.monotonic() - self._told > _LOG_EVERY:
+            self._told = time.monotonic()
+            print(f"{self.label}: {news}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
 class Progress(Callback):
     """Shows iterations, rounds and the latest metrics while a run goes on, on standard error.
 
@@ -19,34 +64,18 @@ class Progress(Callback):
 
     def __init__(self, label: str = ""):
         self.label = label
-        self._bar = self._console = None
-        self._told = 0.0
+        self._meter: Meter | None = None
 
     def start(self, run) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self._console = Console(file=sys.stderr)
-        self._told = time.monotonic()
-        if not self._console.is_terminal:
-            return
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[news]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, transient=True,
-        )  # fmt: skip
-        self._task = self._bar.add_task(self.label, total=run.goal, completed=run.progress, news="compiling")
-        self._bar.start()
+        self._meter = Meter(self.label, run.goal, run.progress)
 
     def advance(self, run) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=run.progress, news=self._news(run))
-        elif time.monotonic() - self._told > _LOG_EVERY:
-            self._told = time.monotonic()
-            print(f"{self.label}: {self._news(run)}", file=sys.stderr, flush=True)
+        if self._meter is not None:
+            self._meter.update(run.progress, self._news(run))
 
     def finish(self, run, error) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._meter is not None:
+            self._meter.stop()
 
     @staticmethod
     def _news(run) -> str:

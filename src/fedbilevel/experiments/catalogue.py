@@ -33,7 +33,7 @@ def rivals(rounds: int, local: int, outer: int, batch: int | None) -> tuple[Cont
 
 
 def family(rounds: int, local: int, outer: int, batch: int | None) -> tuple[Contender, ...]:
-    """All of the first issue's algorithms at T = N = `rounds`, FedNest with one local step too, and AggITD as we extend it."""
+    """AggITD as it is and as we extend it, FedNest with one local step too, and FedNest's variants, at T = N = `rounds`."""
     work = equal(rounds, local, outer, batch)
     series = work | {"neumann_terms": rounds, "truncation": "full"}
     return (
@@ -87,8 +87,8 @@ def _images(dataset: str, partition: str) -> Study:
         "hyper-representation", Options(dataset=dataset, partition=partition, clients=100), 10,
         turns_free(family(1, *_TEN)),
         {"inner_lr": (0.01, 0.03, 0.06), "hessian_lr": (0.01,), "outer_lr": (0.06, 0.12, 0.25, 0.5)[: 4 if main else 3]},
-        grid_rounds=200 if main else 130, grid_seeds=GRID_SEEDS, rounds=500, seeds=SEEDS if main else SEEDS[:3], levels=levels,
-        goal=levels[3] if main else levels[2], pairs=_SOONER, every=1,
+        grid_rounds=200 if main else 130, grid_seeds=GRID_SEEDS, rounds=500, seeds=SEEDS if main else SEEDS[:3],
+        levels=levels, goal=levels[3] if main else levels[2], pairs=_SOONER, every=1,
     )  # fmt: skip
 
 
@@ -205,8 +205,7 @@ def reproduce(name: str, folder: Path, *, small: bool, data_dir: Any, checked_in
         InputError: an unknown name, a folder of another study, or a data set that is missing.
     """
     from ..errors import check, unknown_name
-    from . import study as stages
-    from . import tables
+    from . import stages, tables
     from .theory import THEORY
 
     if name in THEORY:

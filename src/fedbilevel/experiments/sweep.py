@@ -58,7 +58,7 @@ def sweep(
     metrics: Mapping[str, Callable[[PyTree, PyTree], Any]],
     evaluate_every: int = 1,
     at_once: int | None = None,
-    progress: Callable[[str], None] = lambda news: None,
+    progress: Callable[[float, str], None] = lambda done, news: None,
 ) -> list[Curve]:
     """Run an algorithm at every point of a grid of step sizes.
 
@@ -68,7 +68,7 @@ def sweep(
         rounds: the budget of each run: the whole iterations that fit its most.
         metrics: name -> fn(x, y) -> scalar, taken at the start and every `evaluate_every` iterations.
         at_once: how many points one program runs; by default as many as about 1.5 GB hold.
-        progress: told a word now and then.
+        progress: told now and then what share is done, in [0, 1], and a word about it.
 
     Returns:
         A `Curve` for each point, in order.
@@ -108,7 +108,9 @@ def sweep(
                 lane = lambda tree, k=k: jax.tree.map(lambda leaf: leaf[k], tree)
                 numbers = evaluate(lane(carry.state.x), lane(carry.state.y)) if alive[k] else {}
                 seen[k].append({name: numbers.get(name, np.nan) for name in metrics})
-            progress(f"point {len(curves) + 1}-{len(curves) + len(part)} of {len(grid)}, iteration {carry.iteration}")
+            done = (len(curves) + len(part) * carry.iteration / iterations) / len(grid)
+            several = f"point {len(curves) + 1} to {len(curves) + len(part)} of {len(grid)}"
+            progress(done, f"{several}, iteration {carry.iteration} of {iterations}")
         for point, rows, used in zip(part, seen, spent, strict=True):
             taken = {name: np.array([row[name] for row in rows]) for name in metrics}
             curves.append(Curve(dict(point), np.array(used), taken))
