@@ -101,6 +101,19 @@ def test_commands_are_found():
     assert commands(PAGE) == [["run", "quadratic", "--rounds", "13"]]
 
 
+def test_tables_on_the_pages_are_those_that_studies_left(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import refresh
+
+    found = [table for page in PAGES for table in refresh.TABLE.findall(page.read_text())]
+    assert found
+    for page in PAGES:
+        assert refresh.rewrite(page.read_text()) == page.read_text(), f"{page.name}: run docs/refresh.py"
+    study, table = found[0][1:3]
+    assert refresh.kept(study, table) not in refresh.rewrite(f"<!-- {study}/{table} -->\nnothing\n<!-- out -->")
+    assert refresh.kept(study, table) in refresh.rewrite(f"<!-- {study}/{table} -->\nold\n<!-- end -->")
+
+
 SOURCE = ROOT / "src" / "fedbilevel"
 
 

@@ -114,6 +114,9 @@ def runs_goes_on_and_writes(tmp_path):
         "shares.csv",
         "test_error.png",
     }
+    assert (folder / "settings.md").read_text().count("(e)") == 0  # two values of a step have no inside
+    spent = pandas.read_csv(folder / "spent.csv")
+    assert set(spent["level"]) <= {SMALL.goal}
     history = pandas.read_csv(folder / "history.csv")
     assert set(history["algorithm"]) == {"AggITD, full", "FedNest", "still"}
     moved = history[history["algorithm"] == "AggITD, full"].groupby("seed")["rounds"].max()

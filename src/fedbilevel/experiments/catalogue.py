@@ -98,7 +98,7 @@ def _equal(rounds: int) -> Study:
         f"AggITD against FedNest on MNIST hyper-representation, non-iid, 10 of 100 clients, T = N = {rounds}",
         "hyper-representation", _MNIST, 10, rivals(rounds, *_FIVE),
         {"inner_lr": (0.03, 0.1, 0.3), "hessian_lr": (0.01, 0.03), "outer_lr": (0.05, 0.15)},
-        grid_rounds=18 * 25 if rounds == 5 else 33 * 16, grid_seeds=GRID_SEEDS,
+        grid_rounds=18 * 25 if rounds == 5 else 33 * 16, grid_seeds=(*GRID_SEEDS, 11),
         rounds=18 * 45 if rounds == 5 else 33 * 30, seeds=SEEDS, levels=(0.80, 0.85, 0.88, 0.90), goal=0.88,
         pairs=tuple((f"AggITD, {a}", f"FedNest, {b}") for b in ("full", "uniform") for a in ("full", "uniform")),
     )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Tables and figures of a study: rounds, bytes and oracle calls to levels, paired ratios, curves, shares."""
+"""Tables and figures of a study: rounds, bytes and oracle calls to levels, paired ratios, settings, curves, shares."""
 
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def write(study: Study, folder: Path) -> list[Path]:
     rivals.drop(columns=["kind", "failure"]).to_csv(folder / "history.csv", index=False)
     levels = levels_table(study, frame)
     files = [folder / "history.csv", *_write_table(folder, "levels", levels, _levels_text(study, levels))]
+    at_goal = levels[levels["level"] == study.goal]
+    if len(at_goal):
+        files += _write_table(folder, "spent", at_goal, _spent_text(at_goal))
+    files += _write_table(folder, "settings", *settings_table(study, folder))
     if study.pairs:
         ratios = ratios_table(study, frame)
         files += _write_table(folder, "ratios", ratios, _ratios_text(ratios))
@@ -127,6 +132,33 @@ def _levels_text(study: Study, table) -> tuple[list[str], list[list[str]]]:
                 cells.append(f"{row['rounds']:.0f} ({row['rounds_least']:.0f}-{most})")
         rows.append([str(label), *cells])
     return head, rows
+
+
+def _spent_text(table) -> tuple[list[str], list[list[str]]]:
+    """What reaching the goal took, on every axis; medians over seeds."""
+    head = ["algorithm", "rounds", "MB sent by one client place", "oracle calls of one client place", "seconds"]
+    number = lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    cell = lambda value: number(value) if np.isfinite(value) else "never"
+    return head, [[str(row["algorithm"]), *(cell(row[axis]) for axis in AXES)] for _, row in table.iterrows()]
+
+
+def settings_table(study: Study, folder: Path):
+    """What the grid chose for every contender, as a table and in words; (e): at an edge of the values that it tried."""
+    import pandas
+
+    chosen = tomllib.loads((folder / "settings.toml").read_text())
+    names = list(dict.fromkeys(name for found in chosen.values() for name in found))
+    table = pandas.DataFrame([{"algorithm": label, **found} for label, found in chosen.items()])
+    rows = []
+    for contender in study.contenders:
+        tried = study.candidates(contender)
+        cells = []
+        for name in names:
+            values, mine = sorted({point[name] for point in tried if name in point}), chosen[contender.label].get(name)
+            edge = len(values) > 2 and mine in (values[0], values[-1])
+            cells.append("-" if mine is None else f"{mine:g}" + (" (e)" if edge else ""))
+        rows.append([contender.label, *cells])
+    return table, (["algorithm", *(name.replace("_", " ") for name in names)], rows)
 
 
 def _ratios_text(table) -> tuple[list[str], list[list[str]]]:

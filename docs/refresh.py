@@ -1,0 +1,63 @@
+"""Put the tables, figures and step sizes of finished studies into the repository: python docs/refresh.py FOLDER
+
+FOLDER holds a folder for each study, as `fedbilevel reproduce all --data-dir DATA --out FOLDER` leaves it. Of each: tables
+go to docs/tables/STUDY, figures to docs/images, step sizes to what `--checked-in` takes; then every table that stands
+between `<!-- STUDY/TABLE -->` and `<!-- end -->` on a page is written anew.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from fedbilevel.experiments.catalogue import STUDIES
+
+DOCS = Path(__file__).resolve().parent
+FOUND = DOCS.parent / "src" / "fedbilevel" / "experiments" / "found"
+TABLE = re.compile(r"(?P<start><!-- (?P<study>[\w-]+)/(?P<table>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.S)
+TOO_LONG = ("history.csv", "shares.csv", "grid.csv")
+
+
+def keep(place: Path) -> None:
+    """Copy what a finished study left."""
+    name, kept = place.name, DOCS / "tables" / place.name
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in [*place.glob("*.csv"), *place.glob("*.md"), *place.glob("*.tex")]:
+        if file.name not in TOO_LONG:
+            shutil.copy(file, kept / file.name)
+    figures = [place / f"{STUDIES[name].metric}.png"] if name in STUDIES else place.glob("*.png")
+    for figure in figures:
+        shutil.copy(figure, DOCS / "images" / (f"{name}.png" if name in STUDIES else f"why-{figure.name}"))
+    if name in STUDIES:
+        shutil.copy(place / "settings.toml", FOUND / f"{name}.toml")
+
+
+def rewrite(text: str) -> str:
+    """A page with the tables that are kept."""
+
+    def table(match: re.Match[str]) -> str:
+        return match["start"] + "\n" + kept(match["study"], match["table"]) + "\n" + match["end"]
+
+    return TABLE.sub(table, text)
+
+
+def kept(study: str, table: str) -> str:
+    """The Markdown of a table that is kept."""
+    return (DOCS / "tables" / study / f"{table}.md").read_text()
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python docs/refresh.py FOLDER, where FOLDER holds a folder for each study")
+    for place in sorted(Path(sys.argv[1]).iterdir()):
+        if list(place.glob("*.png")):  # the last that a study writes
+            keep(place)
+            print(f"{place.name}: kept")
+    for page in sorted(DOCS.glob("*.md")):
+        page.write_text(rewrite(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
