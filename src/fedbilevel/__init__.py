@@ -5,7 +5,7 @@
 
 from . import algorithms, callbacks, datasets, engines, errors, partition, reference, tasks, testing
 from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
-from .algorithms import AggITD, FedNest, FedNestSGD, LFedNest, LFedNestSVRG
+from .algorithms import AggITD, FedNest, FedNestSGD, LFedNest, LFedNestSVRG, Lockstep
 from .data import FederatedData
 from .engines import Loopback, Simulation
 from .errors import ClientError, Diverged, InputError, RunError

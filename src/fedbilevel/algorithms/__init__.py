@@ -6,6 +6,7 @@ from ..algorithm import Algorithm
 from .aggitd import AggITD
 from .fednest import FedNest, FedNestSGD
 from .lfednest import LFedNest, LFedNestSVRG
+from .lockstep import Lockstep
 
 ALGORITHMS = {
     "aggitd": AggITD,
@@ -13,6 +14,7 @@ ALGORITHMS = {
     "fednest-sgd": FedNestSGD,
     "lfednest": LFedNest,
     "lfednest-svrg": LFedNestSVRG,
+    "lockstep": Lockstep,
 }
 
 BIASED = frozenset({"lfednest", "lfednest-svrg"})  # those whose hypergradient is local, and biased where clients differ
@@ -20,13 +22,16 @@ BIASED = frozenset({"lfednest", "lfednest-svrg"})  # those whose hypergradient i
 
 def checked(name: str) -> tuple[Algorithm, Algorithm | None]:
     """An algorithm as the conformance suite runs it: with every option at work, and set to be exact (None if it cannot)."""
-    kind = ALGORITHMS[name]
-    steps: dict[str, Any] = {"inner_lr": 0.05, "hessian_lr": 0.1, "outer_lr": 0.05}
-    busy = kind(inner_rounds=2, local_steps=2, outer_steps=2, batch_size=2, **steps)
+    kind: Any = ALGORITHMS[name]
+    busy: dict[str, Any] = {"local_steps": 2, "outer_steps": 2, "batch_size": 2, "inner_lr": 0.05, "outer_lr": 0.05}
+    if kind is Lockstep:  # it has no estimator
+        return kind(**busy, hessian_lr=0.1), None
+    busy |= {"inner_rounds": 2, "hessian_lr": 0.1}
     if name in BIASED:
-        return busy, None
+        return kind(**busy), None
     many: dict[str, Any] = {"inner_rounds": 600} if kind is AggITD else {"inner_rounds": 600, "neumann_terms": 600}
-    return busy, kind(local_steps=1, inner_lr=0.15, hessian_lr=0.15, truncation="full", **many)
+    exact = {"local_steps": 1, "inner_lr": 0.15, "hessian_lr": 0.15, "outer_lr": 0.05, "truncation": "full"}
+    return kind(**busy), kind(**exact, **many)
 
 
-__all__ = ["ALGORITHMS", "BIASED", "AggITD", "FedNest", "FedNestSGD", "LFedNest", "LFedNestSVRG", "checked"]
+__all__ = ["ALGORITHMS", "BIASED", "AggITD", "FedNest", "FedNestSGD", "LFedNest", "LFedNestSVRG", "Lockstep", "checked"]

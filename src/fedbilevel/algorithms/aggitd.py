@@ -61,7 +61,17 @@ from ..algorithm import option
 from ..errors import check
 from ..federation import Client, Reply, When
 from .curvature import keeping
-from .parts import CorrectedLower, CorrectedUpper, Settings, descend, growth, hessian_factor, norm, one_cohort
+from .parts import (
+    CorrectedLower,
+    CorrectedUpper,
+    Settings,
+    controlled_descent,
+    growth,
+    hessian_factor,
+    inner_gradient,
+    norm,
+    one_cohort,
+)
 
 
 class AggITD(Settings, CorrectedLower, CorrectedUpper):
@@ -184,12 +194,10 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
         return self._if_wanted(client, x, y, r, lam, lambda: client.batch("inner", self.batch_size, 1), place=0)
 
     def _corrected(self, client, x, y, c, rows):
-        gradient = lambda z, s: client.problem.inner_gradient(x, z, rows(s))
-        a = gradient(y, 0)
+        gradient = lambda s: inner_gradient(client.problem, x, rows(s))
+        a = gradient(0)(y)
         correction = optax.tree.sub(c, client.state)
-        step = lambda s, z: descend(z, self.inner_lr, optax.tree.add(gradient(z, s), correction))
-        first = descend(y, self.inner_lr, optax.tree.add(a, correction))
-        moved = jax.lax.fori_loop(1, self.local_steps, step, first)
+        moved = controlled_descent(gradient, y, a, correction, self.inner_lr, self.local_steps)
         return optax.tree.sub(moved, y), optax.tree.sub(a, client.state), a
 
     def _if_wanted(self, client, x, y, r, lam, inner, place=-1):

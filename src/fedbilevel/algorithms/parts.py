@@ -53,6 +53,14 @@ def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Any, 
     return jax.lax.fori_loop(1, steps, corrected, descend(anchor, lr, mean_gradient))
 
 
+def controlled_descent(
+    gradient: Gradient, start: PyTree, first: PyTree, correction: PyTree, lr: Any, steps: int
+) -> PyTree:
+    """`steps` steps z <- z - lr [gradient(z; fresh rows) + correction]; `first` is gradient(0)(start), known already."""
+    step = lambda s, z: descend(z, lr, optax.tree.add(gradient(s)(z), correction))
+    return jax.lax.fori_loop(1, steps, step, descend(start, lr, optax.tree.add(first, correction)))
+
+
 def inner_gradient(problem: Problem, x: PyTree, rows: Rows) -> Callable[[PyTree], PyTree]:
     """y -> d_y g(x, y) on the rows."""
     return lambda y: problem.inner_gradient(x, y, rows)

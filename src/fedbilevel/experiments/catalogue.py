@@ -11,13 +11,18 @@ from .study import Contender, Study
 
 SEEDS, GRID_SEEDS = (0, 1, 2, 3, 4), (10,)
 
-OURS = "one round a turn (ours)"
+OURS, LOCKSTEP = "one round a turn (ours)", "Lockstep (ours)"
 _FREE = (1, 5)  # the turns of the lower loop that a study with N free tries, for every contender alike
 
 
 def equal(rounds: int, local: int, outer: int, batch: int | None) -> dict[str, Any]:
     """T = N and the same local work for everybody."""
     return {"inner_rounds": rounds, "local_steps": local, "outer_steps": outer, "batch_size": batch}
+
+
+def lockstep(local: int, outer: int, batch: int | None) -> dict[str, Any]:
+    """Lockstep with the same local work; it has no T and no N."""
+    return {"local_steps": local, "outer_steps": outer, "batch_size": batch}
 
 
 def rivals(rounds: int, local: int, outer: int, batch: int | None) -> tuple[Contender, ...]:
@@ -39,6 +44,7 @@ def family(rounds: int, local: int, outer: int, batch: int | None) -> tuple[Cont
     return (
         *rivals(rounds, local, outer, batch),
         Contender(f"AggITD, {OURS}", "aggitd", work | {"truncation": "full", "one_round": True}),
+        Contender(LOCKSTEP, "lockstep", lockstep(local, outer, batch)),
         Contender("FedNest, tau = 1", "fednest", series | {"local_steps": 1, "outer_steps": 1}),
         Contender("FedNest-SGD", "fednest-sgd", series),
         Contender("LFedNest", "lfednest", series),
@@ -53,7 +59,8 @@ def turns_free(contenders: tuple[Contender, ...]) -> tuple[Contender, ...]:
     def free(contender: Contender) -> Contender:
         mine = [name for name in names if name in contender.settings]
         fixed = {name: value for name, value in contender.settings.items() if name not in mine}
-        return dataclasses.replace(contender, settings=fixed, variants=tuple(dict.fromkeys(mine, N) for N in _FREE))
+        variants = tuple(dict.fromkeys(mine, N) for N in _FREE) if mine else ({},)
+        return dataclasses.replace(contender, settings=fixed, variants=variants)
 
     return tuple(map(free, contenders))
 
@@ -70,12 +77,13 @@ def extensions(local: int, outer: int, batch: int | None) -> tuple[Contender, ..
         Contender("full, one round", "aggitd", full | {"one_round": True}),
         Contender("full, one round, warm v", "aggitd", full | {"one_round": True, "warm_start_v": True}),
         Contender("full, one round, auto step", "aggitd", full | {"one_round": True, "hessian_lr": "auto"}),
+        Contender(LOCKSTEP, "lockstep", lockstep(local, outer, batch), rounds=400),
     )
 
 
 _FIVE, _TEN = (5, 2, 64), (10, 2, 64)  # local lower steps, local upper steps, rows of a minibatch
 _MNIST = Options(dataset="mnist", partition="shards", clients=100)
-_SOONER = tuple((f"AggITD, {a}", "FedNest, full") for a in ("full", "uniform", OURS))
+_SOONER = tuple((one, "FedNest, full") for one in ("AggITD, full", "AggITD, uniform", f"AggITD, {OURS}", LOCKSTEP))
 
 
 def _images(dataset: str, partition: str) -> Study:
@@ -116,6 +124,7 @@ def _loss_tuning(partition: str) -> Study:
             Contender("AggITD, uniform", "aggitd", work),
             Contender("AggITD, full", "aggitd", work | {"truncation": "full"}),
             Contender(f"AggITD, {OURS}", "aggitd", work | {"truncation": "full", "one_round": True}),
+            Contender(LOCKSTEP, "lockstep", lockstep(10, 1, 64), rounds=500),
             Contender("FedNest, full", "fednest", series),
             Contender("FedNest-SGD", "fednest-sgd", series),
             Contender("LFedNest", "lfednest", series),
@@ -177,7 +186,10 @@ def quick(study: Study) -> Study:
         name: (16 if name == "batch_size" and value else value) for name, value in settings.items()
     }
     contenders = tuple(
-        dataclasses.replace(c, settings=batch(c.settings), variants=c.variants[:1]) for c in study.contenders
+        dataclasses.replace(
+            c, settings=batch(c.settings), variants=c.variants[:1], rounds=c.rounds and min(c.rounds, 150)
+        )
+        for c in study.contenders
     )
     return dataclasses.replace(
         study, summary=f"{study.summary} (quick: {small.dataset}, {small.clients} clients)", options=small,

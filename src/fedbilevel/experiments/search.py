@@ -1,8 +1,8 @@
 """The first stage of a study: each contender's best step sizes and variant, from one equal grid.
 
 A point of the grid is judged by the first round at which the median of five consecutive evaluations is at the goal; one
-that never gets there, or is not there at the end, by how far it is from it at the end. A contender is judged by the mean
-over the grid's seeds.
+that never gets there, or is not there at the end, by how far it is from it at the end. The end is the grid's budget, or
+twice the round at which the first point was at the goal. A contender is judged by the mean over the grid's seeds.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def _search_one(study: Study, contender: Contender, seed: int, data_dir: Any, sa
                 task.problem, task.data, contender.build(variant), points(study.rates(contender)), task.x, task.y,
                 rounds=study.grid_rounds, key=task.key, engine=engine, evaluate_every=study.every,
                 metrics={study.metric: task.metrics[study.metric]}, progress=meter.update,
+                arrived=lambda curve: judge(study, curve.rounds, curve.metrics[study.metric])[0],
             )  # fmt: skip
         for curve in curves:
             values = curve.metrics[study.metric]

@@ -12,11 +12,16 @@ import equinox as eqx
 import jax
 import optax.tree
 
-from ..algorithm import State
+from ..algorithm import Algorithm, State
 from ..callbacks import Callback
 from ..engines.base import Carry
 from ..solve import estimate
 from ..tasks import Task
+
+
+def estimates(algorithm: Algorithm) -> bool:
+    """Whether the algorithm has an estimator of the hypergradient, whose parts can be told apart."""
+    return type(algorithm).estimate is not Algorithm.estimate
 
 
 class Shares(Callback):

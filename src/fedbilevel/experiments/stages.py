@@ -12,7 +12,7 @@ from ..errors import Diverged, check
 from ..solve import solve
 from .oracles import oracle_calls
 from .search import Telling, search, write_settings
-from .shares import Shares
+from .shares import Shares, estimates
 from .study import Contender, Study
 
 
@@ -60,7 +60,7 @@ def _final(
     if (place / "done.json").is_file():
         return
     task, engine = study.build(contender, seed, data_dir)
-    share = study.shares and contender.kind == "rival" and seed == study.seeds[0]
+    share = study.shares and contender.kind == "rival" and seed == study.seeds[0] and estimates(algorithm)
     callbacks: list[Callback] = [
         Progress(f"{study.name}: {contender.label}, seed {seed}"),
         CSV(place / "history.csv", {"algorithm": contender.label, "seed": seed}),
@@ -70,8 +70,8 @@ def _final(
     failure = None
     try:
         result = solve(
-            task.problem, task.data, algorithm, task.x, task.y, rounds=study.rounds, key=task.key, engine=engine,
-            callbacks=callbacks, metrics=task.metrics, evaluate_every=study.every,
+            task.problem, task.data, algorithm, task.x, task.y, rounds=contender.rounds or study.rounds, key=task.key,
+            engine=engine, callbacks=callbacks, metrics=task.metrics, evaluate_every=study.every,
             resume=place if (place / "checkpoint.eqx").exists() else None,
         )  # fmt: skip
     except Diverged as error:

@@ -32,6 +32,7 @@ class Contender:
         algorithm: its name on the command line.
         settings: counts and options (and step sizes that its grid leaves alone).
         variants: counts and options that the grid chooses among, as it does among step sizes.
+        rounds: of its final runs, where fewer than the study's are enough to see its end.
         kind: "rival"; or a reference line: "frozen", x stays as it is; "pooled", one client holds all data.
     """
 
@@ -40,6 +41,7 @@ class Contender:
     settings: Mapping[str, Any]
     kind: Literal["rival", "frozen", "pooled"] = "rival"
     variants: tuple[Mapping[str, Any], ...] = ({},)
+    rounds: int | None = None
 
     def build(self, chosen: Mapping[str, Any]) -> Any:
         """The algorithm with these step sizes, and the variant's settings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ def sweep(
     metrics: Mapping[str, Callable[[PyTree, PyTree], Any]],
     evaluate_every: int = 1,
     at_once: int | None = None,
+    arrived: Callable[[Curve], float] = lambda curve: math.inf,
     progress: Callable[[float, str], None] = lambda done, news: None,
 ) -> list[Curve]:
     """Run an algorithm at every point of a grid of step sizes.
@@ -68,6 +70,8 @@ def sweep(
         rounds: the budget of each run: the whole iterations that fit its most.
         metrics: name -> fn(x, y) -> scalar, taken at the start and every `evaluate_every` iterations.
         at_once: how many points one program runs; by default as many as about 1.5 GB hold.
+        arrived: the round at which a curve so far is where it is to go, infinite for not yet. Runs end at twice the
+            lowest of them.
         progress: told now and then what share is done, in [0, 1], and a word about it.
 
     Returns:
@@ -88,6 +92,7 @@ def sweep(
     evaluate = lambda x, y: {
         name: float(fn(eqx.combine(x, x_rest), eqx.combine(y, y_rest))) for name, fn in metrics.items()
     }
+    end = math.inf
     for part in _groups(grid, size):
         stacked = algorithm
         for name in part[0]:
@@ -99,7 +104,10 @@ def sweep(
         seen = [[at_start] for _ in part]
         spent = [[0] for _ in part]
         alive = np.ones(len(part), bool)
-        while carry.iteration < iterations and alive.any():
+        of = lambda k, part=part, seen=seen, spent=spent: Curve(
+            dict(part[k]), np.array(spent[k]), {name: np.array([row[name] for row in seen[k]]) for name in metrics}
+        )
+        while carry.iteration < iterations and alive.any() and min(used[-1] for used in spent) < end:
             length = min(evaluate_every, iterations - carry.iteration)
             carry, used, _, _, done = execution.advance_many(stacked, carry, length, limit)
             alive &= done >= length
@@ -108,12 +116,11 @@ def sweep(
                 lane = lambda tree, k=k: jax.tree.map(lambda leaf: leaf[k], tree)
                 numbers = evaluate(lane(carry.state.x), lane(carry.state.y)) if alive[k] else {}
                 seen[k].append({name: numbers.get(name, np.nan) for name in metrics})
+            end = min([end, *(2 * arrived(of(k)) for k in range(len(part)) if alive[k])])
             done = (len(curves) + len(part) * carry.iteration / iterations) / len(grid)
             several = f"point {len(curves) + 1} to {len(curves) + len(part)} of {len(grid)}"
             progress(done, f"{several}, iteration {carry.iteration} of {iterations}")
-        for point, rows, used in zip(part, seen, spent, strict=True):
-            taken = {name: np.array([row[name] for row in rows]) for name in metrics}
-            curves.append(Curve(dict(point), np.array(used), taken))
+        curves += [of(k) for k in range(len(part))]
     return curves
 
 

@@ -48,11 +48,10 @@ def write(study: Study, folder: Path) -> list[Path]:
     frame = collect(study, folder)
     rivals = frame[frame["kind"] != "pooled"]  # whose bytes and rounds mean something
     rivals.drop(columns=["kind", "failure"]).to_csv(folder / "history.csv", index=False)
-    levels = levels_table(study, frame)
+    levels = levels_table(study, frame, study.levels)
     files = [folder / "history.csv", *_write_table(folder, "levels", levels, _levels_text(study, levels))]
-    at_goal = levels[levels["level"] == study.goal]
-    if len(at_goal):
-        files += _write_table(folder, "spent", at_goal, _spent_text(at_goal))
+    at_goal = levels_table(study, frame, (study.goal,))
+    files += _write_table(folder, "spent", at_goal, _spent_text(at_goal))
     files += _write_table(folder, "settings", *settings_table(study, folder))
     if study.pairs:
         ratios = ratios_table(study, frame)
@@ -66,7 +65,7 @@ def write(study: Study, folder: Path) -> list[Path]:
     return files
 
 
-def levels_table(study: Study, frame):
+def levels_table(study: Study, frame, levels: tuple[float, ...]):
     """A row per contender, level and axis: median, least and most over seeds of what it took; infinite for never."""
     import pandas
 
@@ -75,7 +74,7 @@ def levels_table(study: Study, frame):
     for label, runs in frame.groupby("algorithm", sort=False):
         if (runs["kind"] == "pooled").any():
             continue
-        for level in study.levels:
+        for level in levels:
             found = [_at_level(run, study.metric, sign, level) for _, run in runs.groupby("seed")]
             row: dict[str, Any] = {"algorithm": label, "level": level, "seeds": len(found)}
             row["reached"] = sum(f is not None for f in found)

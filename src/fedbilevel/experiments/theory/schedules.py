@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...algorithms import AggITD, FedNest
+from ...algorithms import AggITD, FedNest, Lockstep
 from ...protocol import protocol
 from . import common, problems, runner
 
@@ -39,13 +39,19 @@ class Method:
     options: dict[str, Any]
     single: bool = False
 
+    def turns(self, wanted: tuple[int, ...]) -> tuple[int, ...]:
+        """The N to try."""
+        return wanted[:1] if self.kind is Lockstep else wanted
+
     @property
     def random(self) -> bool:
         """Whether the server draws where the series ends; with constant steps that is noise."""
-        return self.options["truncation"] == "uniform"
+        return self.options.get("truncation") == "uniform"
 
     def build(self, N: int, local_steps: int, skip: bool = True) -> Any:
         """The algorithm with N turns; FedNest with N terms, and N turns or one."""
+        if self.kind is Lockstep:
+            return Lockstep(local_steps=local_steps)
         settings = {"local_steps": local_steps, "skip_idle_rounds": skip, **self.options}
         if self.kind is FedNest:
             return FedNest(inner_rounds=1 if self.single else N, neumann_terms=N, **settings)
@@ -60,9 +66,10 @@ METHODS = {
     "AggITD, full (ours)": Method(AggITD, FULL),
     "AggITD, full, warm v (ours)": Method(AggITD, WARM),
     "AggITD, full, warm v, one round (ours)": Method(AggITD, {**WARM, "one_round": True}),
+    "Lockstep (ours)": Method(Lockstep, {}),
 }
-MANY_STEPS = (BASELINE, "AggITD, full (ours)", "AggITD, full, warm v (ours)", "AggITD, full, warm v, one round (ours)")
-OURS = tuple(name for name in METHODS if "warm" in name)
+OURS = ("AggITD, full, warm v (ours)", "AggITD, full, warm v, one round (ours)", "Lockstep (ours)")
+MANY_STEPS = (BASELINE, "AggITD, full (ours)", *OURS)
 
 
 def rounds_table(folder: Path, quick: bool = False, progress: common.Progress = lambda text: None) -> list[Path]:
@@ -103,7 +110,7 @@ def _problem(name, methods, budget, turns, progress) -> Iterable[dict[str, Any]]
     for local_steps, labels in methods.items():
         for label in labels:
             method, best, missed, last = METHODS[label], None, 0, np.inf
-            for N in turns:
+            for N in method.turns(turns):
                 progress(f"rounds-table: {name}, {local_steps} local steps, {label}, N = {N}")
                 lanes = problems.grid(setup, local_steps)
                 algorithm = method.build(N, local_steps)
@@ -211,7 +218,7 @@ def _noisy(name, budget, turns, seeds, methods, progress):
     lanes = problems.grid(setup, 1)
     found = {}
     for label in methods:
-        for N in turns:
+        for N in METHODS[label].turns(turns):
             progress(f"rounds-table, cohorts: {name}, {label}, N = {N}")
             algorithm = METHODS[label].build(N, 1)
             iterations = int(budget / protocol(algorithm, setup.problem, setup.data, setup.x, setup.y).rounds)
@@ -221,8 +228,9 @@ def _noisy(name, budget, turns, seeds, methods, progress):
     ends = {place: _median(values[:, :, -BLOCKS // 10 :].mean(-1)) for place, (_, values) in found.items()}
     level = min(np.nanmin(ends[place]) for place in ends if place[0] == BASELINE)
     for label in methods:
-        floors = {N: np.nanmin(ends[label, N]) for N in turns}
-        times = {N: np.min(_median(_first(found[label, N], level))) for N in turns}
+        tried = METHODS[label].turns(turns)
+        floors = {N: np.nanmin(ends[label, N]) for N in tried}
+        times = {N: np.min(_median(_first(found[label, N], level))) for N in tried}
         end, soon = min(floors, key=floors.__getitem__), min(times, key=times.__getitem__)
         yield {
             "problem": name, "method": label, "floor": floors[end], "N": end, "rounds": times[soon],

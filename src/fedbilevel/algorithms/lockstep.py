@@ -1,0 +1,104 @@
+"""Lockstep: x, y and the adjoint v move together, in ONE round an iteration, corrected by control variates.
+
+Ours, not a paper's. That all three variables move at once is SimFBO's idea (NeurIPS 2023, arXiv 2305.19442); control
+variates against the drift of local steps are SCAFFOLD's (Karimireddy et al., ICML 2020). With z = (x, y, v) and
+
+    D_i(z) = ( d_x f_i - d2_xy g_i v,   d_y g_i,   d2_yy g_i v - d_y f_i )
+
+the mean D over clients is zero where y = y*(x), v = v*(x) = H^-1 d_y f and grad Phi(x) = 0. Each factor is averaged before
+it is composed, since v and y are the same for every client. Client i keeps c_i, the server c = mean c_i over ALL clients;
+all of them, and v, are 0 at first. One iteration, one round, with a fresh cohort:
+
+    moves      a_i = D_i(x, y, v)
+               y_i = y, `local_steps` times   y_i -= inner_lr [d_y g_i(x, y_i) - c_i + c]
+               v_i = v - hessian_lr [a_i - c_i + c]
+               x_i = x, `outer_steps` times   x_i -= outer_lr [d_x f_i(x_i, y) - d2_xy g_i(x_i, y) v - c_i + c]
+               up z_i - z and a_i - c_i;  c_i <- a_i
+    server     z += mean (z_i - z),   c += n/m mean (a_i - c_i)   with n of m clients asked
+
+(c_i and c stand for their part of z.) The first local step is along a_i, on the same rows. Within an iteration x, y and v do
+not see each other's steps: local steps on x along a client's own y_i would follow its own classes, not everybody's.
+
+Where D(z) = 0, c_i = D_i(z) and c = 0 nothing moves, whatever the clients, the local steps and the cohorts: no floor from
+heterogeneity, and none from cohorts as long as rows are not sampled. On a problem whose D is linear and with everyone
+asked, one local step each makes z <- z - (outer_lr, inner_lr, hessian_lr) D(z). Floats per client and round: down and up
+2 dx + 4 dy each.
+
+Hessians are never multiplied up, so there is no series to cut; v is as near to v* as y to y*, and the hypergradient is never
+formed for its own sake: the algorithm has no estimator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax.tree
+from jaxtyping import PyTree
+
+from ..algorithm import Info, count, rate
+from ..errors import check
+from ..federation import Client, Federation, Reply
+from .curvature import AutoStep, keeping
+from .parts import controlled_descent, descend, hypergradient, inner_gradient, norm
+
+
+class Lockstep(AutoStep):
+    """All variables in one round an iteration (ours): the fewest rounds of all that are here, and the longest messages.
+
+    Args:
+        inner_lr: the step of ONE local lower step.
+        local_steps: local lower steps a round.
+        hessian_lr: the step of v; diverges from 2 / (largest curvature of g) on, of any g_i where cohorts are sampled.
+            "auto" measures that curvature (five rounds every 20 iterations).
+        outer_lr: the step of ONE local upper step.
+        outer_steps: local upper steps a round.
+        batch_size: rows of a minibatch, fresh for every factor; None for all rows.
+    """
+
+    inner_lr: Any = rate(0.01)
+    local_steps: int = count(5)
+    hessian_lr: Any = rate(0.01, "auto")
+    outer_lr: Any = rate(0.05)
+    outer_steps: int = count(1)
+    batch_size: int | None = count(None)
+
+    def keeps(self, x, y):
+        return super().keeps(x, y) | {"v": optax.tree.zeros_like(y), "control": optax.tree.zeros_like((x, y, y))}
+
+    def client_init(self, x, y):
+        return optax.tree.zeros_like((x, y, y))
+
+    def step(self, fed: Federation, state):
+        everyone = fed.cohort_size == fed.clients
+        check(everyone or not fed.weighted, "Lockstep with weighted clients needs all of them: leave cohort= out.")
+        lam, kept = self.hessian_step(fed, state)
+        x, y, v, c = state.x, state.y, kept["v"], kept["control"]
+        moved, change = fed.average(self.moves, x, y, v, c, lam)
+        x, y, v = optax.tree.add((x, y, v), moved)
+        direction = optax.tree.add(c, change)  # an estimate of D at the old point
+        c = optax.tree.add_scale(c, fed.cohort_size / fed.clients, change)
+        return keeping(x, y, {**kept, "v": v, "control": c}), Info(norm(direction[0]), jnp.zeros_like(norm(y)))
+
+    def moves(self, client: Client, x: PyTree, y: PyTree, v: PyTree, c: PyTree, lam: Any) -> Reply:
+        """How far the client's steps go from (x, y, v), and a_i - c_i; it keeps a_i = D_i(x, y, v)."""
+        problem, T = client.problem, self.local_steps
+        rows = client.batches("inner", self.batch_size, T + 1, at=x)
+        outer = lambda s: client.batch("outer", self.batch_size, s)
+        correction = optax.tree.sub(c, client.state)
+
+        along_y = lambda s: inner_gradient(problem, x, rows(s))
+
+        def along_x(s):
+            inner = client.batch("inner", self.batch_size, T + 1 + s)
+            return lambda x: hypergradient(problem, x, y, v, inner, outer(s))
+
+        pull = problem.outer_gradients(x, y, outer(self.outer_steps))[1]
+        adjoint = optax.tree.sub(problem.hessian_vector(x, y, v, rows(T)), pull)
+        a = along_x(0)(x), along_y(0)(y), adjoint
+        ends = (
+            controlled_descent(along_x, x, a[0], correction[0], self.outer_lr, self.outer_steps),
+            controlled_descent(along_y, y, a[1], correction[1], self.inner_lr, T),
+            descend(v, self.lam(lam), optax.tree.add(adjoint, correction[2])),
+        )
+        return Reply((optax.tree.sub(ends, (x, y, v)), optax.tree.sub(a, client.state)), a)
