@@ -95,7 +95,8 @@ def _images(dataset: str, partition: str) -> Study:
         "hyper-representation", Options(dataset=dataset, partition=partition, clients=100), 10,
         turns_free(family(1, *_TEN)),
         {"inner_lr": (0.01, 0.03, 0.06), "hessian_lr": (0.01,), "outer_lr": (0.06, 0.12, 0.25, 0.5)[: 4 if main else 3]},
-        grid_rounds=200 if main else 130, grid_seeds=GRID_SEEDS, rounds=500, seeds=SEEDS if main else SEEDS[:3],
+        grid_rounds=200 if main else 130, grid_seeds=(*GRID_SEEDS, 11) if main else GRID_SEEDS, rounds=500,
+        seeds=SEEDS if main else SEEDS[:3],
         levels=levels, goal=levels[3] if main else levels[2], pairs=_SOONER, every=1,
     )  # fmt: skip
 
@@ -133,7 +134,8 @@ def _loss_tuning(partition: str) -> Study:
             Contender("pooled", "aggitd", work | {"truncation": "full"}, "pooled"),
         ),
         {"inner_lr": (0.01, 0.03), "hessian_lr": (0.03,), "outer_lr": (1.0, 3.0, 9.0)},
-        grid_rounds=400, grid_seeds=GRID_SEEDS, rounds=2000, seeds=SEEDS[:3], metric="balanced_accuracy",
+        grid_rounds=400, grid_seeds=GRID_SEEDS, rounds=1000 if partition == "iid" else 2000, seeds=SEEDS[:3],
+        metric="balanced_accuracy",
         levels=(0.80, 0.85, 0.88, 0.90), goal=0.85, pairs=_SOONER, shares=0, every=5,
     )  # fmt: skip
 
