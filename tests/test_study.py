@@ -31,7 +31,7 @@ SMALL = study.Study(
     ),
     {"inner_lr": (0.01, 0.1), "hessian_lr": (0.05,), "outer_lr": (0.1, 1.0)},
     grid_rounds=30, grid_seeds=(10,), rounds=60, seeds=(0, 1), metric="test_error", levels=(0.8, 0.6), goal=0.7,
-    pairs=(("AggITD, full", "FedNest"),), shares=3,
+    pairs=(("AggITD, full", "FedNest"),), shares=3, shortlist=2, shortlist_seeds=(11,),
 )  # fmt: skip
 
 
@@ -67,13 +67,13 @@ def test_a_point_that_blows_up_leaves_the_others_alone():
 def test_runs_are_judged_by_the_median_of_five():
     rounds = np.arange(8) * 10
     falling = np.array([1.0, 0.9, 0.6, 0.9, 0.69, 0.69, 0.69, 0.5])
-    assert search.judge(SMALL, rounds, falling) == (50.0, 50.0)  # one lucky evaluation does not count
-    at, score = search.judge(SMALL, rounds, np.array([0.6] * 5 + [0.9] * 3))  # nor does a run that falls back
+    assert search.judge(SMALL, rounds, falling, 30) == (50.0, 50.0)  # one lucky evaluation does not count
+    at, score = search.judge(SMALL, rounds, np.array([0.6] * 5 + [0.9] * 3), 30)  # nor does a run that falls back
     assert (at, score) == (40.0, pytest.approx(30 * (1 + 0.2 / 0.7)))
-    at, score = search.judge(SMALL, rounds, falling + 0.7)
+    at, score = search.judge(SMALL, rounds, falling + 0.7, 30)
     assert at == np.inf
     assert score == pytest.approx(30 * (1 + 0.69 / 0.7))  # how far the last median, 1.39, is from the goal
-    assert search.judge(SMALL, rounds, np.full(8, np.nan))[1] > score
+    assert search.judge(SMALL, rounds, np.full(8, np.nan), 30)[1] > score
 
 
 def test_oracle_calls_are_those_counted_by_hand():
@@ -122,11 +122,17 @@ def runs_goes_on_and_writes(tmp_path):
     moved = history[history["algorithm"] == "AggITD, full"].groupby("seed")["rounds"].max()
     assert (moved == 56).all()  # the whole iterations of 7 rounds in 60
     grid = pandas.read_csv(folder / "grid.csv")
-    assert len(grid) == 4 + 2 * 4 + 2 + 4
-    chosen = grid[grid["label"] == "FedNest"].sort_values("score", kind="stable").iloc[0]
+    first, again = (grid[grid["seed"] == seed] for seed in (10, 11))
+    assert len(first) == 4 + 2 * 4 + 2 + 4
+    assert (again.groupby("label").size() == 2).all()
+    steps = ["neumann_terms", "inner_lr", "outer_lr"]
+    ranked = first[first["label"] == "FedNest"].sort_values("score", kind="stable")[steps].head(2).to_numpy()
+    tried = again[again["label"] == "FedNest"][steps].to_numpy()
+    assert sorted(ranked.tolist()) == sorted(tried.tolist())
+    chosen = again[again["label"] == "FedNest"].sort_values("score", kind="stable").iloc[0]
     found = tomllib.loads((folder / "settings.toml").read_text())["FedNest"]
     assert found == {name: chosen[name] for name in ("neumann_terms", "inner_lr", "hessian_lr", "outer_lr")}
-    best = grid[grid["label"] == "AggITD, full"].sort_values("score").iloc[0]
+    best = again[again["label"] == "AggITD, full"].sort_values("score").iloc[0]
     assert f"inner_lr = {best['inner_lr']}" in (folder / "settings.toml").read_text().split("[")[1]
     shares = pandas.read_csv(folder / "shares.csv")
     assert set(shares["algorithm"]) == {"AggITD, full", "FedNest"}

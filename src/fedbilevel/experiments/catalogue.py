@@ -95,7 +95,7 @@ def _images(dataset: str, partition: str) -> Study:
         "hyper-representation", Options(dataset=dataset, partition=partition, clients=100), 10,
         turns_free(family(1, *_TEN)),
         {"inner_lr": (0.01, 0.03, 0.06), "hessian_lr": (0.01,), "outer_lr": (0.06, 0.12, 0.25, 0.5)[: 4 if main else 3]},
-        grid_rounds=200 if main else 130, grid_seeds=(*GRID_SEEDS, 11) if main else GRID_SEEDS, rounds=500,
+        grid_rounds=200 if main else 130, grid_seeds=GRID_SEEDS, shortlist=4, shortlist_seeds=(11,), rounds=500,
         seeds=SEEDS if main else SEEDS[:3],
         levels=levels, goal=levels[3] if main else levels[2], pairs=_SOONER, every=1,
     )  # fmt: skip
@@ -196,7 +196,7 @@ def quick(study: Study) -> Study:
     return dataclasses.replace(
         study, summary=f"{study.summary} (quick: {small.dataset}, {small.clients} clients)", options=small,
         cohort=study.cohort and 5, contenders=contenders, grid=grid, grid_rounds=min(study.grid_rounds, 150),
-        rounds=min(study.rounds, 250), seeds=study.seeds[:2], shares=study.shares and 5,
+        rounds=min(study.rounds, 250), seeds=study.seeds[:2], shortlist_seeds=(), shares=study.shares and 5,
     )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ class Study:
         contenders: who takes part.
         grid: step sizes to try, equal for all.
         grid_rounds, grid_seeds: the budget of a grid run, and the seeds it is judged on.
+        shortlist, shortlist_seeds: how many of its best points are run again, for `rounds`, and on which seeds.
         rounds, seeds: of the final runs.
         metric, levels, goal: what is measured, the levels that tables name, and the one that judges the grid.
         pairs: (one, other) labels whose rounds are compared seed by seed.
@@ -83,6 +84,8 @@ class Study:
     pairs: tuple[tuple[str, str], ...] = ()
     shares: int = 20
     every: int = 1
+    shortlist: int = 1
+    shortlist_seeds: tuple[int, ...] = ()
 
     def build(self, contender: Contender, seed: int, data_dir: Any) -> tuple[Task, Simulation]:
         """A contender's task for one seed, and its engine."""
