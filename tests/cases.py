@@ -15,7 +15,7 @@ import optax.tree
 from quadratic import Quadratic, flat, quadratic
 
 import fedbilevel as fb
-from fedbilevel.algorithms import ALGORITHMS
+from fedbilevel.algorithms import ALGORITHMS, checked
 
 
 class Controlled(fb.State):
@@ -59,7 +59,7 @@ class OneRound(fb.Algorithm):
         return fb.Reply((optax.tree.sub(end, y), optax.tree.sub(a, client.state), a), a)
 
 
-CASES = {name: kind(inner_rounds=2, local_steps=2, outer_steps=2, batch_size=2) for name, kind in ALGORITHMS.items()}
+CASES = {name: checked(name)[0] for name in ALGORITHMS}
 CASES["one-round"] = OneRound(batch_size=2)
 ON_DEVICES = [*((name, 4) for name in CASES), ("one-round", 5)]  # the last fills no whole number of four devices
 

@@ -178,7 +178,8 @@ def test_where_the_default_step_diverges_the_measured_one_does_not():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_algorithm_measures_alike_in_both_engines(kind):
     q = quadratic(seed=1, clients=3, sizes=((4, 4),))
-    algorithm = kind(inner_rounds=2, hessian_lr="auto", local_steps=2, batch_size=2)
+    turns = {} if kind is fb.Lockstep else {"inner_rounds": 2}
+    algorithm = kind(**turns, hessian_lr="auto", local_steps=2, batch_size=2)
     ends = [
         fb.solve(q.problem, q.data, algorithm, q.x, q.y, 2, key=KEY, engine=engine)
         for engine in (fb.Simulation(cohort=2), fb.Loopback(cohort=2))

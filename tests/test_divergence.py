@@ -21,7 +21,7 @@ L_G = np.linalg.eigvalsh(Q0.hessians(Q0.t).mean(0)).max()
 STEPS = 2
 GOOD = {"inner_lr": 0.1, "hessian_lr": 0.1, "outer_lr": 0.02}
 SHAPE = {"inner_rounds": 3, "local_steps": STEPS, "truncation": "full"}
-KINDS = list(fb.algorithms.ALGORITHMS.values())
+KINDS = [kind for kind in fb.algorithms.ALGORITHMS.values() if kind is not fb.Lockstep]  # its own tests have that
 
 
 def run(kind, iterations=2000, q=Q0, engine=None, **steps):

@@ -89,6 +89,7 @@ STEPS: dict[str, Any] = {"inner_rounds": 2, "inner_lr": 0.1, "local_steps": 3, "
 OURS: dict[str, Any] = {"truncation": "full", "warm_start_v": True, "one_round": True, "independent_cohorts": True}
 ALGORITHMS: dict[str, Callable[..., fb.Algorithm]] = {
     **fb.algorithms.ALGORITHMS,
+    "lockstep": lambda inner_rounds, **settings: fb.Lockstep(**settings),
     "aggitd-full": lambda **settings: fb.AggITD(truncation="full", **settings),
     "aggitd-one-round": lambda **settings: fb.AggITD(one_round=True, **settings),
     "aggitd-independent": lambda **settings: fb.AggITD(independent_cohorts=True, **settings),
@@ -125,6 +126,7 @@ PATHS = [  # every algorithm; all rows or some, of everyone or a cohort; one aft
     ("fednest", WITH, 2, fb.Simulation()),
     ("fednest-sgd", WITH, 2, fb.Simulation(cohort=4)),
     ("lfednest", WITH, 2, fb.Simulation(cohort=4)),
+    ("lockstep", WITH, 2, fb.Simulation(cohort=4)),
     ("lfednest-svrg", WITH, None, fb.Simulation()),
 ]
 
