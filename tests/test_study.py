@@ -161,6 +161,35 @@ def test_ratios_are_paired_by_seed():
     assert (first["rounds_least"], first["rounds"], first["rounds_most"]) == (28, 42, 56)  # median of k = 0..4 is 0.8
 
 
+def test_a_choice_at_the_edge_of_its_grid_is_marked(tmp_path):
+    wide = dataclasses.replace(SMALL, grid={**SMALL.grid, "outer_lr": (0.1, 0.3, 1.0)})
+    best = {c.label: wide.candidates(c)[-1] for c in wide.contenders}  # the largest of all
+    search.write_settings(tmp_path / "settings.toml", best)
+    _, (head, rows) = tables.settings_table(wide, tmp_path)
+    cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert cells["FedNest"]["outer lr"] == "1 (e)"
+    assert (cells["FedNest"]["inner lr"], cells["FedNest"]["neumann terms"]) == ("0.1", "2")
+    assert cells["still"]["outer lr"] == "-"
+    best["FedNest"] = {**best["FedNest"], "outer_lr": 0.3}
+    search.write_settings(tmp_path / "settings.toml", best)
+    assert "(e)" not in tables.settings_table(wide, tmp_path)[1][1][1][-1]
+
+
+def test_a_run_that_blew_up_is_drawn_to_the_end():
+    good = {"iteration": range(9), "rounds": range(0, 90, 10), "test_accuracy": 0.9, "seed": 0, "failure": None}
+    bad = {"iteration": range(6), "rounds": range(0, 60, 10), "test_accuracy": 0.8, "seed": 1, "failure": "blew up"}
+    runs = pandas.concat([pandas.DataFrame(good), pandas.DataFrame(bad)])
+    grid, middle, least, most = tables._band(runs, "rounds", "test_accuracy")
+    assert (grid[0], grid[-1]) == (40, 80)
+    assert (least[0], least[-1], most[-1]) == (0.8, 0.0, 0.9)
+    assert middle[-1] == pytest.approx(0.45)
+
+
+def test_ratios_with_a_run_that_never_arrives_say_so():
+    row = {"one": "a", "other": "b", "level": 0.9, "seeds": 2, "ratio": 0.5, "least": 0.0, "most": np.inf}
+    assert tables._ratios_text(pandas.DataFrame([row]))[1][0][-1] == "0.50 (other never-never)"
+
+
 def test_latex_escapes():
     assert tables.latex(["a", "b_c"], [["90 %", "1"]]).splitlines()[2:5] == [r"a & b\_c \\", r"\hline", r"90 \% & 1 \\"]
 

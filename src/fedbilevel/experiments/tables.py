@@ -12,9 +12,14 @@ import numpy as np
 from .report import direction, first_reached, pipe_table, running_median
 from .study import Study
 
-# Okabe & Ito's palette: told apart by colour-blind readers; lines differ in dashes too
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
+# Okabe & Ito's palette and three of Paul Tol's: told apart by colour-blind readers; lines differ in dashes too
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255", "#999933", "#332288",
+)  # fmt: skip
+DASHES = (
+    "-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)),
+    (0, (1, 3)),
+)  # fmt: skip
 AXES = {
     "rounds": "communication rounds",
     "megabytes_up": "payload sent by one client place, MB",
@@ -162,7 +167,7 @@ def settings_table(study: Study, folder: Path):
 
 def _ratios_text(table) -> tuple[list[str], list[list[str]]]:
     head = ["one", "other", "level", "seeds", "ratio of rounds, median (range)"]
-    number = lambda value: f"{value:.2f}" if np.isfinite(value) else "never"
+    number = lambda value: "never" if np.isinf(value) else f"{value:.2f}" if value > 0 else "other never"
     text = lambda row: f"{number(row['ratio'])} ({number(row['least'])}-{number(row['most'])})"
     rows = [
         [row["one"], row["other"], f"{row['level']:g}", str(row["seeds"]), text(row)] for _, row in table.iterrows()
@@ -200,7 +205,10 @@ def draw(study: Study, path: Path, frame, metric: str, shares=None) -> Path:
 
     figure = Figure(figsize=(12.5, 7.2), layout="constrained")
     panels = figure.subplots(2, 3).ravel()
-    style = {c.label: {"color": COLOURS[i % 8], "linestyle": DASHES[i % 8]} for i, c in enumerate(study.contenders)}
+    style = {
+        c.label: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        for i, c in enumerate(study.contenders)
+    }
     low, high = _limits(frame, metric)
     for panel, (axis, label) in zip(panels, AXES.items(), strict=False):
         for contender in study.contenders:
@@ -211,7 +219,7 @@ def draw(study: Study, path: Path, frame, metric: str, shares=None) -> Path:
                 continue
             grid, middle, least, most = _band(runs, axis, metric)
             panel.plot(grid, middle, linewidth=1.6, **style[contender.label])
-            panel.fill_between(grid, least, most, color=style[contender.label]["color"], alpha=0.15, linewidth=0)
+            panel.fill_between(grid, least, most, color=style[contender.label]["color"], alpha=0.12, linewidth=0)
         panel.set(xlabel=label, ylabel=metric.replace("_", " "), ylim=(low, high))
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
@@ -242,14 +250,16 @@ def _limits(frame, metric: str) -> tuple[float, float]:
 
 
 def _band(runs, axis: str, metric: str, count: int = 300):
-    """(grid, median, least, most) over seeds of the running median, as far as every seed goes."""
+    """(grid, median, least, most) over seeds of the running median; a run that blew up stays where it ended, or at 0 %."""
     curves = []
     for _, run in runs.groupby("seed"):
         run = run.sort_values("iteration")
         medians = running_median(run[metric])
+        if metric.endswith("accuracy") and run["failure"].notna().any():
+            medians[-1] = 0.0
         curves.append((run[axis].to_numpy()[len(run) - len(medians) :], medians))
-    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-    grid = np.linspace(first, max(last, first), count)
+    first, last = max(x[0] for x, _ in curves), max(x[-1] for x, _ in curves)
+    grid = np.linspace(first, last, count)
     values = np.stack([np.interp(grid, x, v) for x, v in curves])
     return grid, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
 
