@@ -18,6 +18,9 @@ series is the paper's. "growth" is the most that the series' factors stretched t
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import functools
+import multiprocessing
 import os
 import resource
 import statistics
@@ -177,6 +180,16 @@ def train(options: argparse.Namespace, algorithm: fb.Algorithm, seed: int):
     return curve, cpu, wall / rounds, execution.protocol.rounds, growth
 
 
+def report(seed: int, curve, cpu, wall, each, growth) -> list[int | None]:
+    """Print a seed's line; the rounds to each level."""
+    first = [next((n for n, value in curve if value >= level), None) for level in LEVELS]
+    at, best = max(curve, key=lambda point: point[1])
+    times = f"{1e3 * statistics.mean(cpu):14.1f} {1e3 * min(cpu):6.1f} {1e3 * wall:8.1f}"
+    hits = " ".join(f"{'never' if n is None else n:>7}" for n in first)
+    print(f"{seed:4} {each:19} {times} {hits} {best:7.2%} {at:5} {growth:8.3g}", flush=True)
+    return first
+
+
 def main() -> None:
     options = arguments()
     if hasattr(os, "sched_setaffinity"):  # before JAX starts its threads
@@ -194,24 +207,17 @@ def main() -> None:
         + " ".join(f"{f'{level:.0%} at':>7}" for level in LEVELS)
         + f" {'best':>7} {'at':>5} {'growth':>8}"
     )
-    reached = []
-    for seed in options.seeds:
-        curve, cpu, wall, each, growth = train(options, algorithm, seed)
-        first = [next((n for n, value in curve if value >= level), None) for level in LEVELS]
-        reached.append(first)
-        at, best = max(curve, key=lambda point: point[1])
-        times = f"{1e3 * statistics.mean(cpu):14.1f} {1e3 * min(cpu):6.1f} {1e3 * wall:8.1f}"
-        hits = " ".join(f"{'never' if n is None else n:>7}" for n in first)
-        print(
-            f"{seed:4} {each:19} {times} {hits} {best:7.2%} {at:5} {growth:8.3g}",
-            flush=True,
-        )
+    # a process for each seed: its peak of memory is that of one run
+    alone = {"max_workers": 1, "max_tasks_per_child": 1, "mp_context": multiprocessing.get_context("spawn")}
+    with concurrent.futures.ProcessPoolExecutor(**alone) as pool:
+        runs = pool.map(functools.partial(train, options, algorithm), options.seeds)
+        reached = [report(seed, *run) for seed, run in zip(options.seeds, runs, strict=True)]
     middle = [
         statistics.median_low([options.rounds + 1 if n is None else n for n in column])
         for column in zip(*reached, strict=True)
     ]
     print("median of the seeds:", ", ".join(f"{level:.0%} at {n}" for level, n in zip(LEVELS, middle, strict=True)))
-    print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
+    print(f"peak memory of a run: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3:.0f} MB")
 
 
 if __name__ == "__main__":
