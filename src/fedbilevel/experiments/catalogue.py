@@ -111,6 +111,7 @@ def _equal(rounds: int) -> Study:
         "hyper-representation", _MNIST, 10, rivals(rounds, *_FIVE),
         {"inner_lr": (0.03, 0.1, 0.3), "hessian_lr": (0.01, 0.03), "outer_lr": (0.05, 0.15)},
         grid_rounds=18 * 25 if rounds == 5 else 33 * 16, grid_seeds=(*GRID_SEEDS, 11),
+        shortlist=4, shortlist_seeds=(12,),
         rounds=18 * 45 if rounds == 5 else 33 * 30, seeds=SEEDS, levels=(0.80, 0.85, 0.88, 0.90), goal=0.88,
         pairs=tuple((f"AggITD, {a}", f"FedNest, {b}") for b in ("full", "uniform") for a in ("full", "uniform")),
     )  # fmt: skip
