@@ -129,7 +129,7 @@ def _loss_tuning(partition: str) -> Study:
             Contender("AggITD, uniform", "aggitd", work),
             Contender("AggITD, full", "aggitd", work | {"truncation": "full"}),
             Contender(f"AggITD, {OURS}", "aggitd", work | {"truncation": "full", "one_round": True}),
-            Contender(LOCKSTEP, "lockstep", lockstep(10, 1, 64), rounds=500),
+            Contender(LOCKSTEP, "lockstep", lockstep(10, 1, 64), rounds=400),
             Contender("FedNest, full", "fednest", series),
             Contender("FedNest-SGD", "fednest-sgd", series),
             Contender("LFedNest", "lfednest", series),
@@ -138,7 +138,7 @@ def _loss_tuning(partition: str) -> Study:
             Contender("pooled", "aggitd", work | {"truncation": "full"}, "pooled"),
         ),
         {"inner_lr": (0.01, 0.03), "hessian_lr": (0.03,), "outer_lr": (1.0, 3.0, 9.0)},
-        grid_rounds=400, grid_seeds=GRID_SEEDS, rounds=600 if partition == "iid" else 2000, seeds=SEEDS[:3],
+        grid_rounds=400, grid_seeds=GRID_SEEDS, rounds=600 if partition == "iid" else 1200, seeds=SEEDS[:3],
         metric="balanced_accuracy",
         levels=(0.80, 0.85, 0.88, 0.90), goal=0.85, pairs=_SOONER, shares=0, every=5,
     )  # fmt: skip
