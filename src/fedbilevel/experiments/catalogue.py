@@ -137,7 +137,7 @@ def _loss_tuning(partition: str) -> Study:
             Contender("no loss tuning", "aggitd", work | {"truncation": "full", "one_round": True}, "frozen"),
             Contender("pooled", "aggitd", work | {"truncation": "full"}, "pooled"),
         ),
-        {"inner_lr": (0.01, 0.03), "hessian_lr": (0.03,), "outer_lr": (1.0, 3.0, 9.0)},
+        {"inner_lr": (0.01, 0.03), "hessian_lr": (0.03,), "outer_lr": (1.0, 3.0)},
         grid_rounds=400, grid_seeds=GRID_SEEDS, rounds=600 if partition == "iid" else 1200, seeds=SEEDS[:3],
         metric="balanced_accuracy",
         levels=(0.80, 0.85, 0.88, 0.90), goal=0.85, pairs=_SOONER, shares=0, every=5,
@@ -146,7 +146,7 @@ def _loss_tuning(partition: str) -> Study:
 
 def _extensions(task: str) -> Study:
     tuning = task == "loss-tuning"
-    grid = {"inner_lr": (0.01, 0.03), "hessian_lr": (0.03,), "outer_lr": (1.0, 3.0, 9.0)}
+    grid = {"inner_lr": (0.01, 0.03), "hessian_lr": (0.03,), "outer_lr": (1.0, 3.0)}
     if not tuning:
         grid = {"inner_lr": (0.01, 0.03, 0.06), "hessian_lr": (0.01,), "outer_lr": (0.12, 0.25, 0.5)}
     return Study(
