@@ -1,7 +1,7 @@
 """Rounds to a stationary point, method by method, on one grid of steps and turns: what each idea is worth.
 
-Every method gets the same grid: N = T in `TURNS`, and for each the steps of `problems.grid`. Rounds in which one local
-step adds nothing are left out (`skip_idle_rounds`), for every method alike; the other column counts them too.
+Every method gets the same grid: N = T in `TURNS` (Lockstep has no N), and for each the steps of `problems.grid`. Rounds in
+which one local step adds nothing are left out (`skip_idle_rounds`), for all alike; the other column counts them too.
 
 All clients, exact gradients: rounds until |grad Phi|^2 < 1e-8 for the first time. Cohorts: the replies of 4 of 40 clients
 are noisy, and with constant steps |grad Phi|^2 falls to a floor. There a budget of rounds is used up; a level counts as
@@ -142,7 +142,11 @@ def _markdown(folder, frame, budget):
         for name in names:
             row = at[at["problem"] == name].iloc[0]
             reached = np.isfinite(row["rounds"])
-            cells += [common.count(row["rounds"]), f"{row['N']:.0f}" if reached else "-", _ratio(frame, row)]
+            cells += [
+                common.count(row["rounds"]),
+                _turns(str(label), f"{row['N']:.0f}") if reached else "-",
+                _ratio(frame, row),
+            ]
             cells += [common.count(row["all_rounds"]) if reached else f"lowest {row['lowest']:.1e}"]
         rows.append(cells)
     head = ["local steps", "method"]
@@ -153,6 +157,11 @@ def _markdown(folder, frame, budget):
         f"rounds ({min(budget, RANDOM_BUDGET):,} with a random number of terms), or where 1,000 iterations bring nothing."
     )
     return common.markdown(folder / "rounds-table.md", text, head, rows)
+
+
+def _turns(label: str, N: str) -> str:
+    """N in a table's cell; there is none in one round."""
+    return "-" if METHODS[label].kind is Lockstep else N
 
 
 def _ratio(frame, row):
@@ -200,7 +209,8 @@ def _cohorts(folder, quick, names, progress):
         line = [str(label)]
         for name in names:
             row = at[at["problem"] == name].iloc[0]
-            line += [common.number(row["floor"], 2), str(row["N"]), common.count(row["rounds"]), str(row["N_rounds"])]
+            turns = [_turns(str(label), str(row[column])) for column in ("N", "N_rounds")]
+            line += [common.number(row["floor"], 2), turns[0], common.count(row["rounds"]), turns[1]]
         cells.append(line)
     head = ["method"]
     for name in names:
