@@ -175,7 +175,9 @@ def test_where_the_default_step_diverges_the_measured_one_does_not():
 # Everywhere -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in (fb.AggITD, fb.Lockstep) else pytest.mark.slow) for kind in KINDS]
+)
 def test_every_algorithm_measures_alike_in_both_engines(kind):
     q = quadratic(seed=1, clients=3, sizes=((4, 4),))
     turns = {} if kind is fb.Lockstep else {"inner_rounds": 2}

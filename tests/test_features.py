@@ -131,7 +131,13 @@ PATHS = [  # every algorithm; all rows or some, of everyone or a cohort; one aft
 ]
 
 
-@pytest.mark.parametrize(("name", "problem", "batch_size", "engine"), PATHS)
+OFTEN = ("aggitd", "aggitd-ours", "fednest", "lockstep")  # the others among the slow tests: each compiles two programs
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "batch_size", "engine"),
+    [pytest.param(*path, marks=() if path[0] in OFTEN else pytest.mark.slow) for path in PATHS],
+)
 def test_features_change_no_number(name, problem, batch_size, engine):
     algorithm = ALGORITHMS[name](**STEPS, batch_size=batch_size)
     same(run(problem, algorithm, engine), expected(name, batch_size, engine.cohort))

@@ -35,7 +35,7 @@ SMALL = study.Study(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("cohort", [None, 4])
+@pytest.mark.parametrize("cohort", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_a_sweep_gives_what_single_runs_give(cohort):
     problem, data, x, y = heterogeneous()
     metrics = {"u": lambda x, y: x["u"][0], "s": lambda x, y: y["deep"]["s"]}
