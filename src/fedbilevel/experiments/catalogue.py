@@ -240,8 +240,8 @@ def reproduce(name: str, folder: Path, *, small: bool, data_dir: Any, checked_in
     return tables.write(study, folder)
 
 
-def found(name: str) -> dict[str, dict[str, float]]:
-    """The step sizes that the grid of a study found, as kept in the package."""
+def found(name: str) -> dict[str, dict[str, Any]]:
+    """What the grid of a study chose, as kept in the package."""
     import tomllib
     from importlib import resources
 
