@@ -80,30 +80,45 @@ def test_the_step_is_that_of_the_mean_hessian():
 
 
 @pytest.mark.parametrize(
-    ("kind", "engine", "batch_size", "more"),
+    ("kind", "engine", "batch_size", "more", "soon"),
     [
-        (fb.AggITD, fb.Simulation(), None, 5),
-        (fb.AggITD, fb.Loopback(), None, 5),
-        (fb.AggITD, fb.Simulation(cohort=1), None, 5),
-        (fb.LFedNest, fb.Simulation(), 2, 5),
-        (fb.LFedNest, fb.Simulation(), None, 1),  # all that there is to ask is asked in one round
+        (fb.AggITD, fb.Simulation(), None, 5, 5),
+        (fb.AggITD, fb.Loopback(), None, 5, 5),
+        (fb.AggITD, fb.Simulation(cohort=1), None, 5, 1),
+        (fb.LFedNest, fb.Simulation(), 2, 5, 1),
+        (fb.LFedNest, fb.Simulation(), None, 1, 1),  # all that there is to ask is asked in one round
     ],
 )
-def test_the_rounds_of_a_measurement_are_counted_every_twenty_iterations(kind, engine, batch_size, more):
+def test_the_rounds_of_a_measurement_are_counted(kind, engine, batch_size, more, soon):
     q = quadratic(clients=2, sizes=((3, 3),))
     algorithm = kind(inner_rounds=1, local_steps=1, hessian_lr="auto", batch_size=batch_size)
     result = fb.solve(q.problem, q.data, algorithm, q.x, q.y, 42, key=KEY, engine=engine)
     rounds = np.diff(result.history.column("rounds"))
     usual = 5 if kind is fb.AggITD else 2
-    np.testing.assert_array_equal(rounds, [usual + more * (k % 20 == 0) for k in range(42)])
+    extra = [more if k % 20 == 0 else soon if k in (1, 2, 4, 8, 16) else 0 for k in range(42)]
+    np.testing.assert_array_equal(rounds, np.add(usual, extra))
     assert result.protocol.rounds_most == usual + more
+
+
+@pytest.mark.parametrize("cohort", [None, 1])
+def test_a_curvature_that_grows_at_first_is_followed(cohort):
+    inner = lambda x, y, example: 0.5 * jnp.exp(x) * y**2 - example * y
+    problem = fb.Problem(inner, lambda x, y, example: -x + 0 * (y + example))
+    data = fb.FederatedData.stack([np.ones(1)] * 2, [np.ones(1)] * 2)
+    algorithm = fb.AggITD(inner_rounds=1, inner_lr=1e-3, local_steps=1, outer_lr=1.0, hessian_lr="auto")
+    run = lambda iterations: fb.solve(
+        problem, data, algorithm, jnp.zeros(()), jnp.zeros(()), iterations, key=KEY, engine=fb.Simulation(cohort=cohort)
+    )
+    for iterations, measured in ((1, 0), (2, 1), (4, 2), (5, 4), (8, 4), (9, 8)):  # x grows by one in each iteration
+        largest = run(iterations).state.kept["curvature"]["largest"]
+        np.testing.assert_allclose(largest, np.exp(measured), rtol=1e-6)
 
 
 def test_the_step_travels_with_the_messages_that_need_it():
     q = quadratic(clients=2, sizes=((3, 3),))
     common = {"inner_rounds": 2, "truncation": "full"}
-    of = lambda lam: fb.solve(q.problem, q.data, fb.AggITD(hessian_lr=lam, **common), q.x, q.y, 2, key=KEY).history
-    down = [np.diff(of(lam).column("bytes_down"))[1] for lam in ("auto", 0.01)]  # no measurement in the second
+    of = lambda lam: fb.solve(q.problem, q.data, fb.AggITD(hessian_lr=lam, **common), q.x, q.y, 4, key=KEY).history
+    down = [np.diff(of(lam).column("bytes_down"))[3] for lam in ("auto", 0.01)]  # no measurement in the fourth
     assert down[0] - down[1] == 2 * 8 * (2 + 1)  # two clients; two anchor rounds, and the vector's
 
 

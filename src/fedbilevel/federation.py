@@ -18,7 +18,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from .data import ClientRows, random_below
 from .errors import InputError, check, unknown_name
@@ -126,6 +126,15 @@ class Federation(abc.ABC):
     clients: int
     cohort_size: int
     weighted: bool
+    _replied: Any = None  # how many answered the exchange just made, where that may be fewer than the cohort
+
+    @property
+    def share(self) -> Any:
+        """The share of ALL clients that answered the exchange just made: what moves a mean over all of them.
+
+        cohort_size / clients, and less where clients drop out.
+        """
+        return (self.cohort_size if self._replied is None else self._replied) / self.clients
 
     def average(
         self,
@@ -149,6 +158,7 @@ class Federation(abc.ABC):
         Returns:
             The mean of the replies over the cohort: plain, and with weighted clients and full participation weighted.
             (With weighted clients and a smaller cohort, the clients are drawn in proportion to their weights.)
+            Where clients drop out, the mean of those who answered, their weights scaled to sum to one.
         """
         return self.ask(method, message, "mean", replies, cohort, beside)
 
@@ -234,6 +244,13 @@ def sample_cohort(
     return jnp.sort(jax.lax.fori_loop(0, size, place, jnp.full((size,), -1, jnp.int32)))
 
 
+def stays(key: Key[Array, ""], cohort: Int[Array, " n"], dropout: float) -> Bool[Array, " n"]:
+    """Which clients of a cohort answer an exchange when each drops out with probability `dropout`; one always stays."""
+    own = jax.vmap(lambda i: jax.random.fold_in(client_key(key, i), _COHORT))(cohort)
+    luck = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(own)
+    return (luck >= dropout) | (luck == luck.max())
+
+
 @jax.jit
 def mean_reply(replies: PyTree, weights: Float[Array, " cohort"] | None) -> PyTree:
     """The mean over the leading axis, weighted if weights (summing to one) are given; of whole numbers a float."""
@@ -244,8 +261,18 @@ def mean_reply(replies: PyTree, weights: Float[Array, " cohort"] | None) -> PyTr
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1), replies)
 
 
-def combine_replies(how: Combine, replies: PyTree, weights: Float[Array, " cohort"] | None) -> PyTree:
-    """The mean of the replies over the leading axis, or the largest of them, number by number."""
+def combine_replies(
+    how: Combine,
+    replies: PyTree,
+    weights: Float[Array, " cohort"] | None,
+    present: Bool[Array, " cohort"] | None = None,
+) -> PyTree:
+    """The mean of the replies over the leading axis, or the largest of them, number by number; of those present."""
+    if present is not None:  # what an absent client would have said counts for nothing, NaN neither
+        here = lambda leaf: present.reshape(-1, *[1] * (leaf.ndim - 1))
+        replies = jax.tree.map(lambda leaf: jnp.where(here(leaf), leaf, leaf[jnp.argmax(present)]), replies)
+        weights = jnp.where(present, 1.0 if weights is None else weights, 0.0)
+        weights = weights / weights.sum()
     if how == "mean":
         return mean_reply(replies, weights)
     return jax.tree.map(lambda leaf: jnp.max(leaf, axis=0), replies)
@@ -269,6 +296,15 @@ def check_cohort(cohort: int | None, clients: int) -> int:
     check(cohort >= 1, f"cohort= must be at least 1; got {cohort}.")
     check(cohort <= clients, f"a cohort of {cohort} cannot be drawn from {clients} clients: use at most {clients}.")
     return cohort
+
+
+def check_dropout(dropout: Any) -> None:
+    """Refuse what is no probability below one."""
+    number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
+    check(
+        number and 0 <= dropout < 1,
+        f"dropout= is the probability that a client does not answer, at least 0 and below 1; got {dropout!r}.",
+    )
 
 
 def client_method(algorithm: Any, method: Callable[..., Any]) -> tuple[str, Callable[..., Any]]:

@@ -341,12 +341,18 @@ def _evaluate(program, algorithm, problem, data, state, cohort, layout, draws, *
     return jax.vmap(counts, in_axes=(0, 0 if by_draw else None))(draws, keys if by_draw else keys[0]), depends
 
 
-def bytes_of(site: Site, counts: np.ndarray, cohort: int) -> tuple[np.ndarray, np.ndarray]:
-    """Payload bytes (down, up) over the cohort, for counts of shape (..., 1 + flags) at a site."""
+def bytes_of(
+    site: Site, counts: np.ndarray, cohort: int, replies: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Payload bytes (down, up) over the cohort, for counts of shape (..., 1 + flags) at a site.
+
+    replies: the same counts summed over the clients that answered; by default the whole cohort did.
+    """
     counts = counts.astype(object)  # Python integers: int32 overflows, and so may int64 over a long run
-    of = lambda parts: sum(part.bytes * counts[..., 0 if part.flag is None else 1 + part.flag] for part in parts)
+    replies = cohort * counts if replies is None else replies.astype(object)
+    of = lambda parts, times: sum(part.bytes * times[..., 0 if part.flag is None else 1 + part.flag] for part in parts)
     zero = 0 * counts[..., 0]
-    return cohort * of(site.down) + zero, cohort * of(site.up) + zero
+    return of(site.down, cohort * counts) + zero, of(site.up, replies) + zero
 
 
 def _summary(algorithm, clients, cohort, sites, counts, kind, info) -> Protocol:

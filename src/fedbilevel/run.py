@@ -107,6 +107,10 @@ class Run:
         """The cumulative figures, for a checkpoint."""
         return {name: getattr(self, name) for name in ("rounds", "bytes_down", "bytes_up", "seconds")}
 
+    def keep(self, carry: Carry) -> None:
+        """Hear that the run can be resumed from `carry`, so that nothing before it is needed any more."""
+        self._execution.keep(carry)
+
     def fingerprint(self) -> dict[str, Any]:
         """What makes this run itself: a checkpoint of another one is refused."""
         settings = {f.name: repr(getattr(self.algorithm, f.name)) for f in dataclasses.fields(self.algorithm)}
@@ -175,6 +179,8 @@ class Run:
         if not record.finite:
             self._fail(before, after, record)
         self.carry = after
+        if not any(callback.saves for callback in self._callbacks):
+            self.keep(after)
         self._pace = record.seconds / length
         self._account(before.iteration, record)
         if largest((after.state.x, after.state.y)) <= 10 * (1 + self._limit / _BLOWN_UP):
@@ -197,7 +203,9 @@ class Run:
     def _fail(self, before: Carry, after: Carry, record) -> None:
         """Go back to the last finite iteration, say what blew up, and raise with all there is."""
         last = before
-        if record.done:
+        if record.last is not None:
+            last = record.last
+        elif record.done:
             last, _ = self._execution.advance(self.algorithm, before, record.done, self._limit)
         self.carry = last
         self._account(before.iteration, record)

@@ -99,6 +99,8 @@ class TracedFederation(Federation):
     through the compiled loops beside the algorithm's own carry.
     """
 
+    drops = False  # whether clients may drop out; the counts then have a second row, of replies
+
     def __init__(
         self,
         algorithm: Any,
@@ -115,7 +117,8 @@ class TracedFederation(Federation):
         self._counter: Any = jnp.zeros((), jnp.int32)
         self.counts: dict[Path, Any] | None = None
         if layout is not None:
-            self.counts = {path: jnp.zeros((1 + flags,), jnp.int32) for path, flags in layout.items()}
+            rows = (2,) if self.drops else ()
+            self.counts = {path: jnp.zeros((*rows, 1 + flags), jnp.int32) for path, flags in layout.items()}
         self.client_state: PyTree = None
 
     @abc.abstractmethod
@@ -140,6 +143,8 @@ class TracedFederation(Federation):
         flags = self.travelled([flag for flag in (*sent, *wanted) if not is_static(flag)])
         if self.counts is not None:
             travelled = jnp.stack([jnp.asarray(flag, jnp.int32) for flag in (True, *flags)])
+            if self.drops:
+                travelled = jnp.stack([travelled, travelled * self._replied])
             self.counts = {**self.counts, path: self.counts[path] + travelled}
         self._counter = self._counter + 1
         return reply

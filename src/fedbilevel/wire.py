@@ -50,6 +50,11 @@ def message_schema(message: PyTree, flags: tuple[bool, ...]) -> tuple[PyTree, tu
     return tuple(pieces), tuple(travels)
 
 
+def conditional_parts(message: PyTree) -> int:
+    """How many parts of a message travel only sometimes."""
+    return sum(map(_is_when, jax.tree.leaves(message, is_leaf=_is_when)))
+
+
 def rebuild_message(schema: PyTree, pieces: tuple, flags: tuple[bool, ...]) -> PyTree:
     """The message again from its pieces, `When` nodes with their flags."""
     flags_left = iter(flags)

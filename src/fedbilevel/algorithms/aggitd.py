@@ -37,7 +37,7 @@ v* as y follows y*. One dy more down. The largest gain known. `vector_growth` is
 
     corrected   a_i = d_y g_i(x, y^t);  y_i = y^t, then steps y_i -= inner_lr [d_y g_i(x, y_i) - c_i + c]
                 up y_i - y^t, a_i - c_i and r_i;  c_i <- a_i
-                y^{t+1} = y^t + mean (y_i - y^t),  c += n/m mean (a_i - c_i)   with n of m clients asked
+                y^{t+1} = y^t + mean (y_i - y^t),  c += n/m mean (a_i - c_i)   with n of m clients answering
 
 y* is still the fixed point, with cohorts too. The gradient at y^t is a_i and the first local step, on the same rows. In the
 loop down N (dx + 2 dy) and up 2 N dy, and r as above; in all, down (N+4) dx + (3N-Q+5) dy, up 2N dy + (N-Q+1) dy + 2 dx.
@@ -82,7 +82,7 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
         inner_lr: the step of ONE local lower step.
         local_steps: local lower steps a turn.
         hessian_lr: lam of the Hessian factors (I - lam H); diverges from 2 / (largest curvature of g) on. "auto"
-            measures that curvature (ours; five rounds every 20 iterations).
+            measures that curvature (ours; up to five rounds every 20 iterations, at first more often).
         outer_lr: the step of ONE local upper step.
         outer_steps: local upper steps an iteration.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.
@@ -145,12 +145,14 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
         apart = lambda: fed.average(self.vector_apart, fed.when(now, (x, y)), r, lam, replies=(now,), beside=True)
         if self.one_round:
             if self.independent_cohorts:
-                (step, change), new = fed.average(self.corrected, x, y, control, cohort=cohort), apart()
+                step, change = fed.average(self.corrected, x, y, control, cohort=cohort)
+                control = optax.tree.add_scale(control, fed.share, change)
+                new = apart()
             else:
                 message = (x, y, control, r, lam)
                 sent = (True, True, now)
                 step, change, new = fed.average(self.corrected_anchor, *message, replies=sent, cohort=cohort)
-            control = optax.tree.add_scale(control, fed.cohort_size / fed.clients, change)
+                control = optax.tree.add_scale(control, fed.share, change)
             return optax.tree.add(y, step), control, new
         if self.independent_cohorts:
             q, new = fed.average(self.gradient, x, y, cohort=cohort), apart()

@@ -74,7 +74,7 @@ class FedNest(_NeumannHypergradient, CorrectedLower):
         local_steps: local lower steps a turn.
         neumann_terms: N >= 1, the terms of the Neumann series.
         hessian_lr: the series' step, the paper's 1/l; diverges from 2 / (largest curvature of g) on. "auto" measures
-            that curvature (ours; five rounds every 20 iterations).
+            that curvature (ours; up to five rounds every 20 iterations, at first more often).
         outer_lr: the step of ONE local upper step.
         outer_steps: local upper steps an iteration.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.

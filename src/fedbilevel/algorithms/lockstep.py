@@ -14,7 +14,7 @@ all of them, and v, are 0 at first. One iteration, one round, with a fresh cohor
                v_i = v - hessian_lr [a_i - c_i + c]
                x_i = x, `outer_steps` times   x_i -= outer_lr [d_x f_i(x_i, y) - d2_xy g_i(x_i, y) v - c_i + c]
                up z_i - z and a_i - c_i;  c_i <- a_i
-    server     z += mean (z_i - z),   c += n/m mean (a_i - c_i)   with n of m clients asked
+    server     z += mean (z_i - z),   c += n/m mean (a_i - c_i)   with n of m clients answering
 
 (c_i and c stand for their part of z.) The first local step is along a_i, on the same rows. Within an iteration x, y and v do
 not see each other's steps: local steps on x along a client's own y_i would follow its own classes, not everybody's.
@@ -50,7 +50,7 @@ class Lockstep(AutoStep):
         inner_lr: the step of ONE local lower step.
         local_steps: local lower steps a round.
         hessian_lr: the step of v; diverges from 2 / (largest curvature of g) on, of any g_i where cohorts are sampled.
-            "auto" measures that curvature (five rounds every 20 iterations).
+            "auto" measures that curvature (five rounds every 20 iterations, at first more often).
         outer_lr: the step of ONE local upper step.
         outer_steps: local upper steps a round.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.
@@ -77,7 +77,7 @@ class Lockstep(AutoStep):
         moved, change = fed.average(self.moves, x, y, v, c, lam)
         x, y, v = optax.tree.add((x, y, v), moved)
         direction = optax.tree.add(c, change)  # an estimate of D at the old point
-        c = optax.tree.add_scale(c, fed.cohort_size / fed.clients, change)
+        c = optax.tree.add_scale(c, fed.share, change)
         return keeping(x, y, {**kept, "v": v, "control": c}), Info(norm(direction[0]), jnp.zeros_like(norm(y)))
 
     def moves(self, client: Client, x: PyTree, y: PyTree, v: PyTree, c: PyTree, lam: Any) -> Reply:

@@ -9,7 +9,12 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Does nothing; override what you need. `run` is the running `fedbilevel.run.Run`: read it, leave it as it is."""
+    """Does nothing; override what you need. `run` is the running `fedbilevel.run.Run`: read it, leave it as it is.
+
+    `saves`: whether it keeps what the run can be resumed from; it then calls `run.keep(run.carry)` whenever it has.
+    """
+
+    saves = False
 
     def start(self, run: Run) -> None:
         """Before the first iteration (after a resumed run's history is restored)."""

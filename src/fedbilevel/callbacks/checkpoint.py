@@ -30,6 +30,8 @@ class Checkpoint(Callback):
         every: seconds between checkpoints.
     """
 
+    saves = True
+
     def __init__(self, folder: str | os.PathLike[str], every: float = 30.0):
         self.folder, self.every = Path(folder), every
         self._saved = time.monotonic()
@@ -47,6 +49,7 @@ class Checkpoint(Callback):
 
     def _save(self, run) -> None:
         save(self.folder / FILE, run.carry, run.totals(), list(run.history), run.fingerprint())
+        run.keep(run.carry)
         self._saved = time.monotonic()
 
 

@@ -38,6 +38,7 @@ class Record:
         info: the algorithm's diagnostics, each leaf (done + blown up, ...).
         finite: False if the iteration after the last good one blew up (the carry then holds its state).
         seconds: wall-clock time, without compilation.
+        last: where it blew up, the carry after the last good iteration, if the engine has kept it.
     """
 
     done: int
@@ -47,10 +48,13 @@ class Record:
     info: PyTree
     finite: bool
     seconds: float
+    last: Carry | None = None
 
 
 class Execution(abc.ABC):
     """An engine bound to a problem, data, the structure of an algorithm, and a key."""
+
+    replays = True  # whether a stretch can be repeated with other settings, to find out what blew up
 
     def __init__(
         self,
@@ -72,12 +76,21 @@ class Execution(abc.ABC):
     def advance(self, algorithm: Any, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         """Run `iterations` more, or until a number in the state exceeds `limit` or is not finite."""
 
+    def keep(self, carry: Carry) -> None:
+        """Hear that the run will not come back to anything before `carry` (an engine may then forget it)."""
+        return None
+
     def ledger(self, counts: dict, done: int) -> tuple[list[int], list[int], list[int]]:
-        """(rounds, bytes down, bytes up) per iteration from the counts per site, each (iterations, 1 + flags)."""
+        """(rounds, bytes down, bytes up) per iteration from the counts per site.
+
+        These are (iterations, 1 + flags), or where clients drop out (iterations, 2, 1 + flags), the second of replies.
+        """
         rounds, down, up = (np.zeros(done, object) for _ in range(3))
         for path, site in self.protocol.sites.items():
-            count = np.asarray(counts[path])[:done]
-            site_down, site_up = bytes_of(site, count, self.protocol.cohort)
+            count, replies = np.asarray(counts[path])[:done], None
+            if count.ndim == 3:
+                count, replies = count[:, 0], count[:, 1]
+            site_down, site_up = bytes_of(site, count, self.protocol.cohort, replies)
             rounds = rounds + site.round * count[:, 0].astype(object)
             down, up = down + site_down, up + site_up
         return list(rounds), list(down), list(up)

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import check
-from ..federation import Client, Reply, check_cohort, client_key, combine_replies, full_weights
+from ..federation import (
+    Client,
+    Reply,
+    check_cohort,
+    check_dropout,
+    client_key,
+    combine_replies,
+    full_weights,
+    stays,
+)
 from ..problem import strong
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
@@ -33,6 +42,8 @@ class Simulation(Engine):
     Args:
         cohort: how many clients each exchange asks, drawn anew for every exchange; None for all.
         client_batch: run at most this many clients of the cohort at a time, to bound memory; None for all at once.
+        dropout: the probability with which a client that is asked does not answer, in each exchange anew (one always
+            does): its reply is missing from the mean, whose weights are scaled to sum to one, and its state stays.
         mesh: a `jax.make_mesh((devices,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))`: the cohort is
             spread over its first axis, rows too; several processes or hosts after `jax.distributed.initialize()`.
     """
@@ -40,6 +51,7 @@ class Simulation(Engine):
     cohort: int | None = None
     client_batch: int | None = None
     mesh: jax.sharding.Mesh | None = None
+    dropout: float = 0.0
 
     def __post_init__(self):
         if self.cohort is not None:
@@ -47,6 +59,7 @@ class Simulation(Engine):
         batch = self.client_batch
         whole = batch is None or (isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1)
         check(whole, f"client_batch= is how many clients run at a time, at least 1; got {batch!r}.")
+        check_dropout(self.dropout)
         check(
             self.mesh is None or isinstance(self.mesh, jax.sharding.Mesh),
             f"mesh= takes a jax.sharding.Mesh; got {self.mesh!r}.",
@@ -124,11 +137,15 @@ class _Simulated(Execution):
 
     def _run(self, algorithm, carry, iterations, limit, program=None):
         layout = tuple(sorted((path, site.flags) for path, site in self.protocol.sites.items()))
-        static = _Static(self.program, self.protocol.cohort, self.engine.client_batch, self.engine.mesh, layout)
+        engine = self.engine
+        static = _Static(
+            self.program, self.protocol.cohort, engine.client_batch, engine.mesh, layout, engine.dropout > 0
+        )
         count = lambda n: jnp.asarray(n, jnp.int32)
         return (program or _chunk)(
             static, self.problem, self.data, as_leaves(algorithm), (carry.state, carry.client_state),
             self.key, count(carry.iteration), count(iterations), jnp.asarray(limit, jnp.result_type(float)),
+            jnp.asarray(engine.dropout, jnp.float32),
         )  # fmt: skip
 
 
@@ -139,15 +156,18 @@ class _Static:
     client_batch: int | None
     mesh: object
     layout: tuple
+    drops: bool = False
 
 
 @eqx.filter_jit
-def _chunk(static, problem, data, algorithm, states, key, first, iterations, limit):
+def _chunk(static, problem, data, algorithm, states, key, first, iterations, limit, dropout):
     """Up to `iterations` iterations, counted from `first`; stops after one that blows up."""
 
     @jax.jit  # traced once, for the buffers' shapes and for the loop
     def one(k, states):
-        fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, first + k), *states)
+        fed = _SimulatedFederation(
+            static, problem, data, algorithm, jax.random.fold_in(key, first + k), *states, dropout=dropout
+        )
         state, info = static.program(algorithm, fed, states[0])
         return (state, fed.client_state), fed.counts, info
 
@@ -170,9 +190,11 @@ def _chunk(static, problem, data, algorithm, states, key, first, iterations, lim
 
 
 @eqx.filter_jit
-def _many_chunks(static, problem, data, algorithms, states, key, first, iterations, limit):
+def _many_chunks(static, problem, data, algorithms, states, key, first, iterations, limit, dropout):
     """`_chunk` over a leading axis of the algorithm's leaves and of the states; what is drawn is common to all."""
-    run = lambda algorithm, states: _chunk(static, problem, data, algorithm, states, key, first, iterations, limit)
+    run = lambda algorithm, states: _chunk(
+        static, problem, data, algorithm, states, key, first, iterations, limit, dropout
+    )
     return eqx.filter_vmap(run)(algorithms, states)
 
 
@@ -184,7 +206,8 @@ class _SimulatedFederation(TracedFederation):
     mesh, nor with `client_batch`, which bounds the memory that they would take: then once in each exchange.
     """
 
-    def __init__(self, static, problem, data, algorithm, key, state, client_state):
+    def __init__(self, static, problem, data, algorithm, key, state, client_state, dropout=0.0):
+        self.drops, self._dropout = static.drops, dropout
         super().__init__(algorithm, data.clients, static.cohort, data.weights, key, dict(static.layout))
         self._static, self._problem, self._data, self._x = static, problem, data, state.x
         self.client_state = client_state
@@ -216,6 +239,10 @@ class _SimulatedFederation(TracedFederation):
             index = jnp.concatenate([index, jnp.broadcast_to(index[-1:], (slots - size,))])
             index = jax.lax.with_sharding_constraint(index, _by_client(self._static.mesh))
         flags = tuple(jnp.asarray(flag, bool) for flag in wanted)
+        present = None
+        if self.drops:
+            present = stays(key, index[:size], self._dropout)
+            self._replied = jnp.sum(present, dtype=jnp.int32)
 
         def one(slot):
             i, phi = slot
@@ -234,10 +261,11 @@ class _SimulatedFederation(TracedFederation):
         if slots > size:
             replies, states, index = jax.tree.map(lambda leaf: leaf[:size], (replies, states, index))
         if states is not None:
-            put = lambda all, new: all.at[index].set(new.astype(all.dtype))
+            to = index if present is None else jnp.where(present, index, self.clients)  # out of range: dropped
+            put = lambda all, new: all.at[to].set(new.astype(all.dtype), mode="drop")
             self.client_state = jax.tree.map(put, self.client_state, states)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), replies)
-        return shapes, combine_replies(combine, replies, full_weights(self._data.weights, index, self.clients))
+        return shapes, combine_replies(combine, replies, full_weights(self._data.weights, index, self.clients), present)
 
 
 def _by_client(mesh):

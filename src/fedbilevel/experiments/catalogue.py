@@ -168,7 +168,7 @@ def _regularisation(dataset: str, clients: int, cohort: int | None) -> Study:
         {"inner_lr": (0.1, 0.3), "hessian_lr": (0.1, 0.3), "outer_lr": (1.0, 3.0, 10.0, 30.0)},
         grid_rounds=200, grid_seeds=GRID_SEEDS, shortlist=6, shortlist_seeds=(11, 12), rounds=400, seeds=SEEDS,
         metric="validation_loss",
-        levels=(0.25, 0.2, 0.15, 0.12) if dataset == "breast-cancer" else (0.5, 0.4, 0.35, 0.32),
+        levels=(0.15, 0.12, 0.1, 0.08) if dataset == "breast-cancer" else (0.5, 0.4, 0.35, 0.32),
         goal=0.15 if dataset == "breast-cancer" else 0.35, pairs=_SOONER,
     )  # fmt: skip
 

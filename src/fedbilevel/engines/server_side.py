@@ -1,0 +1,278 @@
+"""The server's half of an engine that sends messages: a `fed` whose exchanges are bytes to clients and bytes back.
+
+The server program runs in Python, round by round, with the random draws of a simulation, so that the numbers are a
+simulation's. Where clients fail, those who answered are averaged, their weights scaled to sum to one, or the exchange is
+tried again, as the `Faults` policy says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import RunError, check
+from ..federation import (
+    Federation,
+    check_dropout,
+    client_method,
+    combine_replies,
+    exchange_key,
+    full_weights,
+    sample_cohort,
+    stays,
+)
+from ..problem import strong
+from ..protocol import as_leaves
+from ..tracing import (
+    Scopes,
+    check_carry,
+    check_same_size,
+    check_times,
+    mask_reply,
+    normalise,
+    reply_parts,
+    wanted_flags,
+)
+from ..wire import decode, encode, message_schema
+from .base import Carry, Execution, Record, within
+from .faults import REBUILD, Faults, Roster, StateLost, TooFewReplies
+from .transport import START, Request, Round, Tag, Transport, attempt_key
+
+
+class Messaging(Execution):
+    """An execution that sends messages.
+
+    Args:
+        faults: what to do when clients fail; None: the first failure ends the run with its error.
+        dropout: the probability with which a client's answer goes missing (a simulation of it).
+        watch: hears of every `Round`.
+    """
+
+    def __init__(
+        self, *parts, transport: Transport, faults: Faults | None, dropout: float, watch: Callable | None = None
+    ):
+        super().__init__(*parts)
+        check_dropout(dropout)
+        self.transport, self.faults, self.dropout, self.watch = transport, faults, dropout, watch
+        self.places = {path: place for place, path in enumerate(sorted(self.protocol.sites))}
+        self.kept = self.first_tags()
+        self.roster = Roster(self.data.clients, faults)
+
+    def first_tags(self) -> np.ndarray:
+        """(clients, 3) the tags of the states that the clients start with."""
+        return np.tile(np.asarray(START), (self.data.clients, 1))
+
+    def start(self, algorithm, state):
+        return Carry(strong(state), self.first_tags(), 0)
+
+    def keep(self, carry):
+        self.kept = carry.client_state
+
+    def advance(self, algorithm, carry, iterations, limit):
+        algorithm = as_leaves(algorithm)
+        rounds, down, up, infos, finite, last = [], [], [], [], True, carry
+        begin, compiling = time.perf_counter(), self.compiled()
+        while len(rounds) < iterations and finite:
+            try:
+                fed = MessageFederation(self, algorithm, carry)
+                state, info = self.program(algorithm, fed, carry.state)
+            except StateLost as lost:
+                carry = self._rebuild(algorithm, carry, lost)
+                continue
+            last, carry = carry, Carry(state, fed.client_state, carry.iteration + 1)
+            infos.append(jax.tree.map(np.asarray, info))
+            finite = bool(within(state, info, jnp.asarray(limit, jnp.result_type(float))))
+            if finite:
+                rounds.append(fed.rounds)
+                down.append(fed.bytes_down)
+                up.append(fed.bytes_up)
+        info = jax.tree.map(lambda *leaves: np.stack(leaves), *infos) if infos else None
+        seconds = time.perf_counter() - begin - (self.compiled() - compiling)
+        return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, None if finite else last)
+
+    def compiled(self) -> float:
+        """Seconds spent so far in calls that compiled, where that is known."""
+        return 0.0
+
+    def _rebuild(self, algorithm, carry, lost):
+        """All clients' states anew, and with them what the server keeps beside x and y."""
+        if self.faults is None or self.faults.lost_state != REBUILD:
+            raise lost
+        state = carry.state
+        self.transport.restart(state.x, state.y)
+        self.kept = self.first_tags()
+        return Carry(strong(algorithm.init(state.x, state.y)), self.kept, carry.iteration)
+
+
+class MessageFederation(Federation):
+    """`fed` for one iteration, run round by round."""
+
+    def __init__(self, execution: Messaging, algorithm: Any, carry: Carry):
+        self.clients, self.cohort_size = execution.data.clients, execution.protocol.cohort
+        self.weighted = execution.data.weights is not None
+        self.rounds = self.bytes_down = self.bytes_up = 0
+        self.client_state = np.array(carry.client_state)
+        self._run, self._algorithm, self._iteration = execution, algorithm, carry.iteration
+        self._key = jax.random.fold_in(execution.key, carry.iteration)
+        self._scopes, self._counter = Scopes(), 0
+
+    def ask(self, method, message, combine, replies, cohort, beside):
+        path = self._scopes.advance()
+        client_method(self._algorithm, method)
+        message, flags = normalise(message)
+        sent = tuple(bool(flag) for flag in flags)
+        wanted = tuple(bool(flag) for flag in wanted_flags(replies))
+        cohort = check_same_size(cohort, self.cohort_size)
+        exchange = _Exchange(path, self._tick(), sent, wanted, encode(*message_schema(message, sent)), beside)
+        index, answers = self._until_enough(exchange, cohort)
+        slots = [slot for slot, client in enumerate(index) if int(client) in answers]
+        arrived = [answers[int(index[slot])] for slot in slots]
+        stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *arrived)
+        stacked = stacked[0] if len(wanted) == 1 else stacked
+        weights = full_weights(self._run.data.weights, jnp.asarray(index), self.clients)
+        if weights is not None and len(slots) < len(index):
+            weights = weights[jnp.asarray(slots)]
+            weights = weights / weights.sum()
+        self._replied = len(slots)
+        return mask_reply(combine_replies(combine, stacked, weights), wanted)
+
+    def _until_enough(self, exchange, cohort):
+        """(The cohort asked, replies by client), tried again until enough have answered."""
+        run, faults, have, needed = self._run, self._run.faults, 0, 1
+        attempts = 1 if faults is None else 1 + faults.retries
+        for attempt in range(attempts):
+            tag = (self._iteration, exchange.counter, attempt)
+            key = attempt_key(run.key, tag)
+            index = np.asarray(self._sample(key) if cohort is None else cohort)
+            replies = self._attempt(exchange, tag, key, index)
+            have = sum(int(client) in replies for client in index)
+            needed = 1 if faults is None else faults.enough(len(index))
+            if have >= needed:
+                for client in replies:
+                    self.client_state[client] = tag
+                return index, replies
+        name = run.protocol.sites[exchange.path].name
+        raise TooFewReplies(
+            f"{have} of {self.cohort_size} clients answered {name} in iteration {self._iteration + 1}, tried {attempts} "
+            f"times, where {needed} are needed: see who failed and why, and resume from the last checkpoint."
+        )
+
+    def _attempt(self, exchange, tag, key, index):
+        """One attempt: replies by client, decoded. Takes note of who failed, and keeps the books."""
+        run, faults = self._run, self._run.faults
+        left_out = run.roster.left_out(run.transport.there)
+        asked = [client for client in dict.fromkeys(map(int, index)) if client not in left_out]
+        gone = set()
+        if run.dropout:
+            gone = set(index[~np.asarray(stays(key, jnp.asarray(index), run.dropout))].tolist()) & set(asked)
+        requests = {client: self._request(exchange, tag, client) for client in asked if client not in gone}
+        begin, before = time.perf_counter(), run.transport.travelled()
+        answers = run.transport.ask(requests, None if faults is None else faults.deadline)
+        seconds = time.perf_counter() - begin
+        replies = self._decoded(exchange, answers)
+        if faults is None and answers.failures:
+            raise next(iter(answers.failures.values()))
+        if lost := [error for error in answers.failures.values() if isinstance(error, StateLost)]:
+            raise lost[0]
+        count = lambda clients: sum(int(client) in clients for client in index)
+        down, up = len(exchange.payload) * count(asked), sum(len(p) * count([c]) for c, p in answers.replies.items())
+        self.bytes_down, self.bytes_up = self.bytes_down + down, self.bytes_up + up
+        self.rounds += not exchange.beside
+        run.roster.note(replies, answers.failures, not exchange.beside)
+        if run.watch is not None:
+            why = {client: str(error) or type(error).__name__ for client, error in answers.failures.items()}
+            why |= dict.fromkeys(gone, "dropped out") | dict.fromkeys(left_out & set(index.tolist()), "left out")
+            after, name = run.transport.travelled(), run.protocol.sites[exchange.path].name
+            wire = (None, None) if before is None or after is None else (after[0] - before[0], after[1] - before[1])
+            at = (tag[0] + 1, name, tag[2] + 1, tuple(asked), tuple(sorted(replies)), why, answers.seconds)
+            run.watch(Round(*at, seconds, down, up, *wire))
+        return replies
+
+    def _decoded(self, exchange, answers):
+        """The replies that can be used; the others join the failures."""
+        schema, wanted = self._run.protocol.sites[exchange.path].reply, exchange.wanted
+        replies = {}
+        for client, payload in answers.replies.items():
+            try:
+                replies[client] = decode(reply_parts(schema, wanted), payload, wanted)
+            except RunError as error:
+                answers.failures[client] = error
+        bad = [client for client, reply in replies.items() if not _finite(reply)]
+        if self._run.faults is not None and len(bad) < len(replies):  # where all are, it is the iterates that blew up
+            for client in bad:
+                answers.failures[client] = ValueError("numbers that are not finite")
+                del replies[client]
+        return replies
+
+    def _request(self, exchange, tag, client) -> Request:
+        counted, kept = (as_tag(tags[client]) for tags in (self.client_state, self._run.kept))
+        return Request(
+            self._run.places[exchange.path], tag, exchange.sent, exchange.wanted, counted, kept, exchange.payload
+        )
+
+    # Loops and draws ------------------------------------------------------------------------------------------------
+
+    def repeat(self, times, body, carry, most=None):
+        times = check_times(times, most)
+        path = self._scopes.advance()
+        for t in range(int(times)):
+            carry = self._turn(path, body, t, carry)
+        return carry
+
+    def until(self, condition, body, carry, most):
+        check_times(most, most)
+        path = self._scopes.advance()
+        for t in range(most):
+            if bool(condition(carry)):
+                break
+            carry = self._turn(path, body, t, carry)
+        return carry
+
+    def _turn(self, path, body, t, carry):
+        new = self._scopes.inside(path, lambda: body(jnp.asarray(t, jnp.int32), carry))
+        check_carry(carry, new)
+        return new
+
+    def randint(self, low, high):
+        self._scopes.advance()
+        check(low < high, f"fed.randint(low, high) needs low < high; got {low}, {high}.")
+        return jax.random.randint(exchange_key(self._key, self._tick()), (), low, high, dtype=jnp.int32)
+
+    def draw_cohort(self):
+        self._scopes.advance()
+        return self._sample(exchange_key(self._key, self._tick()))
+
+    def _sample(self, key):
+        return sample_cohort(key, self.clients, self.cohort_size, self._run.data.weights)
+
+    def _tick(self) -> int:
+        self._counter += 1
+        return self._counter - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exchange:
+    """What an exchange sends, the same at every attempt."""
+
+    path: tuple[int, ...]
+    counter: int
+    sent: tuple[bool, ...]
+    wanted: tuple[bool, ...]
+    payload: bytes
+    beside: bool
+
+
+def as_tag(numbers: Any) -> Tag:
+    iteration, exchange, attempt = map(int, numbers)
+    return iteration, exchange, attempt
+
+
+def _finite(reply: Any) -> bool:
+    inexact = [leaf for leaf in jax.tree.leaves(reply) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in inexact)
