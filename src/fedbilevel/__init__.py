@@ -6,8 +6,9 @@
 from . import algorithms, callbacks, datasets, engines, errors, partition, reference, tasks, testing
 from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
 from .algorithms import AggITD, FedNest, FedNestSGD, LFedNest, LFedNestSVRG, Lockstep
+from .app import App
 from .data import FederatedData
-from .engines import Loopback, Simulation
+from .engines import Faults, Loopback, Simulation
 from .errors import ClientError, Diverged, InputError, RunError
 from .federation import Client, Federation, Reply, When
 from .problem import Problem, Rows

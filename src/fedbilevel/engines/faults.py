@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -65,6 +65,7 @@ class Roster:
         self._failures = np.zeros(clients, int)  # in a row
         self._until: dict[int, int] = {}  # clients left out, and the round from which on they may be asked again
         self._round = 0
+        self.latest = "none"  # failure, in words
 
     def left_out(self, there: Callable[[int], bool]) -> set[int]:
         """Those not asked at present; `there` says whether one that is due can be asked again."""
@@ -76,12 +77,13 @@ class Roster:
                     self._leave_out(client)
         return set(self._until)
 
-    def note(self, answered: Iterable[int], failed: Iterable[int], rounds: int) -> None:
+    def note(self, answered: Iterable[int], failed: Mapping[int, Exception], rounds: int) -> None:
         """Take note of an exchange that took so many rounds (one, or none beside another)."""
         self._round += rounds
         self._failures[list(answered)] = 0
-        for client in failed:
+        for client, error in failed.items():
             self._failures[client] += 1
+            self.latest = str(error) or type(error).__name__
             most = None if self._faults is None else self._faults.exclude_after
             if most is not None and self._failures[client] >= most:
                 self._leave_out(client)

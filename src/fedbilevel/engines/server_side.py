@@ -157,10 +157,11 @@ class MessageFederation(Federation):
                 for client in replies:
                     self.client_state[client] = tag
                 return index, replies
-        name = run.protocol.sites[exchange.path].name
+        name, why = run.protocol.sites[exchange.path].name, run.roster.latest
         raise TooFewReplies(
             f"{have} of {self.cohort_size} clients answered {name} in iteration {self._iteration + 1}, tried {attempts} "
-            f"times, where {needed} are needed: see who failed and why, and resume from the last checkpoint."
+            f"times, where {needed} are needed (the latest failure: {why}). Mend what failed and resume from the last "
+            "checkpoint."
         )
 
     def _attempt(self, exchange, tag, key, index):

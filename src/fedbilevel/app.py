@@ -1,0 +1,213 @@
+"""An application: what organisations agree to run, in one file that every one of them reads.
+
+`app.py` defines `app = fb.App(...)`: the problem, the algorithm, the start point, and how ONE site loads its own rows. The
+same file is simulated on sample data, run over a network on one machine, and deployed; only `load` touches data, and each
+site runs it for itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .algorithm import Algorithm
+from .data import FederatedData
+from .engines.faults import Faults
+from .errors import InputError, check
+from .federation import check_cohort
+from .problem import Problem
+
+MODULE = "fedbilevel_app"
+
+
+@dataclasses.dataclass(frozen=True)
+class App:
+    """What organisations agree to run.
+
+    Args:
+        problem, algorithm: the losses, and how to solve them.
+        start: () -> (x, y), where to start; the same at every site, so draw from a fixed seed.
+        load: site's name -> (inner rows, outer rows) of that site, pytrees (dicts, lists, tuples) of arrays, rows first.
+        iterations: outer iterations; or instead
+        rounds: communication rounds.
+        seed: decides the cohorts and minibatches.
+        cohort: how many sites an exchange asks; None for all.
+        weights: None: all sites count alike; "rows": in proportion to their rows (sites then tell how many they have).
+        metrics: name -> fn(x, y) -> scalar, taken at the server (on public data: it has no other).
+        evaluate_every: iterations between rows of the history.
+        precision: 32 or 64 bits.
+        faults: what to do when sites fail.
+        name: what results are filed under; letters, digits, dots, dashes and underscores.
+    """
+
+    problem: Problem
+    algorithm: Algorithm
+    start: Callable[[], tuple[PyTree, PyTree]]
+    load: Callable[[str], tuple[PyTree, PyTree]]
+    iterations: int | None = None
+    rounds: int | None = None
+    seed: int = 0
+    cohort: int | None = None
+    weights: Literal["rows"] | None = None
+    metrics: Mapping[str, Callable[[PyTree, PyTree], Any]] = dataclasses.field(default_factory=dict)
+    evaluate_every: int = 1
+    precision: int = 32
+    faults: Faults = Faults()
+    name: str = "app"
+
+    def __post_init__(self):
+        check(isinstance(self.problem, Problem), f"App(problem=...) is a fedbilevel.Problem; got {self.problem!r}.")
+        kind = isinstance(self.algorithm, Algorithm)
+        check(kind, f"App(algorithm=...) is an instance such as AggITD(...); got {self.algorithm!r}.")
+        for name in ("start", "load"):
+            value = getattr(self, name)
+            check(callable(value), f"App({name}=...) is a function; got {value!r}.")
+        check((self.iterations is None) != (self.rounds is None), "App takes iterations= or rounds=, one of the two.")
+        check(isinstance(self.faults, Faults), f"App(faults=...) is a fedbilevel.Faults; got {self.faults!r}.")
+        check(self.weights in (None, "rows"), f"App(weights=...) is None or 'rows'; got {self.weights!r}.")
+        check(self.precision in (32, 64), f"App(precision=...) is 32 or 64; got {self.precision!r}.")
+        good = isinstance(self.name, str) and self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+        check(good, f"App(name=...) is letters, digits, dots, dashes and underscores; got {self.name!r}.")
+        if self.cohort is not None:
+            check_cohort(self.cohort, 2**31)
+
+    def begin(self) -> tuple[PyTree, PyTree]:
+        """(x, y) to start from."""
+        both = self.start()
+        good = isinstance(both, tuple) and len(both) == 2
+        check(good, f"start() of the app must return (x, y); it returned {type(both).__name__}.")
+        return both
+
+    def rows(self, site: str) -> tuple[PyTree, PyTree]:
+        """One site's (inner rows, outer rows).
+
+        Raises:
+            InputError: `load` failed, or returned something else.
+        """
+        try:
+            both = self.load(site)
+        except Exception as error:  # whatever the user's loader raises
+            raise InputError(f"load({site!r}) of the app failed: {type(error).__name__}: {error}") from error
+        good = isinstance(both, tuple) and len(both) == 2
+        check(
+            good, f"load({site!r}) of the app must return (inner rows, outer rows); it returned {type(both).__name__}."
+        )
+        return both
+
+    def data(self, sites: list[str]) -> FederatedData:
+        """All sites' rows side by side: for a simulation, on sample data."""
+        rows = [self.rows(site) for site in sites]
+        return FederatedData.stack([inner for inner, _ in rows], [outer for _, outer in rows], self.weights)
+
+    @property
+    def key(self):
+        """The run's random key."""
+        return jax.random.key(self.seed)
+
+    def with_(self, **changes: Any) -> App:
+        """The same with other settings; None leaves one as it is, and iterations and rounds replace each other."""
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if "iterations" in changes or "rounds" in changes:
+            changes = {"iterations": None, "rounds": None} | changes
+        return dataclasses.replace(self, **changes)
+
+
+def load_app(path: str | os.PathLike[str]) -> App:
+    """The `app` that a file defines.
+
+    Raises:
+        InputError: there is no such file, it fails, or defines no `app`.
+    """
+    file = Path(path)
+    check(file.is_file(), f"there is no file {file}: name the Python file that defines app = fedbilevel.App(...).")
+    spec = importlib.util.spec_from_file_location(MODULE, file)
+    check(spec is not None and spec.loader is not None, f"{file} is not a Python file: its name must end in .py.")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # so that it can import what lies beside it
+    sys.modules[MODULE] = module
+    try:
+        spec.loader.exec_module(module)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's file raises
+        raise InputError(f"{file} failed: {type(error).__name__}: {error}") from error
+    app = getattr(module, "app", None)
+    check(isinstance(app, App), f"{file} must define app = fedbilevel.App(...); its app is {app!r}.")
+    assert isinstance(app, App)
+    return app
+
+
+def digest(path: str | os.PathLike[str]) -> str:
+    """What tells one version of a file from another."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+# What a site tells of its rows: shapes, never rows -------------------------------------------------------------------
+
+
+def schema(rows: PyTree) -> str:
+    """The structure, shapes of one row, and dtypes, as JSON.
+
+    Raises:
+        InputError: rows are in another container than a dict, list or tuple.
+    """
+    return json.dumps(_schema(rows), sort_keys=True)
+
+
+def placeholder(text: str) -> PyTree:
+    """One row of zeros with that schema.
+
+    Raises:
+        InputError: the text is no schema.
+    """
+    try:
+        return _zeros(json.loads(text))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"a site described its rows in a way that cannot be read: {error}.") from None
+
+
+def _schema(rows):
+    if isinstance(rows, dict):
+        check(all(isinstance(k, str) for k in rows), "rows in a dict go by names: use strings as keys.")
+        return {"dict": {k: _schema(rows[k]) for k in sorted(rows)}}
+    if type(rows) in (list, tuple):
+        return {type(rows).__name__: [_schema(part) for part in rows]}
+    check(
+        hasattr(rows, "shape") and hasattr(rows, "dtype") and np.ndim(rows) >= 1,
+        f"rows of an app are dicts, lists and tuples of arrays, rows first; got {type(rows).__name__}.",
+    )
+    return {"row": list(map(int, rows.shape[1:])), "dtype": str(rows.dtype)}
+
+
+_LARGEST = 10**9  # numbers in one row
+
+
+def _zeros(node):
+    if "dict" in node:
+        return {k: _zeros(v) for k, v in node["dict"].items()}
+    if "list" in node:
+        return [_zeros(part) for part in node["list"]]
+    if "tuple" in node:
+        return tuple(_zeros(part) for part in node["tuple"])
+    shape = tuple(int(n) for n in node["row"])
+    if any(n < 0 for n in shape) or np.prod(shape, dtype=float) > _LARGEST:
+        raise ValueError(f"a row of shape {shape}")
+    dtype = jnp.dtype(node["dtype"])
+    if dtype.hasobject:
+        raise ValueError(f"rows of {dtype}")
+    return np.zeros((1, *shape), dtype)

@@ -1,0 +1,13 @@
+"""The network engine, on NVIDIA FLARE: the same algorithm between long-lived processes that own their data.
+
+    server.py      runs the server program inside nvflare's server process
+    transport.py   carries requests to the sites by nvflare's collab calls
+    site.py        what the server may call at a site, and nothing else; keeps the site's worker alive
+    worker.py      the process that holds a site's rows, compiled code and state
+    agreement.py   what server and sites derive alike, without any rows
+    ledger.py      rounds.csv
+    job.py         job folders, nvflare's simulator, and a provisioned deployment on this machine
+
+Numbers travel as bytes, in the order of the protocol, which both sides derive for themselves; their structure never does,
+and nothing is pickled.
+"""

@@ -1,0 +1,45 @@
+"""rounds.csv: one line for each attempt at an exchange."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from ..transport import Round
+
+COLUMNS = (
+    "iteration", "exchange", "attempt", "asked", "replied", "failed", "seconds", "slowest", "slowest_seconds",
+    "bytes_down", "bytes_up", "wire_down", "wire_up",
+)  # fmt: skip
+
+
+class Ledger:
+    """Writes rounds as they happen.
+
+    iteration, attempt: from one on. asked, replied: how many sites. failed: site (why); ... . slowest, slowest_seconds: the
+    site whose reply came last, and after how long. bytes: payload of the protocol. wire: what nvflare's messages to and
+    from the sites weighed, without the transport's own framing and encryption.
+    """
+
+    def __init__(self, path: Path, names: list[str], resume: bool):
+        self._names = names
+        goes_on = resume and path.is_file()
+        self._file = path.open("a" if goes_on else "w", newline="")
+        self._writer = csv.writer(self._file)
+        if not goes_on:
+            self._writer.writerow(COLUMNS)
+
+    def write(self, r: Round) -> None:
+        """One line."""
+        failed = "; ".join(f"{self._names[client]} ({why})" for client, why in sorted(r.failed.items()))
+        slowest = max(r.latency, key=lambda client: r.latency[client], default=None)
+        last = ("", "") if slowest is None else (self._names[slowest], f"{r.latency[slowest]:.4f}")
+        self._writer.writerow(
+            [r.iteration, r.exchange, r.attempt, len(r.asked), len(r.replied), failed, f"{r.seconds:.4f}", *last,
+             r.bytes_down, r.bytes_up, r.wire_down, r.wire_up]
+        )  # fmt: skip
+        self._file.flush()
+
+    def close(self) -> None:
+        """The run is over."""
+        self._file.close()

@@ -1,0 +1,182 @@
+"""The server's side: gets to know the sites, runs the server program, keeps the books."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from nvflare.collab import collab
+
+from ...app import App, digest, load_app
+from ...callbacks import CSV, Checkpoint, Progress
+from ...errors import InputError, RunError, check
+from ...federation import check_cohort
+from ...protocol import Protocol
+from ...protocol import step as iteration
+from ...result import Result
+from ...solve import solve
+from ..base import Engine
+from ..faults import Faults
+from ..server_side import Messaging
+from .agreement import derive, fingerprint, placeholder_data, shares
+from .ledger import Ledger
+from .transport import CollabTransport, refusal
+
+_START = 660.0  # seconds within which all sites have loaded their rows, or derived the protocol
+OUTCOME = "outcome.json"
+
+
+class Server:
+    """Runs an application's server program over nvflare.
+
+    Args:
+        app: the name of the application's file, in the job's folder for custom code.
+        name: what results are filed under.
+        out: folder for the results; "": in the server's workspace, under fedbilevel/NAME.
+        settings: what to change of the app: iterations, rounds, cohort, seed.
+        resume: go on from the checkpoint in that folder.
+    """
+
+    def __init__(
+        self,
+        app: str = "app.py",
+        name: str = "app",
+        out: str = "",
+        settings: dict[str, Any] | None = None,
+        resume: bool = False,
+    ):
+        self.app, self.name, self.out, self.settings, self.resume = app, name, out, settings or {}, resume
+
+    @collab.main
+    def run(self) -> None:
+        """The whole run; what became of it is in outcome.json, and a sentence in the log."""
+        workspace, job = collab.workspace, collab.fl_ctx.get_job_id()
+        file = Path(workspace.get_app_custom_dir(job)) / self.app
+        folder = Path(self.out or Path(workspace.get_root_dir()) / "fedbilevel" / self.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        outcome: dict[str, Any] = {"status": "running"}
+        tell(folder, outcome)
+        try:
+            app = load_app(file).with_(**self.settings)
+            jax.config.update("jax_enable_x64", app.precision == 64)
+            result, sites = federate(app, digest(file), folder, self.resume)
+            save_variables(folder, result)
+            outcome = {"status": "done", "iterations": result.iteration, "sites": sites}
+        except InputError as error:
+            outcome = {"status": "refused", "sentence": str(error)}
+        except RunError as error:
+            outcome = {"status": "failed", "sentence": str(error)}
+            if error.result is not None:
+                save_variables(folder, error.result)
+        except BaseException as error:
+            outcome = {"status": "failed", "sentence": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            tell(folder, outcome)
+            print(f"fedbilevel: {outcome['status']}: {outcome.get('sentence', folder)}", file=sys.stderr, flush=True)
+
+
+def federate(app: App, version: str, folder: Path, resume: bool) -> tuple[Result, dict[str, Any]]:
+    """Get to know the sites, and solve: (the result, of each site what it compiled)."""
+    names = sorted(proxy.name for proxy in collab.clients)
+    engine = Collab(names, app.faults, folder / "rounds.csv", resume, app.cohort)
+    weights = engine.meet(app, version)
+    data = placeholder_data(engine.schemas, len(names), weights)
+    x, y = app.begin()
+    callbacks = [CSV(folder / "history.csv"), Checkpoint(folder, every=0.0), Progress(app.name)]
+    going_on = folder if resume and (folder / "checkpoint.eqx").is_file() else None
+    try:
+        result = solve(
+            app.problem, data, app.algorithm, x, y, app.iterations, rounds=app.rounds, key=app.key, engine=engine,
+            callbacks=callbacks, metrics=app.metrics, evaluate_every=app.evaluate_every, resume=going_on,
+        )  # fmt: skip
+    finally:
+        engine.ledger.close()
+    return result, {"compiled": engine.transport.traced, "workers": engine.workers}
+
+
+class Collab(Engine):
+    """The engine: sites reached by nvflare's collab calls."""
+
+    def __init__(self, names: list[str], faults: Faults, rounds: Path, resume: bool, cohort: int | None):
+        self.names, self.faults, self.resume, self.cohort = names, faults, resume, cohort
+        self.transport, self.ledger = CollabTransport(names), Ledger(rounds, names, resume)
+        self.schemas: list[str] = []
+        self.workers: dict[str, int] = {}
+
+    def meet(self, app: App, version: str) -> list[float] | None:
+        """Have all sites load their rows and derive the protocol; returns their weights, if they count unalike."""
+        said = self._all(lambda sites: sites.hello())
+        first = said[self.names[0]]
+        for name, answer in said.items():
+            check(
+                answer["digest"] == version,
+                f"site {name} has another version of the app than the server: deploy the job anew.",
+            )
+            check(
+                answer["rows"] == first["rows"],
+                f"the rows of {name} are {answer['rows']}, where those of {self.names[0]} are {first['rows']}: "
+                "load() has to return rows of the same structure, shapes and dtypes at every site.",
+            )
+        self.schemas = first["rows"]
+        self.workers = {name: answer["worker"] for name, answer in said.items()}
+        weights = scales = None
+        if app.weights == "rows":
+            weights, scales = shares([said[name]["counts"] for name in self.names])
+        cohort = check_cohort(app.cohort, len(self.names))
+        derived = derive(app, placeholder_data(self.schemas, len(self.names), weights), cohort)
+        setup = {
+            "order": self.names, "cohort": cohort, "seed": app.seed, "scales": scales,
+            "protocol": fingerprint(derived), "resume": self.resume,
+        }  # fmt: skip
+        self._all(lambda sites: sites.prepare(setup))
+        return weights
+
+    def _all(self, call: Callable[[Any], Any]) -> dict[str, Any]:
+        """What all sites say; none may fail before the run has begun."""
+        results = call(collab.get_clients(self.names)(timeout=_START))
+        for name, error in results.failures.items():
+            raise RunError(f"site {name} is not ready: {error}")
+        said = dict(results)
+        for name, answer in said.items():
+            error = refusal(name, answer)
+            if error is not None:
+                raise error
+        return said
+
+    def bind(self, problem, data, algorithm, state, key, program=iteration):
+        cohort = check_cohort(self.cohort, data.clients)
+        from ..base import plan
+
+        protocol: Protocol = plan(self, problem, data, algorithm, state, cohort, program)
+        return OverNetwork(
+            self, problem, data, key, protocol, program,
+            transport=self.transport, faults=self.faults, dropout=0.0, watch=self.ledger.write,
+        )  # fmt: skip
+
+
+class OverNetwork(Messaging):
+    """Sites run their own settings, so that a stretch cannot be repeated with others to find out what blew up."""
+
+    replays = False
+
+
+def tell(folder: Path, outcome: dict[str, Any]) -> None:
+    """Write how it went."""
+    (folder / OUTCOME).write_text(json.dumps(outcome, indent=2) + "\n")
+
+
+def save_variables(folder: Path, result: Result) -> None:
+    """x and y as variables.npz: an array for each leaf, by its path."""
+    import numpy as np
+
+    arrays = {}
+    for name, tree in (("x", result.x), ("y", result.y)):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if hasattr(leaf, "dtype"):
+                arrays[name + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    np.savez(folder / "variables.npz", **arrays)

@@ -1,0 +1,171 @@
+"""What a site's nvflare process lets the server do: a few methods, whose arguments are checked first."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from nvflare.collab import collab
+
+from .worker import START_SECONDS, Worker, WorkerDied, WorkerSaid
+
+_GRACE = 1.0  # seconds by which a worker has to be done before the server stops waiting
+
+
+class Site:
+    """A site of the federation.
+
+    Args:
+        app: the name of the application's file, in the job's folder for custom code.
+        name: what results and states are filed under.
+    """
+
+    def __init__(self, app: str = "app.py", name: str = "app"):
+        self.app, self.name = app, name
+        self._lock = threading.Lock()
+        self._worker: Worker | None = None
+        self._setup: dict[str, Any] | None = None
+
+    @collab.publish
+    def hello(self) -> dict[str, Any]:
+        """Load this site's rows, and say what one row looks like."""
+        with self._lock:
+            self._end()
+            return self._start()
+
+    @collab.publish
+    def prepare(self, setup: dict[str, Any]) -> dict[str, Any]:
+        """Get ready: which site this is of how many, the seed, the cohort, the protocol's fingerprint."""
+        with self._lock:
+            self._setup = _setup(setup, collab.site_name)
+            return self._said(lambda: self._running().ask("prepare", **self._setup)[0])
+
+    @collab.publish
+    def answer(self, header: dict[str, Any], payload: bytes) -> dict[str, Any]:
+        """Answer a request."""
+        request, deadline = _request(header, payload, collab.site_name)
+        with self._lock:
+
+            def ask():
+                said, numbers = self._ready().ask("answer", payload, max(deadline - _GRACE, deadline / 2), **request)
+                return {**said, "numbers": numbers}
+
+            return self._said(ask)
+
+    @collab.publish
+    def alive(self) -> bool:
+        """A sign of life, given even while a worker is busy."""
+        return True
+
+    @collab.publish
+    def restart(self, payload: bytes) -> dict[str, Any]:
+        """Begin anew with the state that (x, y) gives."""
+        _check(isinstance(payload, bytes), "restart takes bytes")
+        with self._lock:
+            return self._said(lambda: self._ready().ask("restart", payload)[0])
+
+    @collab.final
+    def final(self) -> None:
+        """The job is over."""
+        self._end()
+
+    # The worker -----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> dict[str, Any]:
+        workspace, job = collab.workspace, collab.fl_ctx.get_job_id()
+        file = Path(workspace.get_app_custom_dir(job)) / self.app
+        folder = Path(workspace.get_root_dir()) / "fedbilevel" / self.name / collab.site_name
+        self._worker = Worker(str(file), collab.site_name, str(folder))
+        worker = self._worker
+        return self._said(lambda: {**worker.ask("load", deadline=START_SECONDS)[0], "worker": worker.pid})
+
+    def _running(self) -> Worker:
+        if self._worker is None or not self._worker.alive:
+            said = self._start()
+            if "error" in said:
+                raise WorkerSaid(said["error"], said["kind"])
+        assert self._worker is not None
+        return self._worker
+
+    def _ready(self) -> Worker:
+        """The worker; one that died is started again, with the state that it left."""
+        if self._setup is None:
+            raise WorkerSaid("this site has not been told what to prepare for", "failed")
+        if self._worker is None or not self._worker.alive:
+            self._running().ask("prepare", **{**self._setup, "resume": True})
+        assert self._worker is not None
+        return self._worker
+
+    def _said(self, ask: Any) -> dict[str, Any]:
+        try:
+            return ask()
+        except WorkerSaid as error:
+            return {"error": str(error), "kind": error.kind}
+        except WorkerDied as error:
+            return {"error": str(error), "kind": "died"}
+
+    def _end(self) -> None:
+        if self._worker is not None:
+            self._worker.end()
+        self._worker = None
+
+
+# What the server may say -----------------------------------------------------------------------------------------------
+
+
+def _check(good: bool, what: str) -> None:
+    if not good:
+        raise ValueError(f"this site refuses the call: {what}.")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**53
+
+
+def _tag(value: Any) -> list[int]:
+    good = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_whole, value))
+    _check(good, "a tag is three whole numbers")
+    return list(value)
+
+
+def _flags(value: Any) -> list[bool]:
+    good = isinstance(value, (list, tuple)) and len(value) <= 1000 and all(isinstance(flag, bool) for flag in value)
+    _check(good, "flags are true or false")
+    return list(value)
+
+
+def _request(header: Any, payload: Any, site: str) -> tuple[dict[str, Any], float]:
+    """(The fields of a `Request` for this site, the deadline), checked."""
+    _check(isinstance(header, dict), "a header is a dict")
+    names = {"place", "tag", "sent", "wanted", "states", "deadline"}
+    _check(set(header) == names, f"a header has {', '.join(sorted(names))}")
+    _check(isinstance(payload, bytes), "a payload is bytes")
+    _check(_whole(header["place"]) and header["place"] >= 0, "a place is a whole number")
+    states, deadline = header["states"], header["deadline"]
+    _check(isinstance(states, dict) and site in states and len(states[site]) == 2, "states has two tags for each site")
+    good = isinstance(deadline, (int, float)) and not isinstance(deadline, bool) and 0 < deadline <= 1e6
+    _check(good, "a deadline is a number of seconds")
+    counted, kept = map(_tag, states[site])
+    fields = {"place": header["place"], "tag": _tag(header["tag"]), "sent": _flags(header["sent"])}
+    return fields | {"wanted": _flags(header["wanted"]), "counted": counted, "kept": kept}, float(deadline)
+
+
+def _setup(setup: Any, site: str) -> dict[str, Any]:
+    """What this site is to prepare for, checked."""
+    _check(isinstance(setup, dict), "a setup is a dict")
+    names = {"order", "cohort", "seed", "scales", "protocol", "resume"}
+    _check(set(setup) == names, f"a setup has {', '.join(sorted(names))}")
+    order, scales = setup["order"], setup["scales"]
+    _check(isinstance(order, (list, tuple)) and site in order, "the order of the sites names this one")
+    _check(all(_whole(setup[name]) and setup[name] >= 0 for name in ("cohort", "seed")), "cohort and seed are whole")
+    _check(isinstance(setup["protocol"], str) and isinstance(setup["resume"], bool), "protocol is text, resume a bool")
+    numbers = scales is None or (
+        isinstance(scales, (list, tuple)) and len(scales) == len(order) and all(isinstance(s, float) for s in scales)
+    )
+    _check(numbers, "scales are numbers, one for each site")
+    index = list(order).index(site)
+    return {
+        "index": index, "sites": len(order), "cohort": setup["cohort"], "seed": setup["seed"],
+        "scale": None if scales is None else scales[index], "protocol": setup["protocol"], "resume": setup["resume"],
+    }  # fmt: skip

@@ -1,0 +1,98 @@
+"""Requests to the sites as nvflare's collab calls."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from nvflare.collab import collab
+from nvflare.fuel.f3.stats_pool import StatsPoolManager
+
+from ...errors import InputError, RunError
+from ...wire import encode
+from ..faults import StateLost
+from ..transport import Answers, Request, Transport
+
+_FIRST = 600.0  # seconds for a site's first answer of each kind, which it has to compile
+_SOON = 5.0  # seconds for a sign of life
+_MEGABYTE = 1024 * 1024
+
+
+class CollabTransport(Transport):
+    """Sites by name, in the order of their numbers."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.traced: dict[str, dict[str, int]] = {}  # by site, how often each client method was compiled
+        self._seen: set[tuple[int, int]] = set()
+
+    def ask(self, requests: dict[int, Request], deadline: float | None) -> Answers:
+        answers, began = Answers(), time.perf_counter()
+        if not requests:
+            return answers
+        one = next(iter(requests.values()))
+        new = any((client, one.place) not in self._seen for client in requests)
+        seconds = _FIRST if new or deadline is None else deadline
+        header = {
+            "place": one.place, "tag": list(one.tag), "sent": list(one.sent), "wanted": list(one.wanted),
+            "states": {self.names[c]: [list(r.counted), list(r.kept)] for c, r in requests.items()},
+            "deadline": float(seconds),
+        }  # fmt: skip
+        number = {self.names[client]: client for client in requests}
+
+        def arrived(call, said, **_):
+            answers.seconds[number[call.target_name.split(".")[0]]] = time.perf_counter() - began
+            return said
+
+        sites = collab.get_clients(list(number))
+        results = sites(timeout=float(seconds), process_resp_cb=arrived).answer(header, one.payload)
+        for name, said in results:
+            client = number[name]
+            error = refusal(name, said)
+            if error is not None:
+                answers.failures[client] = error
+            elif not isinstance(said.get("numbers"), bytes):
+                answers.failures[client] = RunError(f"site {name} answered without numbers")
+            else:
+                answers.replies[client] = said["numbers"]
+                self._seen.add((client, one.place))
+                if isinstance(said.get("traced"), dict):
+                    self.traced[name] = said["traced"]
+        for name, error in results.failures.items():
+            answers.failures[number[name]] = error
+        return answers
+
+    def there(self, client):
+        # a site whose process is gone does not answer; one that is busy with a call that nobody waits for does, later
+        results = collab.get_clients([self.names[client]])(timeout=_SOON).alive()
+        return any(True for _ in results)
+
+    def restart(self, x, y):
+        results = collab.get_clients(self.names)(timeout=_FIRST).restart(encode((x, y), (True, True)))
+        for name, said in results:
+            error = refusal(name, said)
+            if error is not None:
+                raise error
+
+    def travelled(self):
+        sent, received = (_total(pool) for pool in ("Sent_Msg_Sizes", "Received_Msg_Sizes"))
+        return sent, received
+
+
+def refusal(name: str, said: Any) -> Exception | None:
+    """The error that a site's answer tells of, if it does."""
+    if not isinstance(said, dict):
+        return RunError(f"site {name} answered with a {type(said).__name__}")
+    if "error" not in said:
+        return None
+    kinds = {"lost": StateLost, "input": InputError}
+    return kinds.get(said.get("kind", ""), RunError)(f"site {name}: {said['error']}")
+
+
+def _total(kind: str) -> int:
+    """Bytes of all message bodies so far, as nvflare's own statistics have them."""
+    total = 0.0
+    for name, pool in list(StatsPoolManager.pools.items()):
+        if kind.lower() in name.lower():
+            total += sum(bin.total for bins in list(pool.cat_bins.values()) for bin in bins if bin)
+    return round(total * _MEGABYTE)

@@ -1,0 +1,238 @@
+"""A site's worker: the process that holds its rows, its compiled code and its state.
+
+nvflare's own process at a site stays small and passes requests on: so a worker that dies, hangs or runs out of memory costs
+a reply, not the run, and starts again with the state that it left on disk. The two speak over a pipe, in JSON and bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 600.0  # within which a worker has loaded its site's rows
+
+
+class WorkerDied(RuntimeError):
+    """The worker ended, or did not answer in time and was ended."""
+
+
+class WorkerSaid(RuntimeError):
+    """The worker refused or failed; `kind` is "lost" where its state is gone."""
+
+    def __init__(self, sentence: str, kind: str):
+        super().__init__(sentence)
+        self.kind = kind
+
+
+class Worker:
+    """A worker process, as nvflare's process at the site sees it.
+
+    Args:
+        app: the application's file.
+        site: the site's name.
+        folder: where the worker keeps its state.
+    """
+
+    def __init__(self, app: str, site: str, folder: str):
+        here, there = multiprocessing.get_context("spawn").Pipe()
+        self._pipe = here
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=work, args=(there, app, site, folder), daemon=True, name=f"fedbilevel-{site}"
+        )
+        self._process.start()
+        there.close()
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid or 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.is_alive()
+
+    def ask(
+        self, what: str, payload: bytes = b"", deadline: float = START_SECONDS, **header: Any
+    ) -> tuple[dict, bytes]:
+        """(What it says, numbers).
+
+        Raises:
+            WorkerDied: it is gone, or did not answer within `deadline` seconds (and has been ended).
+            WorkerSaid: it refused or failed.
+        """
+        try:
+            self._pipe.send_bytes(json.dumps({"what": what, **header}).encode())
+            self._pipe.send_bytes(payload)
+            if not self._pipe.poll(deadline):
+                self.end()
+                raise WorkerDied(f"the worker did not answer within {deadline:g} s, and was ended")
+            said, numbers = json.loads(self._pipe.recv_bytes()), self._pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            self.end()
+            raise WorkerDied(f"the worker died (exit code {self._process.exitcode})") from error
+        if "error" in said:
+            raise WorkerSaid(said["error"], said["kind"])
+        return said, numbers
+
+    def end(self) -> None:
+        """End the process."""
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join(10)
+        self._pipe.close()
+
+
+# Inside the worker ------------------------------------------------------------------------------------------------------
+
+
+def work(pipe: Connection, app: str, site: str, folder: str) -> None:
+    """Answer until the other end closes."""
+    here = _Inside(app, site, Path(folder))
+    while True:
+        try:
+            header, payload = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
+        except (EOFError, OSError):
+            return
+        begin = time.perf_counter()
+        try:
+            said, numbers = here.do(header.pop("what"), payload, header)
+            said = {**said, "seconds": time.perf_counter() - begin}
+        except Exception as error:  # whatever the user's code raises: it is told, and the worker goes on
+            said, numbers = _in_words(error), b""
+        pipe.send_bytes(json.dumps(said).encode())
+        pipe.send_bytes(numbers)
+
+
+def _in_words(error: Exception) -> dict[str, str]:
+    from ...errors import InputError, RunError
+    from ..faults import StateLost
+
+    ours = isinstance(error, (InputError, RunError))
+    return {
+        "error": str(error) if ours else f"{type(error).__name__}: {error}",
+        "kind": "lost" if isinstance(error, StateLost) else "input" if isinstance(error, InputError) else "failed",
+    }
+
+
+class _Inside:
+    """What a worker holds."""
+
+    def __init__(self, app: str, site: str, folder: Path):
+        self.file, self.site, self.folder = app, site, folder
+        self.app: Any = None
+        self.side: Any = None
+
+    def do(self, what: str, payload: bytes, header: dict) -> tuple[dict, bytes]:
+        known = {"load": self.load, "prepare": self.prepare, "answer": self.answer, "restart": self.restart}
+        return known[what](payload, **header)
+
+    def load(self, payload: bytes) -> tuple[dict, bytes]:
+        """Load the app and this site's rows; say what one row looks like, and how many there are where that is asked."""
+        import jax
+        import numpy as np
+
+        from ...app import digest, load_app, schema
+
+        self.app = load_app(self.file)
+        jax.config.update("jax_enable_x64", self.app.precision == 64)
+        self.rows = self.app.rows(self.site)
+        counts = None
+        if self.app.weights == "rows":
+            counts = [int(np.shape(jax.tree.leaves(level)[0])[0]) for level in self.rows]
+        return {"rows": [schema(level) for level in self.rows], "counts": counts, "digest": digest(self.file)}, b""
+
+    def prepare(self, payload, *, index, sites, cohort, seed, scale, protocol, resume) -> tuple[dict, bytes]:
+        """Derive the protocol, and get ready to answer; `scale` is what the outer rows' weights sum to, if not one."""
+        import equinox as eqx
+        import jax
+        import jax.numpy as jnp
+
+        from ...app import schema
+        from ...data import FederatedData
+        from ...errors import check
+        from ...protocol import as_leaves, client_state
+        from ..client_side import ClientSide, Methods
+        from .agreement import begin, derive, fingerprint, placeholder_data
+
+        app = self.app
+        own = FederatedData.stack([self.rows[0]], [self.rows[1]])
+        problem, self.variables, state = begin(app)
+        weights = None if scale is None else [1.0] * sites
+        derived = derive(app, placeholder_data([schema(level) for level in self.rows], sites, weights), cohort)
+        check(
+            fingerprint(derived) == protocol,
+            f"site {self.site} derives another protocol than the server: both need the same app, fedbilevel and jax.",
+        )
+        inner, outer = own.inner.alone(0), own.outer.alone(0)
+        if scale is not None:
+            outer = eqx.tree_at(lambda rows: rows.scale, outer, jnp.asarray(scale, outer.scale.dtype))
+        first = client_state(app.algorithm, state)
+        self.side = ClientSide(
+            problem, (inner, outer), as_leaves(app.algorithm), derived, jax.random.key(seed), index, first, Methods()
+        )
+        self._store(resume)
+        return {}, b""
+
+    def answer(self, payload, *, place, tag, sent, wanted, counted, kept) -> tuple[dict, bytes]:
+        """Answer a request."""
+        from ..client_side import Methods
+        from ..transport import Request
+
+        request = Request(place, tuple(tag), tuple(sent), tuple(wanted), tuple(counted), tuple(kept), payload)
+        numbers = self.side.answer(request)
+        if self.side.keeps:
+            self._save()
+        return {"traced": dict(Methods.traced)}, numbers
+
+    def restart(self, payload) -> tuple[dict, bytes]:
+        """Begin anew with the state `client_init(x, y)`; the message has x and y."""
+        from ...problem import strong
+        from ...wire import decode
+
+        x, y = decode(self.variables, payload, (True, True))
+        self.side.restart(strong(self.app.algorithm.client_init(x, y)))
+        if self.side.keeps:
+            self._save()
+        return {}, b""
+
+    # What is kept on disk -------------------------------------------------------------------------------------------
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "state.eqx"
+
+    def _store(self, resume: bool) -> None:
+        """Take up the states that an earlier worker left, or forget them."""
+        if not self.side.keeps:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if resume and self._file.is_file():
+            self._load()
+        else:
+            self._save()
+
+    def _save(self) -> None:
+        import equinox as eqx
+
+        beside = self._file.with_suffix(".new")
+        with beside.open("wb") as file:
+            file.write((json.dumps(list(self.side.states)) + "\n").encode())
+            eqx.tree_serialise_leaves(file, list(self.side.states.values()))
+        os.replace(beside, self._file)
+
+    def _load(self) -> None:
+        import equinox as eqx
+
+        from ..transport import START
+
+        like = self.side.states[START]
+        with self._file.open("rb") as file:
+            tags = [tuple(tag) for tag in json.loads(file.readline())]
+            states = eqx.tree_deserialise_leaves(file, [like] * len(tags))
+        self.side.states = dict(zip(tags, states, strict=True))
