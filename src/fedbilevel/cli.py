@@ -23,6 +23,7 @@ app = typer.Typer(
 Task = Annotated[
     str, typer.Argument(help="quadratic, ridge, regularisation, hyper-representation or loss-tuning (see `list`).")
 ]
+TaskOrApp = Annotated[str, typer.Argument(help="A task (see `list`), or the Python file of an application of yours.")]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Data set; the task's default is embedded.")]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder that holds the data set's files.")]
 Partition = Annotated[str, typer.Option("--partition", help="iid, shards, dirichlet or quantity.")]
@@ -40,7 +41,7 @@ Out = Annotated[str | None, typer.Option("--out", help="Folder for config, histo
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the --out folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in the --out folder.")]
-Engine = Annotated[str, typer.Option("--engine", help="simulation or loopback.")]
+Engine = Annotated[str, typer.Option("--engine", help="simulation, loopback, or for an application nvflare.")]
 Every = Annotated[int, typer.Option("--evaluate-every", help="Iterations between evaluations.")]
 Precision = Annotated[int, typer.Option("--precision", help="32 or 64 bits.")]
 
@@ -51,18 +52,57 @@ _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__na
 
 @app.command()
 def run(
-    task: Task,
+    context: typer.Context,
+    task: TaskOrApp,
     algorithm: Annotated[str, typer.Option("--algorithm", help="aggitd, fednest, ... (see `list`).")] = "aggitd",
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
-    seed: Annotated[int, typer.Option("--seed", help="Decides the partition, the start and the run.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition, the start and the run.")] = None,
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
+    poc: Annotated[
+        bool, typer.Option("--poc", help="With --engine nvflare: provisioned, mutual TLS, a process for each site.")
+    ] = False,
 ):  # fmt: skip
-    """Run one algorithm on a task; without --set it takes the checked-in best settings."""
-    plan = _plan(task, [algorithm], (seed,), sets, iterations, rounds, cohort, engine, evaluate_every, precision,
+    """Run one algorithm on a task, or an application of yours; a task takes the checked-in best settings without --set."""
+    if task.endswith(".py"):
+        from .cli_app import run_app
+
+        _only_for_apps(context)
+        settings = {"iterations": iterations, "rounds": rounds, "cohort": cohort, "seed": seed}
+        run_app(task, engine=engine, poc=poc, clients=clients, out=out, resume=resume, overwrite=overwrite,
+                as_json=as_json, settings=settings)  # fmt: skip
+        return
+    plan = _plan(task, [algorithm], (seed or 0,), sets, iterations, rounds, cohort, engine, evaluate_every, precision,
                  dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha, clients=clients)  # fmt: skip
     _execute(plan, out, resume, overwrite, as_json)
+
+
+@app.command()
+def deploy(
+    file: Annotated[str, typer.Argument(help="The Python file of an application.")],
+    out: Annotated[str, typer.Option("--out", help="Folder for the job.")],
+    clients: Annotated[int, typer.Option("--clients", help="How many sites have to be connected to start.")] = 1,
+    iterations: Iterations = None, rounds: Rounds = None, cohort: Cohort = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Decides cohorts and minibatches.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from where the server and the sites stand.")] = False,
+):  # fmt: skip
+    """Write an NVIDIA FLARE job of an application, for an operator to submit with nvflare's own tools."""
+    from .cli_app import deploy_app
+
+    settings = {"iterations": iterations, "rounds": rounds, "cohort": cohort, "seed": seed}
+    deploy_app(file, out, clients, resume, settings)
+
+
+def _only_for_apps(context: typer.Context) -> None:
+    """Refuse options that an application's file decides."""
+    from .errors import check
+
+    for name in ("algorithm", "dataset", "data_dir", "partition", "alpha", "sets", "evaluate_every", "precision"):
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        option = "set" if name == "sets" else name.replace("_", "-")
+        check(not given, f"--{option} is for tasks: an application's file says it itself.")
 
 
 @app.command()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
@@ -48,3 +50,13 @@ class Result:
     protocol: Protocol
     state: Any
     iteration: int
+
+
+def save_variables(result: Result, path: str | os.PathLike[str]) -> None:
+    """Write x and y to a numpy file: one array for each leaf, named by its path, as in `x['weight']`."""
+    arrays = {}
+    for name, tree in (("x", result.x), ("y", result.y)):
+        for place, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if hasattr(leaf, "dtype"):
+                arrays[name + jax.tree_util.keystr(place)] = np.asarray(leaf)
+    np.savez(path, allow_pickle=False, **arrays)

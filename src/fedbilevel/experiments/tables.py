@@ -268,6 +268,7 @@ def _draw_shares(panel, shares, style) -> None:
     if shares is None:
         panel.axis("off")
         return
+    shares = shares.astype({"share": float}).dropna(subset=["share"])  # a run that blew up has none in the end
     for label, mine in shares.groupby("algorithm", sort=False):
         curves = [(run["rounds"].to_numpy(), 100 * run["share"].to_numpy()) for _, run in mine.groupby("seed")]
         grid = np.linspace(0, min(x[-1] for x, _ in curves), 100)

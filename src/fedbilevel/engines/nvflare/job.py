@@ -13,8 +13,6 @@ from ...errors import InputError, RunError, check
 from .server import OUTCOME, Server
 from .site import Site
 
-_READY = 120.0  # seconds within which all of a local deployment's processes have joined
-
 
 def recipe(app: str | Path, settings: dict[str, Any], out: str, resume: bool, sites: int) -> Any:
     """The nvflare recipe of an application; `sites` is how many have to be there before it starts."""
@@ -34,11 +32,18 @@ def recipe(app: str | Path, settings: dict[str, Any], out: str, resume: bool, si
     return made
 
 
-def export(app: str | Path, folder: str | Path, settings: dict[str, Any], resume: bool, sites: int) -> Path:
-    """Write the job folder that an operator submits with nvflare's own tools; returns it."""
+def export(
+    app: str | Path, folder: str | Path, settings: dict[str, Any], resume: bool, sites: int, out: str = ""
+) -> Path:
+    """Write the job folder that an operator submits with nvflare's own tools; returns it.
+
+    Args:
+        sites: how many have to be connected before the job starts.
+        out: where the server writes its results; "": in its workspace, under fedbilevel/NAME.
+    """
     place = Path(folder)
     check(not place.exists() or place.is_dir(), f"{place} is a file: name a folder for the job.")
-    made = recipe(app, settings, "", resume, sites)
+    made = recipe(app, settings, out, resume, sites)
     with quiet():
         made.export(str(place))
     return place / made.job_name

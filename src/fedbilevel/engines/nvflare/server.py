@@ -15,11 +15,10 @@ from ...app import App, digest, load_app
 from ...callbacks import CSV, Checkpoint, Progress
 from ...errors import InputError, RunError, check
 from ...federation import check_cohort
-from ...protocol import Protocol
 from ...protocol import step as iteration
-from ...result import Result
+from ...result import Result, save_variables
 from ...solve import solve
-from ..base import Engine
+from ..base import Engine, plan
 from ..faults import Faults
 from ..server_side import Messaging
 from .agreement import derive, fingerprint, placeholder_data, shares
@@ -64,14 +63,14 @@ class Server:
             app = load_app(file).with_(**self.settings)
             jax.config.update("jax_enable_x64", app.precision == 64)
             result, sites = federate(app, digest(file), folder, self.resume)
-            save_variables(folder, result)
+            save_variables(result, folder / "variables.npz")
             outcome = {"status": "done", "iterations": result.iteration, "sites": sites}
         except InputError as error:
             outcome = {"status": "refused", "sentence": str(error)}
         except RunError as error:
             outcome = {"status": "failed", "sentence": str(error)}
             if error.result is not None:
-                save_variables(folder, error.result)
+                save_variables(error.result, folder / "variables.npz")
         except BaseException as error:
             outcome = {"status": "failed", "sentence": f"{type(error).__name__}: {error}"}
             raise
@@ -150,9 +149,7 @@ class Collab(Engine):
 
     def bind(self, problem, data, algorithm, state, key, program=iteration):
         cohort = check_cohort(self.cohort, data.clients)
-        from ..base import plan
-
-        protocol: Protocol = plan(self, problem, data, algorithm, state, cohort, program)
+        protocol = plan(self, problem, data, algorithm, state, cohort, program)
         return OverNetwork(
             self, problem, data, key, protocol, program,
             transport=self.transport, faults=self.faults, dropout=0.0, watch=self.ledger.write,
@@ -168,15 +165,3 @@ class OverNetwork(Messaging):
 def tell(folder: Path, outcome: dict[str, Any]) -> None:
     """Write how it went."""
     (folder / OUTCOME).write_text(json.dumps(outcome, indent=2) + "\n")
-
-
-def save_variables(folder: Path, result: Result) -> None:
-    """x and y as variables.npz: an array for each leaf, by its path."""
-    import numpy as np
-
-    arrays = {}
-    for name, tree in (("x", result.x), ("y", result.y)):
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            if hasattr(leaf, "dtype"):
-                arrays[name + jax.tree_util.keystr(path)] = np.asarray(leaf)
-    np.savez(folder / "variables.npz", **arrays)

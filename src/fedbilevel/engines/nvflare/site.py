@@ -38,8 +38,8 @@ class Site:
     def prepare(self, setup: dict[str, Any]) -> dict[str, Any]:
         """Get ready: which site this is of how many, the seed, the cohort, the protocol's fingerprint."""
         with self._lock:
-            self._setup = _setup(setup, collab.site_name)
-            return self._said(lambda: self._running().ask("prepare", **self._setup)[0])
+            mine = self._setup = _setup(setup, collab.site_name)
+            return self._said(lambda: self._running().ask("prepare", **mine)[0])
 
     @collab.publish
     def answer(self, header: dict[str, Any], payload: bytes) -> dict[str, Any]:

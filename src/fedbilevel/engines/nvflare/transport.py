@@ -44,8 +44,8 @@ class CollabTransport(Transport):
             answers.seconds[number[call.target_name.split(".")[0]]] = time.perf_counter() - began
             return said
 
-        sites = collab.get_clients(list(number))
-        results = sites(timeout=float(seconds), process_resp_cb=arrived).answer(header, one.payload)
+        sites = collab.get_clients(list(number))(timeout=float(seconds), process_resp_cb=arrived)
+        results: Any = sites.answer(header, one.payload)
         for name, said in results:
             client = number[name]
             error = refusal(name, said)
@@ -64,11 +64,11 @@ class CollabTransport(Transport):
 
     def there(self, client):
         # a site whose process is gone does not answer; one that is busy with a call that nobody waits for does, later
-        results = collab.get_clients([self.names[client]])(timeout=_SOON).alive()
+        results: Any = collab.get_clients([self.names[client]])(timeout=_SOON).alive()
         return any(True for _ in results)
 
     def restart(self, x, y):
-        results = collab.get_clients(self.names)(timeout=_FIRST).restart(encode((x, y), (True, True)))
+        results: Any = collab.get_clients(self.names)(timeout=_FIRST).restart(encode((x, y), (True, True)))
         for name, said in results:
             error = refusal(name, said)
             if error is not None:

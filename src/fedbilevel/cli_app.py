@@ -1,0 +1,130 @@
+"""What the command line does with an application's file: simulate it, run it over nvflare on this machine, deploy it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+ENGINES = ("simulation", "loopback", "nvflare")
+
+
+def run_app(
+    file: str, *, engine: str, poc: bool, clients: int | None, out: str | None, resume: bool, overwrite: bool,
+    as_json: bool, settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """Run an application; its results go to the folder `out`, by default beside the file, named after the app."""
+    import jax
+
+    from .app import load_app
+    from .errors import check, unknown_name
+
+    if engine not in ENGINES:
+        raise unknown_name("engine", engine, ENGINES)
+    check(engine == "nvflare" or not poc, "--poc goes with --engine nvflare.")
+    check(clients is None or clients >= 1, f"--clients is how many sites there are, at least 1; got {clients}.")
+    app = load_app(file).with_(**settings)
+    sites = clients or 3
+    folder = _folder(Path(out or f"{app.name}-results"), resume, overwrite)
+    if engine == "nvflare":
+        need_nvflare()
+        from .engines.nvflare import job
+        from .engines.nvflare import poc as local
+
+        (local.run_poc if poc else job.simulate)(file, folder, sites, chosen(settings), resume)
+    else:
+        with jax.enable_x64(app.precision == 64):
+            _simulate(app, engine, [f"site-{i + 1}" for i in range(sites)], folder, resume)
+    _show(folder, as_json)
+
+
+def deploy_app(file: str, out: str, clients: int, resume: bool, settings: dict[str, Any]) -> None:
+    """Write the job folder, and say how to submit it."""
+    from .errors import check
+
+    check(clients >= 1, f"--clients is how many sites have to be connected, at least 1; got {clients}.")
+    need_nvflare()
+    from .engines.nvflare.job import export
+
+    place = export(file, out, chosen(settings), resume, clients)
+    print(f"Written to {place}: a job for NVIDIA FLARE. Submit it with: nvflare job submit -j {place}")
+
+
+def need_nvflare() -> None:
+    """Refuse, with what to install, where nvflare is missing."""
+    from .errors import check
+
+    there = importlib.util.find_spec("nvflare") is not None
+    check(there, "nvflare is not installed: pip install 'fedbilevel[nvflare]'.")
+
+
+def chosen(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+_OURS = ("history.csv", "rounds.csv", "outcome.json", "variables.npz", "checkpoint.eqx", "nvflare.log")
+
+
+def _folder(folder: Path, resume: bool, overwrite: bool) -> Path:
+    """The folder for results, empty unless the run goes on in it."""
+    import shutil
+
+    from .errors import check
+
+    check(not folder.exists() or folder.is_dir(), f"{folder} is a file: name a folder for the results.")
+    used = folder.exists() and any(folder.iterdir())
+    if resume:
+        check((folder / "checkpoint.eqx").is_file(), f"there is no checkpoint in {folder}: nothing to resume.")
+    elif used:
+        check(overwrite, f"{folder} is not empty: name another folder, or add --resume to go on, or --overwrite.")
+        ours = (folder / "history.csv").is_file() or (folder / "outcome.json").is_file()
+        check(ours, f"{folder} is not empty and holds no results of ours: name another folder.")
+        for name in _OURS:
+            (folder / name).unlink(missing_ok=True)
+        for name in ("nvflare", "poc", "job"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _simulate(app: Any, engine: str, sites: list[str], folder: Path, resume: bool) -> None:
+    from .callbacks import CSV, Checkpoint, Progress
+    from .engines import Loopback, Simulation
+    from .result import save_variables
+    from .solve import solve
+
+    x, y = app.begin()
+    how = Simulation(cohort=app.cohort) if engine == "simulation" else Loopback(cohort=app.cohort, faults=app.faults)
+    result = solve(
+        app.problem, app.data(sites), app.algorithm, x, y, app.iterations, rounds=app.rounds, key=app.key, engine=how,
+        callbacks=[CSV(folder / "history.csv"), Checkpoint(folder), Progress(app.name)], metrics=app.metrics,
+        evaluate_every=app.evaluate_every, resume=folder if resume else None,
+    )  # fmt: skip
+    save_variables(result, folder / "variables.npz")
+
+
+def _show(folder: Path, as_json: bool) -> None:
+    """The last row of the history, and who failed how often."""
+    import pandas
+    from rich.console import Console
+    from rich.table import Table
+
+    history = pandas.read_csv(folder / "history.csv")
+    last = {name: value.item() for name, value in history.iloc[-1].items()}
+    rounds = folder / "rounds.csv"
+    if rounds.is_file():
+        book = pandas.read_csv(rounds)
+        last |= {
+            "median_round_seconds": float(book["seconds"].median()),
+            "rounds_with_failures": int(book["failed"].notna().sum()),
+        }
+    if as_json:
+        print(json.dumps(last))
+        return
+    table = Table("", "at the end")
+    for name, value in last.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}")
+    Console().print(table)
+    print(f"Written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir() if file.is_file()))}")
