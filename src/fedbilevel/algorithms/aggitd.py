@@ -69,6 +69,7 @@ from .parts import (
     growth,
     hessian_factor,
     inner_gradient,
+    moved_mean,
     norm,
     one_cohort,
 )
@@ -146,13 +147,13 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
         if self.one_round:
             if self.independent_cohorts:
                 step, change = fed.average(self.corrected, x, y, control, cohort=cohort)
-                control = optax.tree.add_scale(control, fed.share, change)
+                control = moved_mean(control, fed.share, change)
                 new = apart()
             else:
                 message = (x, y, control, r, lam)
                 sent = (True, True, now)
                 step, change, new = fed.average(self.corrected_anchor, *message, replies=sent, cohort=cohort)
-                control = optax.tree.add_scale(control, fed.share, change)
+                control = moved_mean(control, fed.share, change)
             return optax.tree.add(y, step), control, new
         if self.independent_cohorts:
             q, new = fed.average(self.gradient, x, y, cohort=cohort), apart()

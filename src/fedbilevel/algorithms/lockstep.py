@@ -40,7 +40,7 @@ from ..algorithm import Info, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
 from .curvature import AutoStep, keeping
-from .parts import controlled_descent, descend, hypergradient, inner_gradient, norm
+from .parts import controlled_descent, descend, hypergradient, inner_gradient, moved_mean, norm
 
 
 class Lockstep(AutoStep):
@@ -77,7 +77,7 @@ class Lockstep(AutoStep):
         moved, change = fed.average(self.moves, x, y, v, c, lam)
         x, y, v = optax.tree.add((x, y, v), moved)
         direction = optax.tree.add(c, change)  # an estimate of D at the old point
-        c = optax.tree.add_scale(c, fed.share, change)
+        c = moved_mean(c, fed.share, change)
         return keeping(x, y, {**kept, "v": v, "control": c}), Info(norm(direction[0]), jnp.zeros_like(norm(y)))
 
     def moves(self, client: Client, x: PyTree, y: PyTree, v: PyTree, c: PyTree, lam: Any) -> Reply:

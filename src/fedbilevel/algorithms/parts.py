@@ -77,6 +77,11 @@ def hypergradient(problem: Problem, x: PyTree, y: PyTree, v: PyTree, inner: Rows
     return optax.tree.sub(direct, problem.cross_vector(x, y, v, inner))
 
 
+def moved_mean(mean: PyTree, share: Any, change: PyTree) -> PyTree:
+    """The mean over all clients of what each keeps, when a share of them changed it by `change` on average."""
+    return jax.tree.map(lambda c, d: c + jnp.asarray(share, d.dtype) * d, mean, change)
+
+
 def one_cohort(fed: Federation, same: bool) -> Any:
     """The clients of a group of exchanges, as `fed.average(cohort=...)` takes them; None: fresh ones each time, or all."""
     return fed.draw_cohort() if same and fed.cohort_size < fed.clients else None
