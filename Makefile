@@ -8,7 +8,7 @@ BENCHMARKS ?= $(filter-out benchmarks/search_settings.py benchmarks/fednest_sett
 # More words for pytest, as in: make test ARGS="-k aggitd"
 ARGS ?=
 
-GOALS := help demo test test-slow lint types docs bench clean
+GOALS := help demo test test-slow test-network lint types docs bench clean
 .PHONY: $(GOALS)
 .DEFAULT_GOAL := help
 
@@ -42,10 +42,13 @@ demo: .venv/core ## AggITD against FedNest on handwritten digits, three seeds: t
 	$(BIN)/$(DEMO)
 
 test: .venv/core .venv/test ## the tests, but for the slow ones
-	XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $$XLA_FLAGS" $(TESTS) -m "not slow" $(ARGS)
+	XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $$XLA_FLAGS" $(TESTS) -m "not slow and not network" $(ARGS)
 
 test-slow: .venv/core .venv/test ## the slow tests
-	$(TESTS) -m slow $(ARGS) || { code=$$?; [ $$code -eq 5 ] && echo "There are no slow tests." || exit $$code; }
+	$(TESTS) -m "slow and not network" $(ARGS) || { code=$$?; [ $$code -eq 5 ] && echo "There are no slow tests." || exit $$code; }
+
+test-network: .venv/core .venv/test ## the tests of a provisioned deployment on this machine
+	$(TESTS) -n 0 -m network $(ARGS)
 
 lint: .venv/dev ## ruff: the rules and the format
 	$(BIN)/ruff check .

@@ -31,10 +31,9 @@ def run_app(
     folder = _folder(Path(out or f"{app.name}-results"), resume, overwrite)
     if engine == "nvflare":
         need_nvflare()
-        from .engines.nvflare import job
-        from .engines.nvflare import poc as local
+        from .engines.nvflare.launch import run
 
-        (local.run_poc if poc else job.simulate)(file, folder, sites, chosen(settings), resume)
+        run(file, app, folder, sites, chosen(settings), poc=poc, resume=resume)
     else:
         with jax.enable_x64(app.precision == 64):
             _simulate(app, engine, [f"site-{i + 1}" for i in range(sites)], folder, resume)
@@ -49,7 +48,7 @@ def deploy_app(file: str, out: str, clients: int, resume: bool, settings: dict[s
     need_nvflare()
     from .engines.nvflare.job import export
 
-    place = export(file, out, chosen(settings), resume, clients)
+    place = export(file, out, chosen(settings), clients, resume=resume)
     print(f"Written to {place}: a job for NVIDIA FLARE. Submit it with: nvflare job submit -j {place}")
 
 
@@ -109,16 +108,14 @@ def _simulate(app: Any, engine: str, sites: list[str], folder: Path, resume: boo
 
 def _show(folder: Path, as_json: bool) -> None:
     """The last row of the history, and who failed how often."""
-    import pandas
     from rich.console import Console
     from rich.table import Table
 
-    history = pandas.read_csv(folder / "history.csv")
-    last = {name: value.item() for name, value in history.iloc[-1].items()}
+    number = lambda text: int(text) if text.lstrip("-").isdigit() else float(text)
+    last: dict[str, Any] = {name: number(text) for name, text in _lines(folder / "history.csv")[-1].items()}
     rounds = folder / "rounds.csv"
     if rounds.is_file():
-        with rounds.open(newline="") as file:
-            book = list(csv.DictReader(file))
+        book = _lines(rounds)
         last["median_round_seconds"] = statistics.median(float(line["seconds"]) for line in book)
         last["rounds_with_failures"] = sum(line["failed"] != "" for line in book)
     if as_json:
@@ -129,3 +126,8 @@ def _show(folder: Path, as_json: bool) -> None:
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}")
     Console().print(table)
     print(f"Written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir() if file.is_file()))}")
+
+
+def _lines(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as text:
+        return list(csv.DictReader(text))

@@ -1,28 +1,36 @@
-"""nvflare jobs: a folder to submit, a run in nvflare's simulator, and a provisioned deployment on this machine."""
+"""nvflare jobs of an application: the folder that an operator submits, and what a run on this machine makes of it."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 from ...app import load_app
-from ...errors import InputError, RunError, check
-from .server import OUTCOME, Server
+from ...errors import check
+from .server import Server
 from .site import Site
 
 
-def recipe(app: str | Path, settings: dict[str, Any], out: str, resume: bool, sites: int) -> Any:
-    """The nvflare recipe of an application; `sites` is how many have to be there before it starts."""
+def recipe(app: str | Path, settings: dict[str, Any], sites: int, *, out: str = "", resume: bool = False) -> Any:
+    """The nvflare recipe of an application.
+
+    Args:
+        settings: what to change of the app: iterations, rounds, cohort, seed.
+        sites: how many have to be connected before it starts.
+        out: where the server writes its results, on this machine: the sites then read the app where it lies. "": in the
+            server's workspace, under fedbilevel/NAME, and the app travels with the job.
+        resume: go on from where server and sites stand.
+    """
     from nvflare.collab import CollabRecipe
 
     file, loaded = Path(app), load_app(app).with_(**settings)
+    name = str(file.resolve()) if out else file.name
     made = CollabRecipe(
         job_name=loaded.name,
-        server=Server(app=file.name, name=loaded.name, out=out, settings=settings, resume=resume),
-        client=Site(app=file.name, name=loaded.name),
+        server=Server(app=name, name=loaded.name, out=out, settings=settings, resume=resume),
+        client=Site(app=name, name=loaded.name),
         min_clients=sites,
         sync_task_timeout=600,
     )
@@ -32,55 +40,11 @@ def recipe(app: str | Path, settings: dict[str, Any], out: str, resume: bool, si
     return made
 
 
-def export(
-    app: str | Path, folder: str | Path, settings: dict[str, Any], resume: bool, sites: int, out: str = ""
-) -> Path:
-    """Write the job folder that an operator submits with nvflare's own tools; returns it.
-
-    Args:
-        sites: how many have to be connected before the job starts.
-        out: where the server writes its results; "": in its workspace, under fedbilevel/NAME.
-    """
+def export(app: str | Path, folder: str | Path, settings: dict[str, Any], sites: int, **options: Any) -> Path:
+    """Write the job folder that an operator submits with nvflare's own tools; returns it. Options as for `recipe`."""
     place = Path(folder)
     check(not place.exists() or place.is_dir(), f"{place} is a file: name a folder for the job.")
-    made = recipe(app, settings, out, resume, sites)
-    with quiet():
+    made = recipe(app, settings, sites, **options)
+    with contextlib.redirect_stdout(io.StringIO()):
         made.export(str(place))
     return place / made.job_name
-
-
-def simulate(app: str | Path, out: Path, clients: int, settings: dict[str, Any], resume: bool) -> None:
-    """Run in nvflare's simulator: a process for the server and for each site, on this machine."""
-    from nvflare.recipe import SimEnv
-
-    made = recipe(app, settings, str(out.resolve()), resume, clients)
-    log = out / "nvflare.log"
-    place = str((out / "nvflare").resolve())
-    # nvflare's own error says less than the outcome
-    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.suppress(RuntimeError):
-        made.run(SimEnv(num_clients=clients, workspace_root=place, log_config="concise"))
-    conclude(out)
-
-
-def conclude(out: Path) -> dict[str, Any]:
-    """How the run in a folder went.
-
-    Raises:
-        InputError: the app could not be used.
-        RunError: the run failed.
-    """
-    file = out / OUTCOME
-    outcome = json.loads(file.read_text()) if file.is_file() else {"status": "failed"}
-    sentence = outcome.get("sentence", f"nvflare ended the run before it was done: see {out / 'nvflare.log'}.")
-    if outcome["status"] == "refused":
-        raise InputError(sentence)
-    if outcome["status"] != "done":
-        raise RunError(sentence)
-    return outcome
-
-
-@contextlib.contextmanager
-def quiet():
-    """Keep what nvflare prints to itself."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

@@ -161,6 +161,9 @@ class OverNetwork(Messaging):
 
     replays = False
 
+    def compiled(self):
+        return self.engine.transport.compiling
+
 
 def tell(folder: Path, outcome: dict[str, Any]) -> None:
     """Write how it went."""

@@ -24,6 +24,7 @@ class CollabTransport(Transport):
     def __init__(self, names: list[str]):
         self.names = names
         self.traced: dict[str, dict[str, int]] = {}  # by site, how often each client method was compiled
+        self.compiling = 0.0  # seconds that rounds took because a site compiled
         self._seen: set[tuple[int, int]] = set()
 
     def ask(self, requests: dict[int, Request], deadline: float | None) -> Answers:
@@ -46,6 +47,7 @@ class CollabTransport(Transport):
 
         sites = collab.get_clients(list(number))(timeout=float(seconds), process_resp_cb=arrived)
         results: Any = sites.answer(header, one.payload)
+        self.compiling += max((compiled(said) for _, said in results), default=0.0)
         for name, said in results:
             client = number[name]
             error = refusal(name, said)
@@ -77,6 +79,12 @@ class CollabTransport(Transport):
     def travelled(self):
         sent, received = (_total(pool) for pool in ("Sent_Msg_Sizes", "Received_Msg_Sizes"))
         return sent, received
+
+
+def compiled(said: Any) -> float:
+    """Seconds that a site says it compiled."""
+    value = said.get("compiling", 0.0) if isinstance(said, dict) else 0.0
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < _FIRST else 0.0
 
 
 def refusal(name: str, said: Any) -> Exception | None:

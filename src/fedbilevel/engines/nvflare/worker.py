@@ -172,9 +172,9 @@ class _Inside:
         inner, outer = own.inner.alone(0), own.outer.alone(0)
         if scale is not None:
             outer = eqx.tree_at(lambda rows: rows.scale, outer, jnp.asarray(scale, outer.scale.dtype))
-        first = client_state(app.algorithm, state)
+        first, self.methods = client_state(app.algorithm, state), Methods()
         self.side = ClientSide(
-            problem, (inner, outer), as_leaves(app.algorithm), derived, jax.random.key(seed), index, first, Methods()
+            problem, (inner, outer), as_leaves(app.algorithm), derived, jax.random.key(seed), index, first, self.methods
         )
         self._store(resume)
         return {}, b""
@@ -185,10 +185,11 @@ class _Inside:
         from ..transport import Request
 
         request = Request(place, tuple(tag), tuple(sent), tuple(wanted), tuple(counted), tuple(kept), payload)
+        before = self.methods.compiling
         numbers = self.side.answer(request)
         if self.side.keeps:
             self._save()
-        return {"traced": dict(Methods.traced)}, numbers
+        return {"traced": dict(Methods.traced), "compiling": self.methods.compiling - before}, numbers
 
     def restart(self, payload) -> tuple[dict, bytes]:
         """Begin anew with the state `client_init(x, y)`; the message has x and y."""

@@ -1,0 +1,137 @@
+"""A run over nvflare on this machine, in a process of its own, so that its logs and threads are not the caller's.
+
+`run(...)` starts it, shows how far it is, and ends it, with everything that it started, when the caller is interrupted. The
+process itself is `python -m fedbilevel.engines.nvflare.launch JSON`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ...app import App
+from ...callbacks.progress import Meter
+from ...errors import InputError, RunError
+
+_LOOK = 0.3  # seconds between looks at a run
+_PATIENCE = 40.0  # seconds within which an interrupted run has to end by itself
+
+
+def run(app: str, loaded: App, out: Path, clients: int, settings: dict[str, Any], *, poc: bool, resume: bool) -> None:
+    """Run an application in nvflare's simulator or (`poc`) provisioned; results go to the folder `out`.
+
+    Raises:
+        InputError: the app cannot be used.
+        RunError: the run failed.
+    """
+    out = out.resolve()
+    told = {"app": app, "out": str(out), "clients": clients, "settings": settings, "poc": poc, "resume": resume}
+    (out / "outcome.json").unlink(missing_ok=True)
+    with (out / "nvflare.log").open("a") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, json.dumps(told)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        with Meter(loaded.name, loaded.iterations or loaded.rounds) as meter:
+            while process.poll() is None:
+                time.sleep(_LOOK)
+                _show(meter, out, loaded)
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.send_signal(signal.SIGINT)
+                process.wait(_PATIENCE)
+        _end(process, out)
+    conclude(out)
+
+
+def conclude(out: Path) -> None:
+    """Raise what became of a run, if it did not end well."""
+    file = out / "outcome.json"
+    outcome = json.loads(file.read_text()) if file.is_file() else {"status": "failed"}
+    sentence = outcome.get("sentence", f"nvflare ended the run before it was done: see {out / 'nvflare.log'}.")
+    if outcome["status"] == "refused":
+        raise InputError(sentence)
+    if outcome["status"] != "done":
+        raise RunError(sentence)
+
+
+def _show(meter: Meter, out: Path, loaded: App) -> None:
+    """What the latest lines of history.csv and rounds.csv say."""
+    latest = {}
+    for name in ("history.csv", "rounds.csv"):
+        with contextlib.suppress(OSError), (out / name).open(newline="") as file:
+            for latest[name] in csv.DictReader(file):
+                pass
+    row, book = latest.get("history.csv"), latest.get("rounds.csv")
+    if row is None or book is None or None in (*row.values(), *book.values()):
+        return
+    done = int(row["iteration" if loaded.iterations else "rounds"])
+    news = f"iteration {book['iteration']}, {book['exchange']}: {book['replied']} of {book['asked']} sites"
+    slowest = f", {book['slowest']} last after {float(book['slowest_seconds']):.3f} s" if book["slowest"] else ""
+    meter.update(done, news + slowest + (f"; {book['failed']}" if book["failed"] else ""))
+
+
+def _end(process: subprocess.Popen, out: Path) -> None:
+    """End what is left of the run: its process group, and processes of a deployment in the folder."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    end_all(out)
+
+
+def processes(folder: Path) -> list[int]:
+    """The numbers of the processes whose command line names the folder (where there is a /proc)."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = place.read_bytes().split(b"\0")
+            named = any(word.startswith(str(folder).encode()) for word in words)
+            if named and int(place.parent.name) != os.getpid():
+                found.append(int(place.parent.name))
+    return found
+
+
+def end_all(folder: Path, patience: float = 0.0) -> None:
+    """See that no process of a run in the folder is left."""
+    until = time.monotonic() + patience
+    while (left := processes(folder)) and time.monotonic() < until:
+        time.sleep(0.2)
+    for number in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+# The process itself -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """What `run` starts."""
+    from .job import export, recipe
+    from .poc import deployment, submit
+
+    told = json.loads(sys.argv[1])
+    out, clients = Path(told["out"]), told["clients"]
+    options = {"out": str(out), "resume": told["resume"]}
+    if told["poc"]:
+        job = export(told["app"], out / "job", told["settings"], clients, **options)
+        with deployment(out / "poc", clients) as kit:
+            submit(kit, job, clients)
+    else:
+        from nvflare.recipe import SimEnv
+
+        made = recipe(told["app"], told["settings"], clients, **options)
+        made.run(SimEnv(num_clients=clients, workspace_root=str(out / "nvflare"), log_config="concise"))
+
+
+if __name__ == "__main__":
+    main()
