@@ -177,7 +177,7 @@ def placeholder(text: str) -> PyTree:
     """
     try:
         return _zeros(json.loads(text))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"a site described its rows in a way that cannot be read: {error}.") from None
 
 

@@ -84,6 +84,7 @@ def federate(app: App, version: str, folder: Path, resume: bool) -> tuple[Result
     names = sorted(proxy.name for proxy in collab.clients)
     engine = Collab(names, app.faults, folder / "rounds.csv", resume, app.cohort)
     weights = engine.meet(app, version)
+    tell(folder, {"status": "running", "workers": engine.workers})
     data = placeholder_data(engine.schemas, len(names), weights)
     x, y = app.begin()
     callbacks = [CSV(folder / "history.csv"), Checkpoint(folder, every=0.0), Progress(app.name)]

@@ -1,0 +1,188 @@
+"""The network engine over nvflare: its simulator here; provisioned, killed and resumed in `make test-network`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import apps
+import numpy as np
+import pytest
+
+pytest.importorskip("nvflare")
+
+AGGITD = "algorithm=fb.AggITD(inner_rounds=2, inner_lr=0.02, hessian_lr=0.02, outer_lr=0.05, local_steps=2)"
+FEDNEST = "algorithm=fb.FedNest(inner_rounds=2, inner_lr=0.02, hessian_lr=0.02, outer_lr=0.05, local_steps=2)"
+
+
+def command(*words) -> list[str]:
+    return [sys.executable, "-m", "fedbilevel", *map(str, words)]
+
+
+def call(*words, code=0) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command(*words), env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == code, (done.stdout[-2000:], done.stderr[-2000:])
+    return done.stdout + done.stderr
+
+
+def numbers(folder: Path) -> np.ndarray:
+    with np.load(folder / "variables.npz") as kept:
+        return np.concatenate([kept[name].ravel() for name in sorted(kept.files)])
+
+
+def lines(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as text:
+        return list(csv.DictReader(text))
+
+
+def close(one: Path, other: Path, tolerance: float) -> None:
+    a, b = numbers(one), numbers(other)
+    assert np.abs(b).max() > 1e-3
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+def same_books(one: Path, other: Path) -> None:
+    """The same rounds and payload bytes, iteration by iteration; and the lines of rounds.csv add up to them."""
+    names = ("iteration", "rounds", "bytes_down", "bytes_up")
+    books = [[[int(line[name]) for name in names] for line in lines(place / "history.csv")] for place in (one, other)]
+    assert books[0] == books[1]
+    rounds = lines(one / "rounds.csv")
+    assert [sum(int(line[name]) for line in rounds) for name in names[2:]] == books[0][-1][2:]
+    assert all(int(line["wire_down"]) > int(line["bytes_down"]) > 0 for line in rounds)
+
+
+def compiled_once(folder: Path, sites: int) -> None:
+    """Each site compiled each of its methods once: its process stayed."""
+    counts = json.loads((folder / "outcome.json").read_text())["sites"]["compiled"]
+    assert len(counts) == sites
+    assert all(times == 1 for methods in counts.values() for times in methods.values())
+
+
+def nothing_left(folder: Path) -> None:
+    """No process of a run is left."""
+    from fedbilevel.engines.nvflare.launch import processes
+
+    assert processes(folder) == []
+
+
+def test_over_nvflares_simulator_it_is_the_simulation(tmp_path):
+    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=10, {apps.LOCKSTEP}")
+    call("run", file, "--out", tmp_path / "simulated")
+    call("run", file, "--out", tmp_path / "network", "--engine", "nvflare")
+    close(tmp_path / "network", tmp_path / "simulated", 1e-12)
+    same_books(tmp_path / "network", tmp_path / "simulated")
+    compiled_once(tmp_path / "network", 3)
+    nothing_left(tmp_path)
+
+
+def test_a_job_for_an_operator(fedbilevel, tmp_path):
+    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=10, {apps.LOCKSTEP}")
+    code, printed, errors = fedbilevel("deploy", file, "--out", tmp_path / "jobs", "--clients", 3)
+    assert code == 0, errors
+    job = tmp_path / "jobs" / "closed-form"
+    assert f"nvflare job submit -j {job}" in printed
+    assert json.loads((job / "meta.json").read_text())["min_clients"] == 3
+    assert len(list(job.rglob("app.py"))) >= 1 and str(tmp_path) not in "".join(
+        config.read_text() for config in job.rglob("config_fed_*.json")
+    )
+
+
+# Provisioned, with faults ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("algorithm", [AGGITD, FEDNEST, apps.LOCKSTEP], ids=["aggitd", "fednest", "lockstep"])
+@pytest.mark.parametrize("poc", [False, True], ids=["simulator", "provisioned"])
+def test_a_network_of_five_sites_is_the_simulation(tmp_path, algorithm, poc):
+    file = apps.write(tmp_path, apps.DIGITS, f"iterations=10, {algorithm}")
+    call("run", file, "--clients", 5, "--out", tmp_path / "simulated")
+    more = ["--poc"] if poc else []
+    call("run", file, "--clients", 5, "--out", tmp_path / "network", "--engine", "nvflare", *more)
+    close(tmp_path / "network", tmp_path / "simulated", 1e-5)
+    same_books(tmp_path / "network", tmp_path / "simulated")
+    compiled_once(tmp_path / "network", 5)
+    nothing_left(tmp_path)
+
+
+def started(file: Path, out: Path, *words) -> subprocess.Popen:
+    return subprocess.Popen(
+        command("run", file, "--out", out, "--engine", "nvflare", *words), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for(condition, seconds=120.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.05)
+
+
+def rounds_so_far(out: Path) -> int:
+    return len(lines(out / "rounds.csv")) if (out / "rounds.csv").is_file() else 0
+
+
+def worker_of(out: Path, site: str) -> int:
+    return json.loads((out / "outcome.json").read_text())["workers"][site]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+def test_a_worker_that_is_killed_or_hangs_misses_a_round_and_comes_back(tmp_path, blow):
+    policy = "faults=fb.Faults(minimum=2, deadline=5.0)"
+    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=80, {policy}, {apps.LOCKSTEP}")
+    out = tmp_path / "network"
+    process = started(file, out)
+    wait_for(lambda: rounds_so_far(out) >= 5)
+    os.kill(worker_of(out, "site-2"), blow)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, printed
+    book = lines(out / "rounds.csv")
+    missed = [line for line in book if line["failed"]]
+    assert 1 <= len(missed) <= 4 and all("site-2" in line["failed"] and line["replied"] == "2" for line in missed)
+    assert book[-1]["replied"] == "3"
+    assert all(float(line["seconds"]) < 7 for line in missed)
+    call("run", file, "--out", tmp_path / "simulated")
+    assert np.abs(numbers(out) - numbers(tmp_path / "simulated")).max() < 0.05 * np.abs(numbers(out)).max()
+    nothing_left(tmp_path)
+
+
+@pytest.mark.network
+def test_a_server_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
+    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=40, {apps.LOCKSTEP}")
+    out = tmp_path / "network"
+    process = started(file, out)
+    wait_for(lambda: rounds_so_far(out) >= 8)
+    from fedbilevel.engines.nvflare.launch import processes
+
+    for number in processes(out.resolve()):
+        if number != process.pid:
+            os.kill(number, signal.SIGKILL)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "ended the run before it was done" in printed
+    before = len(lines(out / "history.csv"))
+    assert before < 41
+    call("run", file, "--out", out, "--engine", "nvflare", "--resume")
+    call("run", file, "--out", tmp_path / "simulated")
+    close(out, tmp_path / "simulated", 1e-12)
+    assert len(lines(out / "history.csv")) == 41
+    nothing_left(tmp_path)
+
+
+@pytest.mark.network
+def test_interrupted_it_leaves_no_process(tmp_path):
+    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=4000, {apps.LOCKSTEP}")
+    out = tmp_path / "network"
+    process = started(file, out)
+    wait_for(lambda: rounds_so_far(out) >= 3)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "interrupted" in printed
+    nothing_left(tmp_path)
