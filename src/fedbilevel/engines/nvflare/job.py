@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def export(app: str | Path, folder: str | Path, settings: dict[str, Any], sites:
     place = Path(folder)
     check(not place.exists() or place.is_dir(), f"{place} is a file: name a folder for the job.")
     made = recipe(app, settings, sites, **options)
+    shutil.rmtree(place / made.job_name, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
         made.export(str(place))
+    for custom in (place / made.job_name).glob(
+        "*/custom"
+    ):  # nvflare adds our own sources: every site has fedbilevel itself
+        for entry in custom.iterdir():
+            if entry.name != Path(app).name:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return place / made.job_name

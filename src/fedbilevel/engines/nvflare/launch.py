@@ -116,21 +116,26 @@ def end_all(folder: Path, patience: float = 0.0) -> None:
 
 def main() -> None:
     """What `run` starts."""
-    from .job import export, recipe
+    from .job import export
     from .poc import deployment, submit
 
     told = json.loads(sys.argv[1])
     out, clients = Path(told["out"]), told["clients"]
     options = {"out": str(out), "resume": told["resume"]}
+    job = export(told["app"], out / "job", told["settings"], clients, **options)
     if told["poc"]:
-        job = export(told["app"], out / "job", told["settings"], clients, **options)
         with deployment(out / "poc", clients) as kit:
             submit(kit, job, clients)
     else:
-        from nvflare.recipe import SimEnv
+        from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
-        made = recipe(told["app"], told["settings"], clients, **options)
-        made.run(SimEnv(num_clients=clients, workspace_root=str(out / "nvflare"), log_config="concise"))
+        SimulatorRunner(
+            job_folder=str(job),
+            workspace=str(out / "nvflare"),
+            n_clients=clients,
+            threads=clients,
+            log_config="concise",
+        ).run()
 
 
 if __name__ == "__main__":
