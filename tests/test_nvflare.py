@@ -186,3 +186,103 @@ def test_interrupted_it_leaves_no_process(tmp_path):
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 1 and "interrupted" in printed
     nothing_left(tmp_path)
+
+
+FLAKY = """
+    import os
+    import jax.numpy as jnp
+    import numpy as np
+
+    def maybe(_):
+        if float(os.environ.get("LOSING", "0")) > np.random.default_rng().random():
+            raise ConnectionError("the line went dead")
+        return np.zeros((), np.float32)
+
+    class Flaky(fb.Lockstep):
+        def moves(self, client, x, y, v, c, lam):
+            nothing = jax.pure_callback(maybe, jax.ShapeDtypeStruct((), np.float32), jnp.zeros((), jnp.float32))
+            return super().moves(client, x, jax.tree.map(lambda leaf: leaf + nothing, y), v, c, lam)
+
+    app = fb.App("""
+
+
+@pytest.mark.network
+def test_with_a_fifth_of_all_answers_lost_and_a_site_killed_it_learns_as_well(tmp_path, monkeypatch):
+    settings = (
+        'metrics={"accuracy": task.metrics["test_accuracy"]}, iterations=200, faults=fb.Faults(exclude_after=None), '
+        "algorithm=Flaky(inner_lr=0.05, hessian_lr=0.02, outer_lr=0.2, local_steps=5)"
+    )
+    file = apps.write(tmp_path, apps.DIGITS.replace("app = fb.App(", FLAKY.lstrip("\n ")), settings)
+    call("run", file, "--clients", 5, "--out", tmp_path / "simulated")
+    monkeypatch.setenv("LOSING", "0.2")
+    out = tmp_path / "network"
+    process = started(file, out, "--clients", "5")
+    wait_for(lambda: rounds_so_far(out) >= 40)
+    os.kill(worker_of(out, "site-3"), signal.SIGKILL)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, printed
+    book = lines(out / "rounds.csv")
+    lost = sum(5 - int(line["replied"]) for line in book)
+    assert 0.15 < lost / (5 * len(book)) < 0.25
+    assert any("site-3" in line["failed"] and "died" in line["failed"] for line in book)
+    assert any("site-3" not in line["failed"] for line in book[-10:])
+    accuracy = [float(lines(place / "history.csv")[-1]["accuracy"]) for place in (tmp_path / "simulated", out)]
+    assert accuracy[0] > 0.8 and accuracy[1] > accuracy[0] - 0.01
+    nothing_left(tmp_path)
+
+
+# Who may take part ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.network
+def test_strangers_are_refused(tmp_path):
+    import shutil
+    import socket
+
+    from fedbilevel.engines.nvflare import poc
+    from fedbilevel.engines.nvflare.launch import end_all
+
+    ours, others = tmp_path / "ours", tmp_path / "others"
+    for place, sites in ((others, "3"), (ours, "1")):
+        place.mkdir()
+        poc._nvflare(place, "poc", "prepare", "-n", sites, "--force")
+    kit = lambda place, site: next(place.glob(f"*/prod_*/{site}"))
+
+    def stranger(folder: Path, secure: bool = True) -> subprocess.Popen:
+        words = ["-m", str(folder), "-s", "fed_client.json", "--set", f"secure_train={str(secure).lower()}"]
+        module = "nvflare.private.fed.app.client.client_train"
+        log = (folder / "stranger.log").open("w")
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *words, f"uid={folder.name}", "org=nvidia", "config_folder=config"],
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    with poc.deployment(ours, 1) as admin:
+        session = poc.connect(admin, 1)
+        bare = tmp_path / "site-3"
+        shutil.copytree(kit(ours, "site-1"), bare)
+        for name in ("client.crt", "client.key"):
+            (bare / "startup" / name).unlink()
+        refused = [stranger(kit(others, "site-2")), stranger(bare)]
+        try:
+            for port in (8002, 8003):  # nobody speaks plain text here
+                with socket.create_connection(("localhost", port), timeout=5) as line:
+                    line.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    line.settimeout(5)
+                    try:
+                        said = line.recv(100)
+                    except OSError:
+                        said = b""
+                    assert not said.startswith(b"HTTP")
+            until = time.monotonic() + 25
+            while time.monotonic() < until:
+                assert {client.name for client in session.get_system_info().client_info} == {"site-1"}
+                time.sleep(2)
+        finally:
+            for process in refused:
+                process.kill()
+            session.close()
+    end_all(tmp_path)
+    nothing_left(tmp_path)
+    log = (kit(others, "site-2") / "stranger.log").read_text()
+    assert "CERTIFICATE_VERIFY_FAILED" in log or "certificate" in log.lower() or "Handshake" in log or "SSL" in log

@@ -67,18 +67,28 @@ def conclude(out: Path) -> None:
 
 def _show(meter: Meter, out: Path, loaded: App) -> None:
     """What the latest lines of history.csv and rounds.csv say."""
-    latest = {}
-    for name in ("history.csv", "rounds.csv"):
-        with contextlib.suppress(OSError), (out / name).open(newline="") as file:
-            for latest[name] in csv.DictReader(file):
-                pass
-    row, book = latest.get("history.csv"), latest.get("rounds.csv")
-    if row is None or book is None or None in (*row.values(), *book.values()):
+    row, book = _last(out / "history.csv"), _last(out / "rounds.csv")
+    if not row or not book:
         return
     done = int(row["iteration" if loaded.iterations else "rounds"])
     news = f"iteration {book['iteration']}, {book['exchange']}: {book['replied']} of {book['asked']} sites"
     slowest = f", {book['slowest']} last after {float(book['slowest_seconds']):.3f} s" if book["slowest"] else ""
     meter.update(done, news + slowest + (f"; {book['failed']}" if book["failed"] else ""))
+
+
+def _last(file: Path) -> dict[str, str]:
+    """The last whole line of a CSV file, by column; empty if there is none yet."""
+    try:
+        with file.open("rb") as text:
+            head = text.readline()
+            text.seek(max(len(head), file.stat().st_size - 65536))
+            whole = [line for line in text.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    except OSError:
+        return {}
+    if not whole:
+        return {}
+    names, values = list(csv.reader([head.decode(), whole[-1].decode()]))
+    return dict(zip(names, values, strict=True)) if len(names) == len(values) else {}
 
 
 def _end(process: subprocess.Popen, out: Path) -> None:
