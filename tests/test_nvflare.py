@@ -234,6 +234,29 @@ def test_with_a_fifth_of_all_answers_lost_and_a_site_killed_it_learns_as_well(tm
 # Who may take part ------------------------------------------------------------------------------------------------------
 
 
+MEMBERS = """
+import sys, time
+from pathlib import Path
+from fedbilevel.engines.nvflare.poc import connect
+
+session, seen, until = connect(Path(sys.argv[1]), 0), set(), time.monotonic() + float(sys.argv[2])
+while True:
+    seen |= {client.name for client in session.get_system_info().client_info}
+    if time.monotonic() > until:
+        break
+    time.sleep(1)
+session.close()
+print("members:", *sorted(seen))
+"""
+
+
+def members(kit: Path, seconds: float) -> set[str]:
+    """Who was connected at any time within so many seconds, as the administrator sees it."""
+    words = [sys.executable, "-c", MEMBERS, str(kit), str(seconds)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=True)
+    return set(next(line for line in done.stdout.splitlines() if line.startswith("members:")).split()[1:])
+
+
 @pytest.mark.network
 def test_strangers_are_refused(tmp_path):
     import shutil
@@ -251,37 +274,31 @@ def test_strangers_are_refused(tmp_path):
     def stranger(folder: Path, secure: bool = True) -> subprocess.Popen:
         words = ["-m", str(folder), "-s", "fed_client.json", "--set", f"secure_train={str(secure).lower()}"]
         module = "nvflare.private.fed.app.client.client_train"
-        log = (folder / "stranger.log").open("w")
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *words, f"uid={folder.name}", "org=nvidia", "config_folder=config"],
-            stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        words = [sys.executable, "-m", module, *words, f"uid={folder.name}", "org=nvidia", "config_folder=config"]
+        with (folder / "stranger.log").open("w") as log:
+            return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
 
     with poc.deployment(ours, 1) as admin:
-        session = poc.connect(admin, 1)
+        wait_for(lambda: members(admin, 0) == {"site-1"})
         bare = tmp_path / "site-3"
         shutil.copytree(kit(ours, "site-1"), bare)
         for name in ("client.crt", "client.key"):
             (bare / "startup" / name).unlink()
         refused = [stranger(kit(others, "site-2")), stranger(bare)]
         try:
-            for port in (8002, 8003):  # nobody speaks plain text here
-                with socket.create_connection(("localhost", port), timeout=5) as line:
-                    line.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                    line.settimeout(5)
-                    try:
-                        said = line.recv(100)
-                    except OSError:
-                        said = b""
-                    assert not said.startswith(b"HTTP")
-            until = time.monotonic() + 25
-            while time.monotonic() < until:
-                assert {client.name for client in session.get_system_info().client_info} == {"site-1"}
-                time.sleep(2)
+            with socket.create_connection(("localhost", 8002), timeout=5) as line:  # nobody speaks plain text here
+                line.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                line.settimeout(5)
+                try:
+                    said = line.recv(100)
+                except OSError:
+                    said = b""
+            assert not said.startswith(b"HTTP")
+            assert members(admin, 25) == {"site-1"}
         finally:
             for process in refused:
                 process.kill()
-            session.close()
+                process.wait()
     end_all(tmp_path)
     nothing_left(tmp_path)
     log = (kit(others, "site-2") / "stranger.log").read_text()

@@ -62,7 +62,8 @@ def write(study: Study, folder: Path) -> list[Path]:
         ratios = ratios_table(study, frame)
         files += _write_table(folder, "ratios", ratios, _ratios_text(ratios))
     shares = [file for file in sorted(folder.glob("runs/*/shares.csv")) if file.stat().st_size]
-    parts = pandas.concat([pandas.read_csv(file) for file in shares], ignore_index=True) if shares else None
+    measured = [table for table in map(pandas.read_csv, shares) if len(table)]  # none where a run blew up at once
+    parts = pandas.concat(measured, ignore_index=True) if measured else None
     if parts is not None:
         parts.to_csv(folder / "shares.csv", index=False)
         files.append(folder / "shares.csv")
@@ -268,7 +269,6 @@ def _draw_shares(panel, shares, style) -> None:
     if shares is None:
         panel.axis("off")
         return
-    shares = shares.astype({"share": float}).dropna(subset=["share"])  # a run that blew up has none in the end
     for label, mine in shares.groupby("algorithm", sort=False):
         curves = [(run["rounds"].to_numpy(), 100 * run["share"].to_numpy()) for _, run in mine.groupby("seed")]
         grid = np.linspace(0, min(x[-1] for x, _ in curves), 100)
