@@ -256,6 +256,21 @@ def test_lost_state_is_rebuilt_everywhere(monkeypatch):
     np.testing.assert_allclose(np.concatenate([flat(carry.state.x), flat(carry.state.y)]), numbers(again), atol=1e-13)
 
 
+def test_a_client_that_cannot_keep_its_state_ends_the_run(monkeypatch):
+    from fedbilevel.engines.client_side import ClientSide
+
+    answer = ClientSide.answer
+
+    def forgetful(self, request):
+        if self._index == 3:
+            self.states = {}
+        return answer(self, request)
+
+    monkeypatch.setattr(ClientSide, "answer", forgetful)
+    with pytest.raises(StateLost, match="client 3 has no state"):
+        solve(LOCKSTEP, 5, engine=fb.Loopback(faults=fb.Faults()))
+
+
 def test_or_the_run_stops(monkeypatch):
     _losing(monkeypatch, 3)
     with pytest.raises(StateLost, match="client 3 has no state"):

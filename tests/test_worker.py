@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import types
 
 import apps
 import jax
@@ -22,7 +23,8 @@ from fedbilevel.engines.nvflare.worker import Worker, WorkerDied, WorkerSaid
 from fedbilevel.wire import decode, encode, message_schema
 
 pytest.importorskip("nvflare")
-from fedbilevel.engines.nvflare.site import _request, _setup
+from fedbilevel.engines.nvflare import site as site_module
+from fedbilevel.engines.nvflare.site import Site, _request, _setup
 
 SEED = 0
 
@@ -164,6 +166,14 @@ def test_a_proper_request_and_setup_pass():
     fields, deadline = _request(HEADER, b"numbers", "a")
     assert fields["counted"] == [0, 0, 0] and deadline == 1.0
     assert _setup(SETUP, "b")["index"] == 1
+
+
+def test_only_the_server_may_ask(monkeypatch):
+    monkeypatch.setattr(site_module, "collab", types.SimpleNamespace(caller="site-3", site_name="a"))
+    one = Site()
+    for call in (one.hello, lambda: one.prepare(SETUP), lambda: one.answer(HEADER, b""), lambda: one.restart(b"")):
+        with pytest.raises(ValueError, match="only the server may ask; this was site-3"):
+            call()
 
 
 @given(st.sampled_from(sorted(HEADER)), anything, anything)

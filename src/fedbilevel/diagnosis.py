@@ -42,8 +42,9 @@ def diagnose(execution: Execution, algorithm: Any, healthy: Carry, failed: Carry
     parts = {f.name: largest(getattr(failed.state, f.name)) for f in dataclasses.fields(failed.state)}
     worst = [part for part, value in parts.items() if not value <= limit] or ["the diagnostics"]
     what = f"{name} blew up in iteration {failed.iteration}: {' and '.join(worst)} left the finite range"
-    if "outer_lr" not in steps:
-        return f"{what}; lower its step sizes ({', '.join(f'{k} = {v:g}' for k, v in steps.items())})."
+    if "outer_lr" not in steps or not execution.replays:
+        more = "" if execution.replays else " (a simulation says which)"
+        return f"{what}; lower its step sizes{more}: {', '.join(f'{k} = {v:g}' for k, v in steps.items())}."
     length = min(max(failed.iteration - healthy.iteration, _LEAST), _MOST)
     frozen = _with(
         algorithm, "outer_lr", 1e-30

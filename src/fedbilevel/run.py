@@ -161,7 +161,7 @@ class Run:
             left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
         paced = 1 if self._pace is None else max(1, int(_STRETCH / max(self._pace, 1e-9)))
         to_row = self._every - self.iteration % self._every if self.metrics else left
-        return min(left, paced, to_row)
+        return min(left, paced, to_row, self._execution.longest or left)
 
     def _fewest_rounds(self) -> int:
         return (

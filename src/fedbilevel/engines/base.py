@@ -54,6 +54,7 @@ class Record:
 class Execution(abc.ABC):
     """An engine bound to a problem, data, the structure of an algorithm, and a key."""
 
+    longest: int | None = None  # the most iterations between two looks at a run
     replays = True  # whether a stretch can be repeated with other settings, to find out what blew up
 
     def __init__(

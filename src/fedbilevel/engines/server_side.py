@@ -44,6 +44,8 @@ from .base import Carry, Execution, Record, within
 from .faults import REBUILD, Faults, Roster, StateLost, TooFewReplies
 from .transport import START, Request, Round, Tag, Transport, attempt_key
 
+_REBUILDS = 3  # in a row, without an iteration in between: a client that cannot keep its state will not
+
 
 class Messaging(Execution):
     """An execution that sends messages.
@@ -76,15 +78,19 @@ class Messaging(Execution):
 
     def advance(self, algorithm, carry, iterations, limit):
         algorithm = as_leaves(algorithm)
-        rounds, down, up, infos, finite, last = [], [], [], [], True, carry
+        rounds, down, up, infos, finite, last, rebuilt = [], [], [], [], True, carry, 0
         begin, compiling = time.perf_counter(), self.compiled()
         while len(rounds) < iterations and finite:
             try:
                 fed = MessageFederation(self, algorithm, carry)
                 state, info = self.program(algorithm, fed, carry.state)
             except StateLost as lost:
+                rebuilt += 1
+                if rebuilt > _REBUILDS:
+                    raise
                 carry = self._rebuild(algorithm, carry, lost)
                 continue
+            rebuilt = 0
             last, carry = carry, Carry(state, fed.client_state, carry.iteration + 1)
             infos.append(jax.tree.map(np.asarray, info))
             finite = bool(within(state, info, jnp.asarray(limit, jnp.result_type(float))))

@@ -158,8 +158,12 @@ class Collab(Engine):
 
 
 class OverNetwork(Messaging):
-    """Sites run their own settings, so that a stretch cannot be repeated with others to find out what blew up."""
+    """One iteration at a time, so that a run can be gone on from the last one that was done.
 
+    Sites run their own settings, so that a stretch cannot be repeated with others to find out what blew up.
+    """
+
+    longest = 1
     replays = False
 
     def compiled(self):

@@ -30,6 +30,7 @@ class Site:
     @collab.publish
     def hello(self) -> dict[str, Any]:
         """Load this site's rows, and say what one row looks like."""
+        _only_the_server()
         with self._lock:
             self._end()
             return self._start()
@@ -37,6 +38,7 @@ class Site:
     @collab.publish
     def prepare(self, setup: dict[str, Any]) -> dict[str, Any]:
         """Get ready: which site this is of how many, the seed, the cohort, the protocol's fingerprint."""
+        _only_the_server()
         with self._lock:
             mine = self._setup = _setup(setup, collab.site_name)
             return self._said(lambda: self._running().ask("prepare", **mine)[0])
@@ -44,6 +46,7 @@ class Site:
     @collab.publish
     def answer(self, header: dict[str, Any], payload: bytes) -> dict[str, Any]:
         """Answer a request."""
+        _only_the_server()
         request, deadline = _request(header, payload, collab.site_name)
         with self._lock:
 
@@ -61,6 +64,7 @@ class Site:
     @collab.publish
     def restart(self, payload: bytes) -> dict[str, Any]:
         """Begin anew with the state that (x, y) gives."""
+        _only_the_server()
         _check(isinstance(payload, bytes), "restart takes bytes")
         with self._lock:
             return self._said(lambda: self._ready().ask("restart", payload)[0])
@@ -112,6 +116,11 @@ class Site:
 
 
 # What the server may say -----------------------------------------------------------------------------------------------
+
+
+def _only_the_server() -> None:
+    """Refuse other sites, whom nvflare would let call as well."""
+    _check(collab.caller == "server", f"only the server may ask; this was {collab.caller}")
 
 
 def _check(good: bool, what: str) -> None:
