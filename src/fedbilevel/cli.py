@@ -200,7 +200,7 @@ def list_names(as_json: Json = False):
     print("Algorithms")
     for name, line in about.items():
         print(f"  {name:22}{line}")
-    print(f"Partitions\n  {', '.join(PARTITIONS)}\nEngines\n  {', '.join(ENGINES)}")
+    print(f"Partitions\n  {', '.join(PARTITIONS)}\nEngines\n  {', '.join(ENGINES)}; for an application nvflare too")
 
 
 @app.command()
@@ -310,6 +310,7 @@ def _plan(task, algorithms, seeds, sets, iterations, rounds, cohort, engine, eva
 
     check(precision in (32, 64), f"--precision is 32 or 64; got {precision}.")
     check(iterations is None or rounds is None, "give --iterations or --rounds, not both.")
+    check(engine != "nvflare", "--engine nvflare is for an application: name its Python file (docs: Deploy).")
     for name, known in ((task, TASKS), (engine, ENGINES)):
         if name not in known:
             raise unknown_name("task" if known is TASKS else "engine", name, known)

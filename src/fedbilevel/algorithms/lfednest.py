@@ -82,5 +82,7 @@ class LFedNest(_LocalHypergradient, LocalLower):
 
 
 class LFedNestSVRG(_LocalHypergradient, CorrectedLower):
-    """LFedNest with the corrected lower loop: 2T+1 rounds; the hypergradient stays local, and biased where clients
-    differ. The arguments are `FedNest`'s."""
+    """LFedNest with FedNest's corrected lower loop: 2T+1 rounds; biased where clients differ, for Hessians stay local.
+
+    The arguments are `FedNest`'s.
+    """

@@ -32,8 +32,11 @@ def run(app: str, loaded: App, out: Path, clients: int, settings: dict[str, Any]
         InputError: the app cannot be used.
         RunError: the run failed.
     """
+    from .job import export
+
     out = out.resolve()
-    told = {"app": app, "out": str(out), "clients": clients, "settings": settings, "poc": poc, "resume": resume}
+    job = export(app, out / "job", settings, clients, out=str(out), resume=resume)
+    told = {"job": str(job), "out": str(out), "clients": clients, "poc": poc}
     (out / "outcome.json").unlink(missing_ok=True)
     with (out / "nvflare.log").open("a") as log:
         process = subprocess.Popen(
@@ -126,17 +129,14 @@ def end_all(folder: Path, patience: float = 0.0) -> None:
 
 def main() -> None:
     """What `run` starts."""
-    from .job import export
     from .poc import deployment, submit
 
     told = json.loads(sys.argv[1])
-    out, clients = Path(told["out"]), told["clients"]
-    options = {"out": str(out), "resume": told["resume"]}
-    job = export(told["app"], out / "job", told["settings"], clients, **options)
+    job, out, clients = Path(told["job"]), Path(told["out"]), told["clients"]
     if told["poc"]:
         with deployment(out / "poc", clients) as kit:
             submit(kit, job, clients)
-    else:
+    else:  # it forks: nothing here may have used JAX before, as an app does when it is read
         from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
         SimulatorRunner(
