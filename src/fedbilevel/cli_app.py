@@ -84,7 +84,7 @@ def _folder(folder: Path, resume: bool, overwrite: bool) -> Path:
         check(ours, f"{folder} is not empty and holds no results of ours: name another folder.")
         for name in _OURS:
             (folder / name).unlink(missing_ok=True)
-        for name in ("nvflare", "poc", "job"):
+        for name in ("nvflare", "poc", "job", "sites"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

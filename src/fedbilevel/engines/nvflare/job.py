@@ -31,7 +31,7 @@ def recipe(app: str | Path, settings: dict[str, Any], sites: int, *, out: str = 
     made = CollabRecipe(
         job_name=loaded.name,
         server=Server(app=name, name=loaded.name, out=out, settings=settings, resume=resume),
-        client=Site(app=name, name=loaded.name),
+        client=Site(app=name, name=loaded.name, keep=str(Path(out) / "sites") if out else ""),
         min_clients=sites,
         sync_task_timeout=600,
     )

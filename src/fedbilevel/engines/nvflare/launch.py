@@ -107,9 +107,8 @@ def processes(folder: Path) -> list[int]:
     found = []
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            words = place.read_bytes().split(b"\0")
-            named = any(word.startswith(str(folder).encode()) for word in words)
-            if named and int(place.parent.name) != os.getpid():
+            named = str(folder).encode() in place.read_bytes()
+            if named and int(place.parent.name) not in (os.getpid(), os.getppid()):
                 found.append(int(place.parent.name))
     return found
 

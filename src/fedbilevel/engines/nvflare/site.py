@@ -18,11 +18,12 @@ class Site:
 
     Args:
         app: the name of the application's file, in the job's folder for custom code.
-        name: what results and states are filed under.
+        name: what states are filed under.
+        keep: folder for states, on this machine; "": in the site's workspace, under fedbilevel.
     """
 
-    def __init__(self, app: str = "app.py", name: str = "app"):
-        self.app, self.name = app, name
+    def __init__(self, app: str = "app.py", name: str = "app", keep: str = ""):
+        self.app, self.name, self.keep = app, name, keep
         self._lock = threading.Lock()
         self._worker: Worker | None = None
         self._setup: dict[str, Any] | None = None
@@ -79,7 +80,7 @@ class Site:
     def _start(self) -> dict[str, Any]:
         workspace, job = collab.workspace, collab.fl_ctx.get_job_id()
         file = Path(workspace.get_app_custom_dir(job)) / self.app
-        folder = Path(workspace.get_root_dir()) / "fedbilevel" / self.name / collab.site_name
+        folder = Path(self.keep or Path(workspace.get_root_dir()) / "fedbilevel") / self.name / collab.site_name
         self._worker = Worker(str(file), collab.site_name, str(folder))
         worker = self._worker
         return self._said(lambda: {**worker.ask("load", deadline=START_SECONDS)[0], "worker": worker.pid})
