@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import RunError
 from .launch import end_all
 
-_READY = 120.0  # seconds within which all processes have joined
+_READY = 180.0  # seconds within which all processes have joined
 _ADMIN = "admin@nvidia.com"
 
 
@@ -30,7 +30,7 @@ def deployment(folder: Path, clients: int) -> Iterator[Path]:
     if not list(folder.glob("*/prod_*")):
         _nvflare(folder, "poc", "prepare", "-n", str(clients), "--force")
     try:
-        _nvflare(folder, "poc", "start", "-ex", _ADMIN)
+        _nvflare(folder, "poc", "start", "-ex", _ADMIN, "--no-wait")
         yield sorted(folder.glob(f"*/prod_*/{_ADMIN}"))[-1]
     finally:
         with contextlib.suppress(RunError, subprocess.TimeoutExpired):
