@@ -54,7 +54,7 @@ lint: .venv/dev ## ruff: the rules and the format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/core .venv/dev ## pyright
+types: .venv/core .venv/test .venv/dev ## pyright
 	$(BIN)/pyright
 
 docs: .venv/docs ## the documentation, as pages in site/

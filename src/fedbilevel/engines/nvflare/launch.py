@@ -74,9 +74,12 @@ def _show(meter: Meter, out: Path, loaded: App) -> None:
     if not row or not book:
         return
     done = int(row["iteration" if loaded.iterations else "rounds"])
-    news = f"iteration {book['iteration']}, {book['exchange']}: {book['replied']} of {book['asked']} sites"
-    slowest = f", {book['slowest']} last after {float(book['slowest_seconds']):.3f} s" if book["slowest"] else ""
-    meter.update(done, news + slowest + (f"; {book['failed']}" if book["failed"] else ""))
+    asked, replied = book["asked"].split(), book["replied"].split()
+    news = f"iteration {book['iteration']}, {book['exchange']}: {len(replied)} of {len(asked)} sites"
+    if replied:
+        seconds, last = max(zip(map(float, book["latency"].split()), replied, strict=True))
+        news += f", {last} last after {seconds:.3f} s"
+    meter.update(done, news + (f"; {book['failed']}" if book["failed"] else ""))
 
 
 def _last(file: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..transport import Round
 
 COLUMNS = (
-    "iteration", "exchange", "attempt", "asked", "replied", "failed", "seconds", "slowest", "slowest_seconds",
+    "iteration", "exchange", "attempt", "asked", "replied", "failed", "latency", "seconds",
     "bytes_down", "bytes_up", "wire_down", "wire_up",
 )  # fmt: skip
 
@@ -16,9 +16,9 @@ COLUMNS = (
 class Ledger:
     """Writes rounds as they happen.
 
-    iteration, attempt: from one on. asked, replied: how many sites. failed: site (why); ... . slowest, slowest_seconds: the
-    site whose reply came last, and after how long. bytes: payload of the protocol. wire: what nvflare's messages to and
-    from the sites weighed, without the transport's own framing and encryption.
+    iteration, attempt: from one on. asked, replied: sites. failed: site (why); ... . latency: of each reply, in the order
+    of `replied`, in seconds. bytes: payload of the protocol. wire: what nvflare's messages to and from the sites weighed,
+    without the transport's own framing and encryption.
     """
 
     def __init__(self, path: Path, names: list[str], resume: bool):
@@ -32,10 +32,10 @@ class Ledger:
     def write(self, r: Round) -> None:
         """One line."""
         failed = "; ".join(f"{self._names[client]} ({why})" for client, why in sorted(r.failed.items()))
-        slowest = max(r.latency, key=lambda client: r.latency[client], default=None)
-        last = ("", "") if slowest is None else (self._names[slowest], f"{r.latency[slowest]:.4f}")
+        sites = lambda clients: " ".join(self._names[client] for client in clients)
+        latency = " ".join(f"{r.latency.get(client, float('nan')):.4f}" for client in r.replied)
         self._writer.writerow(
-            [r.iteration, r.exchange, r.attempt, len(r.asked), len(r.replied), failed, f"{r.seconds:.4f}", *last,
+            [r.iteration, r.exchange, r.attempt, sites(r.asked), sites(r.replied), failed, latency, f"{r.seconds:.4f}",
              r.bytes_down, r.bytes_up, r.wire_down, r.wire_up]
         )  # fmt: skip
         self._file.flush()
