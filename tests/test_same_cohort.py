@@ -15,7 +15,7 @@ import fedbilevel as fb
 KINDS = [fb.AggITD, fb.FedNest, fb.FedNestSGD]
 
 
-class Asked(fb.engines.loopback._LoopedFederation):
+class Asked(fb.engines.server_side.MessageFederation):
     """Loopback that remembers which clients each exchange asked."""
 
     log: ClassVar[list] = []
@@ -58,7 +58,7 @@ def test_with_everyone_it_changes_nothing(kind):
 @pytest.mark.parametrize(("kind", "groups"), [(fb.AggITD, 1), (fb.FedNest, 3)])
 def test_who_is_asked(kind, groups, monkeypatch):
     """AggITD: one cohort; FedNest: one for each of its two lower turns, and one for the upper level."""
-    monkeypatch.setattr(fb.engines.loopback, "_LoopedFederation", Asked)
+    monkeypatch.setattr(fb.engines.server_side, "MessageFederation", Asked)
     seen = {}
     for same in (True, False):
         monkeypatch.setattr(Asked, "log", [])
