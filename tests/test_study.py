@@ -232,5 +232,5 @@ def test_checked_in_step_sizes_are_points_of_the_grid():
         for contender in full.contenders:
             assert rates[contender.label] in full.candidates(contender)
             contender.build(rates[contender.label])
-    with pytest.raises(InputError, match="no step sizes are checked in for mnist-iid"):
-        catalogue.found("mnist-iid")
+    with pytest.raises(InputError, match="no step sizes are checked in for another-study"):
+        catalogue.found("another-study")
