@@ -184,7 +184,11 @@ def test_a_server_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
 def test_interrupted_it_leaves_no_process(tmp_path):
     file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=4000, {apps.LOCKSTEP}")
     out = tmp_path / "network"
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background inherits that it is ignored
     process = started(file, out)
+    signal.signal(signal.SIGINT, before)
     wait_for(lambda: rounds_so_far(out) >= 3)
     process.send_signal(signal.SIGINT)
     printed = process.communicate(timeout=120)[0]
