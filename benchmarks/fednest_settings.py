@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedbilevel as fb
-from fedbilevel.datasets import IDX_FILES, read_idx
+from fedbilevel.datasets import find_idx, idx_arrays
 from fedbilevel.partition import partition
 from fedbilevel.tasks.base import cross_entropy
 from fedbilevel.tasks.network import layer
@@ -142,8 +143,7 @@ class AllRows(fb.FedNest):
 
 def mnist(folder: Path) -> list[np.ndarray]:
     """Training images (rows, 784) uint8 and labels, and the same of the test."""
-    found = [next(p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()) for stem in IDX_FILES]
-    images, labels, test_images, test_labels = map(read_idx, found, (3, 1, 3, 1))
+    images, labels, test_images, test_labels = idx_arrays(folder)
     flat = lambda a: a.reshape(len(a), -1)
     return [flat(images), labels.astype(np.int32), flat(test_images), test_labels.astype(np.int32)]
 
@@ -192,6 +192,10 @@ def report(seed: int, curve, cpu, wall, each, growth) -> list[int | None]:
 
 def main() -> None:
     options = arguments()
+    try:
+        options.data_dir = find_idx("mnist", options.data_dir)
+    except fb.InputError as error:
+        sys.exit(str(error))
     if hasattr(os, "sched_setaffinity"):  # before JAX starts its threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     kind = fb.FedNest if options.means == "batch" else AllRows

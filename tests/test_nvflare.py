@@ -276,7 +276,7 @@ def test_strangers_are_refused(tmp_path):
     ours, others = tmp_path / "ours", tmp_path / "others"
     for place, sites in ((others, "3"), (ours, "1")):
         place.mkdir()
-        poc._nvflare(place, "poc", "prepare", "-n", sites, "--force")
+        poc.tool(place, "poc", "prepare", "-n", sites, "--force")
     kit = lambda place, site: next(place.glob(f"*/prod_*/{site}"))
 
     def stranger(folder: Path, secure: bool = True) -> subprocess.Popen:

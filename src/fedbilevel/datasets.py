@@ -20,7 +20,6 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +103,22 @@ def idx_folder(folder: str | os.PathLike[str], name: str) -> Dataset:
     Raises:
         InputError: names the folder or file that is missing, is no idx file, or does not fit the others.
     """
+    images, labels, test_images, test_labels = idx_arrays(folder)
+    mean, deviation = PIXELS.get(name) or (images.mean() / 255, images.std() / 255)
+    check(
+        deviation > 0, f"all pixels of the training images in {folder} are equal: there is nothing to learn from them."
+    )
+    x_train, x_test = (_pixels(array, mean, deviation) for array in (images, test_images))
+    y_train, y_test = labels.astype(np.int32), test_labels.astype(np.int32)
+    return Dataset(name, x_train, y_train, x_test, y_test, int(max(y_train.max(), y_test.max())) + 1)
+
+
+def idx_arrays(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Training images (rows, height, width) and labels (rows,), and the same of the test, as in the files: uint8.
+
+    Raises:
+        InputError: names the folder or file that is missing, is no idx file, or does not fit the others.
+    """
     folder = Path(folder).expanduser()
     check(folder.is_dir(), f"there is no folder {folder}: pass the one that holds {', '.join(IDX_FILES)} (or .gz).")
     paths = [_file(folder, stem) for stem in IDX_FILES]
@@ -114,11 +129,7 @@ def idx_folder(folder: str | os.PathLike[str], name: str) -> Dataset:
         images.shape[1:] == test_images.shape[1:],
         f"{paths[2]} holds images of {test_images.shape[1:]} pixels, but the training images have {images.shape[1:]}.",
     )
-    mean, deviation = PIXELS.get(name) or (images.mean() / 255, images.std() / 255)
-    check(deviation > 0, f"all pixels in {paths[0]} are equal: there is nothing to learn from them.")
-    x_train, x_test = (_pixels(array, mean, deviation) for array in (images, test_images))
-    y_train, y_test = labels.astype(np.int32), test_labels.astype(np.int32)
-    return Dataset(name, x_train, y_train, x_test, y_test, int(max(y_train.max(), y_test.max())) + 1)
+    return images, labels, test_images, test_labels
 
 
 def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
@@ -189,7 +200,12 @@ def _file(folder: Path, stem: str) -> Path:
     return found[0]
 
 
-def _idx(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
+def find_idx(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder with the files of "mnist" or "fashion-mnist": `data_dir`, NAME in it, or by default the cache.
+
+    Raises:
+        InputError: they are in none of these, or `data_dir` is the other data set's.
+    """
     given = data_dir if data_dir is not None else os.environ.get("FEDBILEVEL_DATA") or None
     places = [] if given is None else [Path(given).expanduser() / name, Path(given).expanduser()]
     if data_dir is None:
@@ -198,7 +214,7 @@ def _idx(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
         if any((place / (stem + end)).is_file() for stem in IDX_FILES for end in ("", ".gz")):
             own = place.absolute().name
             check(own == name or own not in PIXELS, f"{place} is named after {own}: pass the folder of {name}.")
-            return idx_folder(place, name)
+            return place
     raise InputError(
         f"the data set {name} is not in {' or '.join(map(str, places))}: pass --data-dir (data_dir=) with a folder "
         f"that holds {', '.join(IDX_FILES)} (or .gz), itself or in {name}/."
@@ -207,8 +223,8 @@ def _idx(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
 
 DATASETS: dict[str, Callable[[str | os.PathLike[str] | None], Dataset]] = {
     "digits": lambda data_dir: digits(),
-    "mnist": partial(_idx, "mnist"),
-    "fashion-mnist": partial(_idx, "fashion-mnist"),
+    "mnist": lambda data_dir: idx_folder(find_idx("mnist", data_dir), "mnist"),
+    "fashion-mnist": lambda data_dir: idx_folder(find_idx("fashion-mnist", data_dir), "fashion-mnist"),
     "diabetes": lambda data_dir: diabetes(),
     "breast-cancer": lambda data_dir: breast_cancer(),
 }

@@ -19,7 +19,7 @@ from ...errors import RunError
 from .launch import end_all
 
 _READY = 180.0  # seconds within which all processes have joined
-_ADMIN = "admin@nvidia.com"
+ADMIN = "admin@nvidia.com"
 
 
 @contextlib.contextmanager
@@ -28,13 +28,13 @@ def deployment(folder: Path, clients: int) -> Iterator[Path]:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob("*/prod_*")):
-        _nvflare(folder, "poc", "prepare", "-n", str(clients), "--force")
+        tool(folder, "poc", "prepare", "-n", str(clients), "--force")
     try:
-        _nvflare(folder, "poc", "start", "-ex", _ADMIN, "--no-wait")
-        yield sorted(folder.glob(f"*/prod_*/{_ADMIN}"))[-1]
+        tool(folder, "poc", "start", "-ex", ADMIN, "--no-wait")
+        yield sorted(folder.glob(f"*/prod_*/{ADMIN}"))[-1]
     finally:
         with contextlib.suppress(RunError, subprocess.TimeoutExpired):
-            _nvflare(folder, "poc", "stop")
+            tool(folder, "poc", "stop")
         end_all(folder, patience=10.0)
 
 
@@ -45,7 +45,7 @@ def connect(kit: Path, clients: int) -> Any:
     session, until = None, time.monotonic() + _READY
     while True:
         with contextlib.suppress(Exception):  # the server is not up yet
-            session = session or new_secure_session(_ADMIN, str(kit), timeout=5.0)
+            session = session or new_secure_session(ADMIN, str(kit), timeout=5.0)
             if len(session.get_system_info().client_info) >= clients:
                 return session
         if time.monotonic() > until:
@@ -64,7 +64,12 @@ def submit(kit: Path, job: Path, clients: int) -> str:
         session.close()
 
 
-def _nvflare(folder: Path, *words: str) -> None:
+def tool(folder: Path, *words: str) -> None:
+    """Run nvflare's own command line for the deployment in a folder.
+
+    Raises:
+        RunError: it failed.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # its scripts call python3
     environment = {**os.environ, "NVFLARE_POC_WORKSPACE": str(folder), "PATH": path}
     done = subprocess.run(
