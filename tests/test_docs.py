@@ -59,7 +59,7 @@ def test_the_python_of_a_page_runs(page, tmp_path):
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page.read_text())], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(page, tmp_path):
     for words in commands(page.read_text()):
-        run("-m", "fedbilevel.cli", *words, cwd=tmp_path)
+        run("-m", "fedbilevel", *words, cwd=tmp_path)
 
 
 PAGE = """# A page

@@ -10,9 +10,10 @@ from .app import App
 from .data import FederatedData
 from .engines import Faults, Loopback, Simulation
 from .errors import ClientError, Diverged, InputError, RunError
+from .exchanges import Protocol
 from .federation import Client, Federation, Reply, When
 from .problem import Problem, Rows
-from .protocol import Protocol, protocol
+from .protocol import protocol
 from .result import History, Result
 from .solve import estimate_hypergradient, solve
 

@@ -7,12 +7,8 @@ expected and the largest rounds and bytes of an iteration exactly.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import itertools
-import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -26,102 +22,12 @@ from jaxtyping import PyTree
 from .algorithm import Algorithm
 from .data import FederatedData
 from .errors import InputError, check
+from .exchanges import SAMPLED, Protocol, summary
 from .federation import Client, Reply, check_cohort, combine_replies
 from .problem import Problem, bind, check_losses, describe, strong, trainable
-from .tracing import Path, Site, TracedFederation, check_times
+from .tracing import TracedFederation, check_times
 
 _ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
-_SAMPLED = 2_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """One line of the protocol: an exchange, and what it costs in one iteration, summed over the cohort.
-
-    Attributes:
-        name: the client method; `down` and `up` name the message's and the reply's parts, conditional ones in brackets.
-        times, bytes_down, bytes_up: expected over the server's draws.
-        times_most, bytes_down_most, bytes_up_most: at most.
-    """
-
-    name: str
-    down: str
-    up: str
-    times: float
-    times_most: int
-    bytes_down: float
-    bytes_down_most: int
-    bytes_up: float
-    bytes_up_most: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """The exchanges of one iteration; `print` it for a table.
-
-    Attributes:
-        algorithm: the algorithm's name.
-        clients, cohort: how many clients there are, and how many one exchange asks.
-        exchanges: one line per exchange in the program.
-        rounds, bytes_down, bytes_up: of one iteration, expected over what the server draws (a whole number where it
-            is one); bytes are payload, summed over the cohort.
-        rounds_most, bytes_down_most, bytes_up_most: the most an iteration can need.
-        kind: "exact", "sampled" (the server draws too many numbers to enumerate) or "bound" (the number of rounds
-            depends on the data: the expected values are then the most).
-        sites, info: the call sites by path and the shapes of the diagnostics, for engines.
-    """
-
-    algorithm: str
-    clients: int
-    cohort: int
-    exchanges: tuple[Exchange, ...]
-    rounds: float
-    rounds_most: int
-    bytes_down: float
-    bytes_down_most: int
-    bytes_up: float
-    bytes_up_most: int
-    kind: str
-    sites: Mapping[Path, Site] = dataclasses.field(repr=False, compare=False)
-    info: PyTree = dataclasses.field(repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything that can be printed, for JSON."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.compare}
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def __str__(self) -> str:
-        head = ("exchange", "down", "up", "times", "bytes down", "bytes up")
-        rows = [
-            (
-                e.name,
-                e.down,
-                e.up,
-                _range(e.times, e.times_most),
-                _range(e.bytes_down, e.bytes_down_most),
-                _range(e.bytes_up, e.bytes_up_most),
-            )
-            for e in self.exchanges
-        ]
-        total = (
-            "total", "", "", _range(self.rounds, self.rounds_most),
-            _range(self.bytes_down, self.bytes_down_most), _range(self.bytes_up, self.bytes_up_most),
-        )  # fmt: skip
-        widths = [max(len(row[i]) for row in (head, *rows, total)) for i in range(len(head))]
-        line = lambda row: "  ".join(
-            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        rule = "  ".join("-" * w for w in widths)
-        note = {
-            "exact": "expected values; in brackets the most, where it differs",
-            "sampled": f"means over {_SAMPLED} draws; in brackets the most seen",
-            "bound": "the number of rounds depends on the data: these are the most",
-        }[self.kind]
-        title = f"{self.algorithm}: one iteration, {self.cohort} of {self.clients} clients an exchange ({note})"
-        return "\n".join([title, "", line(head), rule, *map(line, rows), rule, line(total)])
 
 
 def protocol(
@@ -167,7 +73,7 @@ def trace(
         counts, _ = _evaluate(program, *run, by_draw=found.loops_draw, most=True)
         counts, kind = jax.tree.map(lambda value: value.max(axis=0, keepdims=True), counts), "bound"
     counts = jax.tree.map(np.asarray, counts)
-    return _summary(algorithm, data.clients, cohort, found.sites, counts, kind, info)
+    return summary(algorithm, data.clients, cohort, found.sites, counts, kind, info)
 
 
 def step(algorithm: Algorithm, fed: Any, state: Any) -> tuple[Any, Any]:
@@ -308,7 +214,7 @@ def _combinations(ranges: list[tuple[int, int]], sample: bool) -> tuple[np.ndarr
         every = list(itertools.product(*(range(*r) for r in ranges)))
         return np.array(every, np.int32).reshape(combinations, len(ranges)), "exact"
     draw = np.random.default_rng(0)
-    return np.stack([draw.integers(low, high, _SAMPLED) for low, high in ranges], 1).astype(np.int32), "sampled"
+    return np.stack([draw.integers(low, high, SAMPLED) for low, high in ranges], 1).astype(np.int32), "sampled"
 
 
 @eqx.filter_jit
@@ -339,57 +245,3 @@ def _evaluate(program, algorithm, problem, data, state, cohort, layout, draws, *
         return jax.tree.unflatten(jax.tree.structure(shape), counting(*opaque, given, key))
 
     return jax.vmap(counts, in_axes=(0, 0 if by_draw else None))(draws, keys if by_draw else keys[0]), depends
-
-
-def bytes_of(
-    site: Site, counts: np.ndarray, cohort: int, replies: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Payload bytes (down, up) over the cohort, for counts of shape (..., 1 + flags) at a site.
-
-    replies: the same counts summed over the clients that answered; by default the whole cohort did.
-    """
-    counts = counts.astype(object)  # Python integers: int32 overflows, and so may int64 over a long run
-    replies = cohort * counts if replies is None else replies.astype(object)
-    of = lambda parts, times: sum(part.bytes * times[..., 0 if part.flag is None else 1 + part.flag] for part in parts)
-    zero = 0 * counts[..., 0]
-    return of(site.down, cohort * counts) + zero, of(site.up, replies) + zero
-
-
-def _summary(algorithm, clients, cohort, sites, counts, kind, info) -> Protocol:
-    lines, totals = [], np.zeros((3, len(next(iter(counts.values())))), object)
-    for path in sorted(sites):
-        site, count = sites[path], counts[path]
-        down, up = bytes_of(site, count, cohort)
-        totals += np.stack([site.round * count[:, 0].astype(object), down, up])
-        spent = [(_mean(each), int(each.max())) for each in (count[:, 0], down, up)]
-        name = site.name if site.round else f"{site.name} (same round)"
-        lines.append(Exchange(name, *_labels(algorithm, site), *itertools.chain(*spent)))  # pyright: ignore[reportArgumentType]
-    rounds, down, up = totals
-    return Protocol(
-        type(algorithm).__name__, clients, cohort, tuple(lines),
-        _mean(rounds), int(rounds.max()), _mean(down), int(down.max()), _mean(up), int(up.max()), kind, sites, info,
-    )  # fmt: skip
-
-
-def _labels(algorithm, site: Site) -> tuple[str, str]:
-    """Names of the parts: the message's from the method's signature, the reply's by their place."""
-    names = list(inspect.signature(getattr(algorithm, site.name)).parameters)[1:]
-    show = lambda text, part: text if part.flag is None else f"[{text}]"
-    name = lambda place: names[place] if place < len(names) else f"#{place}"
-    down = ", ".join(show(name(int(part.label)), part) for part in site.down)
-    up = ", ".join(show(f"{part.bytes} B", part) for part in site.up)
-    return down, up
-
-
-def _mean(values) -> float:
-    mean = sum(int(v) for v in values) / len(values)
-    return int(mean) if mean == int(mean) else mean
-
-
-def _range(expected: float, most: int) -> str:
-    text = f"{expected:,}" if isinstance(expected, int) else f"{expected:,.1f}"
-    return text if expected == most else f"{text} [{most:,}]"
-
-
-def _plain(value):
-    return [dataclasses.asdict(e) for e in value] if isinstance(value, tuple) else value

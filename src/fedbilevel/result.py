@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .errors import check
-from .protocol import Protocol
+from .exchanges import Protocol
 
 
 class History(list):

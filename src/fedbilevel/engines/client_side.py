@@ -20,9 +20,9 @@ from jaxtyping import Array, Key, PyTree
 
 from ..data import ClientRows
 from ..errors import ClientError, InputError, RunError, check
+from ..exchanges import Protocol
 from ..federation import Client, Reply, client_key
 from ..problem import Problem, describe
-from ..protocol import Protocol
 from ..tracing import reply_parts
 from ..wire import conditional_parts, decode, encode, message_schema, rebuild_message
 from .faults import StateLost

@@ -10,8 +10,9 @@ import numpy as np
 
 from ...app import App, placeholder
 from ...data import FederatedData
+from ...exchanges import Protocol
 from ...problem import Problem, bind, strong, trainable
-from ...protocol import Protocol, trace
+from ...protocol import trace
 
 
 def placeholder_data(schemas: list[str], sites: int, weights: list[float] | None) -> FederatedData:

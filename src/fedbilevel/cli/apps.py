@@ -19,8 +19,8 @@ def run_app(
     """Run an application; its results go to the folder `out`, by default beside the file, named after the app."""
     import jax
 
-    from .app import load_app
-    from .errors import check, unknown_name
+    from ..app import load_app
+    from ..errors import check, unknown_name
 
     if engine not in ENGINES:
         raise unknown_name("engine", engine, ENGINES)
@@ -31,7 +31,7 @@ def run_app(
     folder = _folder(Path(out or f"{app.name}-results"), resume, overwrite)
     if engine == "nvflare":
         need_nvflare()
-        from .engines.nvflare.launch import run
+        from ..engines.nvflare.launch import run
 
         run(file, app, folder, sites, chosen(settings), poc=poc, resume=resume)
     else:
@@ -42,11 +42,11 @@ def run_app(
 
 def deploy_app(file: str, out: str, clients: int, resume: bool, settings: dict[str, Any]) -> None:
     """Write the job folder, and say how to submit it."""
-    from .errors import check
+    from ..errors import check
 
     check(clients >= 1, f"--clients is how many sites have to be connected, at least 1; got {clients}.")
     need_nvflare()
-    from .engines.nvflare.job import export
+    from ..engines.nvflare.job import export
 
     place = export(file, out, chosen(settings), clients, resume=resume)
     print(f"Written to {place}: a job for NVIDIA FLARE. Submit it with: nvflare job submit -j {place}")
@@ -54,7 +54,7 @@ def deploy_app(file: str, out: str, clients: int, resume: bool, settings: dict[s
 
 def need_nvflare() -> None:
     """Refuse, with what to install, where nvflare is missing."""
-    from .errors import check
+    from ..errors import check
 
     there = importlib.util.find_spec("nvflare") is not None
     check(there, "nvflare is not installed: pip install 'fedbilevel[nvflare]'.")
@@ -72,7 +72,7 @@ def _folder(folder: Path, resume: bool, overwrite: bool) -> Path:
     """The folder for results, empty unless the run goes on in it."""
     import shutil
 
-    from .errors import check
+    from ..errors import check
 
     check(not folder.exists() or folder.is_dir(), f"{folder} is a file: name a folder for the results.")
     used = folder.exists() and any(folder.iterdir())
@@ -91,10 +91,10 @@ def _folder(folder: Path, resume: bool, overwrite: bool) -> Path:
 
 
 def _simulate(app: Any, engine: str, sites: list[str], folder: Path, resume: bool) -> None:
-    from .callbacks import CSV, Checkpoint, Progress
-    from .engines import Loopback, Simulation
-    from .result import save_variables
-    from .solve import solve
+    from ..callbacks import CSV, Checkpoint, Progress
+    from ..engines import Loopback, Simulation
+    from ..result import save_variables
+    from ..solve import solve
 
     x, y = app.begin()
     how = Simulation(cohort=app.cohort) if engine == "simulation" else Loopback(cohort=app.cohort, faults=app.faults)

@@ -1,0 +1,54 @@
+"""The command line: parses, calls the library, prints. Exit codes: 0 done, 1 the run failed, 2 bad usage."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from . import runs, studies
+from .options import app
+
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+
+
+def main() -> None:
+    """Entry point: one sentence and exit code 2 for bad usage, 1 for a run that failed."""
+    _keep_compiled_programs()
+    from ..errors import InputError, RunError
+
+    try:
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
+    except _UsageError as error:
+        sys.exit(_say(f"{error.format_message()} (see fedbilevel --help)", 2))
+    except InputError as error:
+        sys.exit(_say(str(error), 2))
+    except RunError as error:
+        sys.exit(_say(str(error), 1))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(_say("interrupted: what was run is kept with --out; the same command with --resume goes on.", 1))
+    except OSError as error:
+        sys.exit(_say(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1))
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"fedbilevel: {sentence}", file=sys.stderr)
+    return code
+
+
+def _keep_compiled_programs() -> None:
+    """Let JAX keep compiled programs on disk, so that a second run starts at once (JAX_COMPILATION_CACHE_DIR moves it)."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        with contextlib.suppress(OSError):
+            folder = Path(base) / "fedbilevel" / "xla"
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)

@@ -1,0 +1,41 @@
+"""The command itself, and the options that its subcommands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fedbilevel",
+    help="Federated bilevel optimisation: run, compare and inspect algorithms.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Task = Annotated[
+    str, typer.Argument(help="quadratic, ridge, regularisation, hyper-representation or loss-tuning (see `list`).")
+]
+TaskOrApp = Annotated[str, typer.Argument(help="A task (see `list`), or the Python file of an application of yours.")]
+Dataset = Annotated[str | None, typer.Option("--dataset", help="Data set; the task's default is embedded.")]
+DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder that holds the data set's files.")]
+Partition = Annotated[str, typer.Option("--partition", help="iid, shards, dirichlet or quantity.")]
+Alpha = Annotated[float | None, typer.Option("--alpha", help="Concentration of dirichlet and quantity.")]
+Clients = Annotated[int | None, typer.Option("--clients", help="How many clients there are.")]
+Cohort = Annotated[int | None, typer.Option("--cohort", help="How many clients each exchange asks; default all.")]
+Iterations = Annotated[int | None, typer.Option("--iterations", help="Outer iterations.")]
+Rounds = Annotated[
+    int | None, typer.Option("--rounds", help="Communication rounds; the whole iterations that fit are run.")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="name=value, repeatable; in compare also algorithm.name=value.")
+]
+Out = Annotated[str | None, typer.Option("--out", help="Folder for config, history, summary and figures.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the --out folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in the --out folder.")]
+Engine = Annotated[str, typer.Option("--engine", help="simulation, loopback, or for an application nvflare.")]
+Every = Annotated[int, typer.Option("--evaluate-every", help="Iterations between evaluations.")]
+Precision = Annotated[int, typer.Option("--precision", help="32 or 64 bits.")]
