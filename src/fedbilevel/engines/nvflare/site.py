@@ -34,7 +34,7 @@ class Site:
         _only_the_server()
         with self._lock:
             self._end()
-            return self._start()
+            return self._said(self._start)
 
     @collab.publish
     def prepare(self, setup: dict[str, Any]) -> dict[str, Any]:
@@ -82,25 +82,27 @@ class Site:
         file = Path(workspace.get_app_custom_dir(job)) / self.app
         folder = Path(self.keep or Path(workspace.get_root_dir()) / "fedbilevel") / self.name / collab.site_name
         self._worker = Worker(str(file), collab.site_name, str(folder))
-        worker = self._worker
-        return self._said(lambda: {**worker.ask("load", deadline=START_SECONDS)[0], "worker": worker.pid})
+        return {**self._worker.ask("load", deadline=START_SECONDS)[0], "worker": self._worker.pid}
 
     def _running(self) -> Worker:
+        """A worker that has its rows; one that died is started again."""
         if self._worker is None or not self._worker.alive:
-            said = self._start()
-            if "error" in said:
-                raise WorkerSaid(said["error"], said["kind"])
+            self._start()
         assert self._worker is not None
         return self._worker
 
     def _ready(self) -> Worker:
-        """The worker; one that died is started again, with the state that it left."""
+        """A worker that can answer; one that died is prepared again, with the state that it left."""
         if self._setup is None:
             raise WorkerSaid("this site has not been told what to prepare for", "failed")
-        if self._worker is None or not self._worker.alive:
+        if self._worker is not None and self._worker.alive:
+            return self._worker
+        try:
             self._running().ask("prepare", **{**self._setup, "resume": True})
-        assert self._worker is not None
-        return self._worker
+        except WorkerSaid:  # alive, but it could not answer: begin anew next time
+            self._end()
+            raise
+        return self._running()
 
     def _said(self, ask: Any) -> dict[str, Any]:
         try:
