@@ -197,8 +197,8 @@ class MessageFederation(Federation):
             why |= dict.fromkeys(gone, "dropped out") | dict.fromkeys(left_out & set(index.tolist()), "left out")
             after, name = run.transport.travelled(), run.protocol.sites[exchange.path].name
             wire = (None, None) if before is None or after is None else (after[0] - before[0], after[1] - before[1])
-            at = (tag[0] + 1, name, tag[2] + 1, tuple(asked), tuple(sorted(replies)), why, answers.seconds)
-            run.watch(Round(*at, seconds, down, up, *wire))
+            who = (tuple(asked), tuple(sorted(replies)), why, tuple(sorted(answers.restarted)))
+            run.watch(Round(tag[0] + 1, name, tag[2] + 1, *who, answers.seconds, seconds, down, up, *wire))
         return replies
 
     def _decoded(self, exchange, answers):

@@ -46,11 +46,13 @@ class Answers:
         replies: by client, the reply's numbers as bytes.
         failures: by client, why there are none.
         seconds: by client, how long it took, where that is known.
+        restarted: clients whose process had died since their last answer and was started again.
     """
 
     replies: dict[int, bytes] = dataclasses.field(default_factory=dict)
     failures: dict[int, Exception] = dataclasses.field(default_factory=dict)
     seconds: dict[int, float] = dataclasses.field(default_factory=dict)
+    restarted: set[int] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Round:
     Attributes:
         iteration, attempt: from one on; exchange: the client method.
         asked, replied: clients' numbers; failed: by client, why.
+        restarted: clients whose process had died since their last answer and was started again.
         latency: by client, seconds until its reply was there, where that is known.
         bytes_down, bytes_up: payload; wire_down, wire_up: what really travelled, where that is known.
     """
@@ -70,6 +73,7 @@ class Round:
     asked: tuple[int, ...]
     replied: tuple[int, ...]
     failed: Mapping[int, str]
+    restarted: tuple[int, ...]
     latency: Mapping[int, float]
     seconds: float
     bytes_down: int

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..transport import Round
 
 COLUMNS = (
-    "iteration", "exchange", "attempt", "asked", "replied", "failed", "latency", "seconds",
+    "iteration", "exchange", "attempt", "asked", "replied", "failed", "restarted", "latency", "seconds",
     "bytes_down", "bytes_up", "wire_down", "wire_up",
 )  # fmt: skip
 
@@ -16,9 +16,10 @@ COLUMNS = (
 class Ledger:
     """Writes rounds as they happen.
 
-    iteration, attempt: from one on. asked, replied: sites. failed: site (why); ... . latency: of each reply, in the order
-    of `replied`, in seconds. bytes: payload of the protocol. wire: what nvflare's messages to and from the sites weighed,
-    without the transport's own framing and encryption.
+    iteration, attempt: from one on. asked, replied: sites. failed: site (why); ... . restarted: sites whose worker had died
+    since its last answer and was started again. latency: of each reply, in the order of `replied`, in seconds. bytes:
+    payload of the protocol. wire: what nvflare's messages to and from the sites weighed, without the transport's own
+    framing and encryption.
     """
 
     def __init__(self, path: Path, names: list[str], resume: bool):
@@ -35,8 +36,8 @@ class Ledger:
         sites = lambda clients: " ".join(self._names[client] for client in clients)
         latency = " ".join(f"{r.latency.get(client, float('nan')):.4f}" for client in r.replied)
         self._writer.writerow(
-            [r.iteration, r.exchange, r.attempt, sites(r.asked), sites(r.replied), failed, latency, f"{r.seconds:.4f}",
-             r.bytes_down, r.bytes_up, r.wire_down, r.wire_up]
+            [r.iteration, r.exchange, r.attempt, sites(r.asked), sites(r.replied), failed, sites(r.restarted), latency,
+             f"{r.seconds:.4f}", r.bytes_down, r.bytes_up, r.wire_down, r.wire_up]
         )  # fmt: skip
         self._file.flush()
 

@@ -84,7 +84,7 @@ def federate(app: App, version: str, folder: Path, resume: bool) -> tuple[Result
     names = sorted(proxy.name for proxy in collab.clients)
     engine = Collab(names, app.faults, folder / "rounds.csv", resume, app.cohort)
     weights = engine.meet(app, version)
-    tell(folder, {"status": "running", "workers": engine.workers})
+    tell(folder, {"status": "running", "workers": engine.transport.workers})
     data = placeholder_data(engine.schemas, len(names), weights)
     x, y = app.begin()
     callbacks = [CSV(folder / "history.csv"), Checkpoint(folder, every=0.0), Progress(app.name)]
@@ -96,7 +96,7 @@ def federate(app: App, version: str, folder: Path, resume: bool) -> tuple[Result
         )  # fmt: skip
     finally:
         engine.ledger.close()
-    return result, {"compiled": engine.transport.traced, "workers": engine.workers}
+    return result, {"compiled": engine.transport.traced, "workers": engine.transport.workers}
 
 
 class Collab(Engine):
@@ -106,7 +106,6 @@ class Collab(Engine):
         self.names, self.faults, self.resume, self.cohort = names, faults, resume, cohort
         self.transport, self.ledger = CollabTransport(names), Ledger(rounds, names, resume)
         self.schemas: list[str] = []
-        self.workers: dict[str, int] = {}
 
     def meet(self, app: App, version: str) -> list[float] | None:
         """Have all sites load their rows and derive the protocol; returns their weights, if they count unalike."""
@@ -123,7 +122,7 @@ class Collab(Engine):
                 "load() has to return rows of the same structure, shapes and dtypes at every site.",
             )
         self.schemas = first["rows"]
-        self.workers = {name: answer["worker"] for name, answer in said.items()}
+        self.transport.workers = {name: answer["worker"] for name, answer in said.items()}
         weights = scales = None
         if app.weights == "rows":
             weights, scales = shares([said[name]["counts"] for name in self.names])

@@ -52,8 +52,9 @@ class Site:
         with self._lock:
 
             def ask():
-                said, numbers = self._ready().ask("answer", payload, max(deadline - _GRACE, deadline / 2), **request)
-                return {**said, "numbers": numbers}
+                worker = self._ready()
+                said, numbers = worker.ask("answer", payload, max(deadline - _GRACE, deadline / 2), **request)
+                return {**said, "worker": worker.pid, "numbers": numbers}
 
             return self._said(ask)
 

@@ -24,6 +24,7 @@ class CollabTransport(Transport):
     def __init__(self, names: list[str]):
         self.names = names
         self.traced: dict[str, dict[str, int]] = {}  # by site, how often each client method was compiled
+        self.workers: dict[str, int] = {}  # by site, its worker's process number
         self.compiling = 0.0  # seconds that rounds took because a site compiled
         self._seen: set[tuple[int, int]] = set()
 
@@ -60,6 +61,9 @@ class CollabTransport(Transport):
                 self._seen.add((client, one.place))
                 if isinstance(said.get("traced"), dict):
                     self.traced[name] = said["traced"]
+                if said.get("worker") != self.workers.get(name):
+                    self.workers[name] = said.get("worker")
+                    answers.restarted.add(client)
         for name, error in results.failures.items():
             answers.failures[number[name]] = error
         return answers
