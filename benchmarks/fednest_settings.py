@@ -134,11 +134,11 @@ class AllRows(fb.FedNest):
         return client.problem.outer_gradients(x, y, client.batch("outer"))[1]
 
     def factor(self, client, x, y, p, lam):
-        return fb.algorithms.parts.hessian_factor(client.problem, x, y, p, self.lam(lam), client.batch("inner"))
+        return fb.algorithms.directions.hessian_factor(client.problem, x, y, p, self.lam(lam), client.batch("inner"))
 
     def hypergradient(self, client, x, y, v):
         rows = client.batch("inner"), client.batch("outer")
-        return fb.algorithms.parts.hypergradient(client.problem, x, y, v, *rows)
+        return fb.algorithms.directions.hypergradient(client.problem, x, y, v, *rows)
 
 
 def mnist(folder: Path) -> list[np.ndarray]:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedbilevel as fb
-from fedbilevel.algorithms.parts import fedsvrg, hessian_factor, hypergradient
+from fedbilevel.algorithms.directions import hessian_factor, hypergradient
+from fedbilevel.algorithms.steps import fedsvrg
 from fedbilevel.federation import Client, client_key, exchange_key, sample_cohort
 from fedbilevel.tasks.hyper_representation import InnerLoss, features, outer_loss
 from fedbilevel.tasks.network import layer

@@ -41,7 +41,11 @@ def agree(one, other):
     np.testing.assert_array_equal(one[1], other[1])
 
 
-@pytest.mark.parametrize("name", CASES)
+FIRST = ("aggitd", "fednest", "lfednest", "lockstep", "one-round", "fedmsa", "fedmbo", "fedbioacc-local")
+EACH = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_loopback_is_the_simulation(simulated, name):
     expected = simulated(name)
     looped = cases.run(name, fb.Loopback(cohort=4, shuffle=5))

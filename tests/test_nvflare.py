@@ -77,11 +77,31 @@ def nothing_left(folder: Path) -> None:
 def test_over_nvflares_simulator_it_is_the_simulation(tmp_path):
     file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=10, {apps.LOCKSTEP}")
     call("run", file, "--out", tmp_path / "simulated")
-    call("run", file, "--out", tmp_path / "network", "--engine", "nvflare")
-    close(tmp_path / "network", tmp_path / "simulated", 1e-12)
-    same_books(tmp_path / "network", tmp_path / "simulated")
-    compiled_once(tmp_path / "network", 3)
+    out = tmp_path / "network"
+    bystander = subprocess.Popen(["tail", "-f", "/dev/null", str(out / "rounds.csv")], stderr=subprocess.DEVNULL)
+    try:
+        call("run", file, "--out", out, "--engine", "nvflare")
+        assert bystander.poll() is None  # it names the folder, but it is nobody's of the run
+    finally:
+        bystander.kill()
+        bystander.wait()
+    close(out, tmp_path / "simulated", 1e-12)
+    same_books(out, tmp_path / "simulated")
+    compiled_once(out, 3)
     nothing_left(tmp_path)
+
+
+@pytest.mark.network
+def test_it_goes_on_in_32_bits(tmp_path):
+    file = apps.write(
+        tmp_path, apps.CLOSED_FORM.replace("precision=64", "precision=32"), f"iterations=12, {apps.LOCKSTEP}"
+    )
+    call("run", file, "--out", tmp_path / "simulated")
+    out = tmp_path / "network"
+    call("run", file, "--out", out, "--engine", "nvflare", "--iterations", 6)
+    call("run", file, "--out", out, "--engine", "nvflare", "--resume")
+    close(out, tmp_path / "simulated", 1e-5)
+    same_books(out, tmp_path / "simulated")
 
 
 def test_a_job_for_an_operator(fedbilevel, tmp_path):
@@ -323,13 +343,16 @@ def members(kit: Path, seconds: float) -> set[str]:
 
 
 @pytest.mark.network
-def test_strangers_are_refused(tmp_path):
+def test_strangers_are_refused(tmp_path, monkeypatch):
     import shutil
     import socket
 
     from fedbilevel.engines.nvflare import poc
-    from fedbilevel.engines.nvflare.launch import end_all
+    from fedbilevel.engines.nvflare.launch import MARK
 
+    monkeypatch.delenv(MARK, raising=False)
+    settings = Path.home() / ".nvflare" / "config.conf"
+    mine = settings.read_bytes() if settings.is_file() else None
     ours, others = tmp_path / "ours", tmp_path / "others"
     for place, sites in ((others, "3"), (ours, "1")):
         place.mkdir()
@@ -364,7 +387,7 @@ def test_strangers_are_refused(tmp_path):
             for process in refused:
                 process.kill()
                 process.wait()
-    end_all(tmp_path)
     nothing_left(tmp_path)
+    assert (settings.read_bytes() if settings.is_file() else None) == mine
     log = (kit(others, "site-2") / "stranger.log").read_text()
     assert "CERTIFICATE_VERIFY_FAILED" in log or "certificate" in log.lower() or "Handshake" in log or "SSL" in log

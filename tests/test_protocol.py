@@ -77,7 +77,7 @@ SETTINGS = [
     {"inner_rounds": 3, "local_steps": 1, "outer_steps": 2, "skip_idle_rounds": True},
     {"inner_rounds": 3, "local_steps": 2, "outer_steps": 1, "skip_idle_rounds": True, "batch_size": 1},
 ]
-KINDS = [kind for kind in fb.algorithms.ALGORITHMS.values() if kind is not fb.Lockstep]  # its own tests have that
+KINDS = [fb.AggITD, fb.FedNest, fb.FedNestSGD, fb.LFedNest, fb.LFedNestSVRG]  # the others: test_family_messages.py
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

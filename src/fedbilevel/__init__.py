@@ -5,7 +5,26 @@
 
 from . import algorithms, callbacks, datasets, engines, errors, partition, reference, tasks, testing
 from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
-from .algorithms import AggITD, FedNest, FedNestSGD, LFedNest, LFedNestSVRG, Lockstep
+from .algorithms import (
+    AdaFBiO,
+    AggITD,
+    FedBiO,
+    FedBiOAcc,
+    FedBiOAccLocal,
+    FedF2SA,
+    FedMBO,
+    FedMSA,
+    FedNest,
+    FedNestSGD,
+    LFedNest,
+    LFedNestSVRG,
+    LocalBSGM,
+    LocalBSGVRM,
+    Lockstep,
+    MemFBO,
+    ShroFBO,
+    SimFBO,
+)
 from .app import App
 from .data import FederatedData
 from .engines import Faults, Loopback, Simulation

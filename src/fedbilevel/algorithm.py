@@ -42,9 +42,10 @@ class Info(eqx.Module):
     vector_growth: Float[Array, ""]
 
 
-def rate(default: float, *words: str) -> Any:
-    """A field that holds a step size: positive, a leaf; or one of the words."""
-    return eqx.field(default=default, converter=_as_float, metadata={"role": "rate", "words": words})
+def rate(default: float | None, *words: str) -> Any:
+    """A field that holds a step size: positive, a leaf; or one of the words; or None, where that is the default."""
+    metadata = {"role": "rate", "words": words if default is not None else (*words, None)}
+    return eqx.field(default=default, converter=_as_float, metadata=metadata)
 
 
 def count(default: int | None) -> Any:
@@ -55,6 +56,12 @@ def count(default: int | None) -> Any:
 def option(default: Any) -> Any:
     """A field that holds a choice: static."""
     return eqx.field(default=default, static=True, metadata={"role": "option"})
+
+
+def choice(default: Any, converter: Any = None) -> Any:
+    """A field that holds a choice which the algorithm checks itself: static."""
+    extra = {} if converter is None else {"converter": converter}
+    return eqx.field(default=default, static=True, **extra)
 
 
 def _as_float(value):

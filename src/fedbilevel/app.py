@@ -109,7 +109,11 @@ class App:
     def data(self, sites: list[str]) -> FederatedData:
         """All sites' rows side by side: for a simulation, on sample data."""
         rows = [self.rows(site) for site in sites]
-        return FederatedData.stack([inner for inner, _ in rows], [outer for _, outer in rows], self.weights)
+        return FederatedData.stack([inner for inner, _ in rows], [outer for _, outer in rows], self.weights, sites)
+
+    def check_sites(self, sites: int) -> None:
+        """Refuse a cohort or a number of replies that so many sites cannot give."""
+        self.faults.check_cohort(check_cohort(self.cohort, sites))
 
     @property
     def key(self):
@@ -147,7 +151,8 @@ def load_app(path: str | os.PathLike[str]) -> App:
     except Exception as error:  # whatever the user's file raises
         raise InputError(f"{file} failed: {type(error).__name__}: {error}") from error
     app = getattr(module, "app", None)
-    check(isinstance(app, App), f"{file} must define app = fedbilevel.App(...); its app is {app!r}.")
+    found = "it defines no app" if app is None else f"its app is {app!r}"
+    check(isinstance(app, App), f"{file} must define app = fedbilevel.App(...); {found}.")
     assert isinstance(app, App)
     return app
 
@@ -192,6 +197,28 @@ def _schema(rows):
         f"rows of an app are dicts, lists and tuples of arrays, rows first; got {type(rows).__name__}.",
     )
     return {"row": list(map(int, rows.shape[1:])), "dtype": str(rows.dtype)}
+
+
+def apart(one: str, other: str) -> str:
+    """What two schemas differ in, in words: the first array that does."""
+    try:
+        a, b = (dict(_arrays(json.loads(text), "")) for text in (one, other))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return "a description cannot be read"
+    for path in sorted(set(a) | set(b)):
+        if a.get(path) != b.get(path):
+            said = [rows.get(path, "missing") for rows in (a, b)]
+            return f"{path or 'the array'} is {said[0]} against {said[1]}"
+    return "the containers differ"
+
+
+def _arrays(node, path):
+    if "row" in node:
+        yield path, f"{node['dtype']}{['rows', *node['row']]}".replace("'", "")
+    for name, part in node.get("dict", {}).items():
+        yield from _arrays(part, f"{path}[{name!r}]")
+    for index, part in enumerate(node.get("list", node.get("tuple", ()))):
+        yield from _arrays(part, f"{path}[{index}]")
 
 
 _LARGEST = 10**9  # numbers in one row

@@ -132,6 +132,7 @@ class FederatedData(eqx.Module):
         inner: Sequence[PyTree],
         outer: Sequence[PyTree],
         weights: Literal["rows"] | Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
     ) -> FederatedData:
         """Put the clients' own data sets side by side.
 
@@ -140,13 +141,14 @@ class FederatedData(eqx.Module):
                 clients and levels, everything else must agree.
             weights: the weight p_i of each client in both levels' means: None (all alike), "rows" (at each level
                 in proportion to the client's rows there) or numbers (normalised to sum to one).
+            names: what to call the clients in messages; None: client 0, client 1, ...
 
         Raises:
             InputError: no or different numbers of clients, an empty client, clients of other structure, shapes or
                 dtypes, leaves of unequal length, NaN or infinite values, or unusable weights.
         """
         whole = lambda clients: [(rows, slice(None)) for rows in clients]
-        return cls._join(whole(inner), whole(outer), weights)
+        return cls._join(whole(inner), whole(outer), weights, names)
 
     @classmethod
     def split(
@@ -171,7 +173,7 @@ class FederatedData(eqx.Module):
         inside, outside = [], []
         for index, rows in enumerate(clients):
             rows = jax.tree.map(np.asarray, rows)
-            count = _length(rows, index, "one")
+            count = _length(rows, f"client {index}", "one")
             check(count >= 2, f"client {index} has {count} rows, but a split needs at least 2: one for each level.")
             order = generator(jax.random.fold_in(key, index)).permutation(count)
             held = min(max(round(outer * count), 1), count - 1)
@@ -180,13 +182,14 @@ class FederatedData(eqx.Module):
         return cls._join(inside, outside, weights)
 
     @classmethod
-    def _join(cls, inner: Sequence[_Part], outer: Sequence[_Part], weights) -> FederatedData:
+    def _join(cls, inner: Sequence[_Part], outer: Sequence[_Part], weights, names=None) -> FederatedData:
         check(len(inner) > 0, "there are no clients: pass one pytree of arrays per client.")
         check(
             len(inner) == len(outer),
             f"every client needs rows at both levels; got {len(inner)} inner and {len(outer)} outer data sets.",
         )
-        one, other = _flatten(inner, "inner"), _flatten(outer, "outer")
+        names = names or [f"client {index}" for index in range(len(inner))]
+        one, other = _flatten(inner, "inner", names), _flatten(outer, "outer", names)
         p_inner, p_outer = _weights(weights, one.counts, other.counts)
         m = len(inner)
         uniform = weights is None
@@ -234,34 +237,39 @@ class _Flat:
         self.offsets = np.concatenate([[0], np.cumsum(counts)[:-1]])
 
 
-def _length(rows: PyTree, client: int, level: str) -> int:
+def _length(rows: PyTree, name: str, level: str) -> int:
     leaves = jax.tree.leaves(rows)
-    check(leaves, f"client {client} has no arrays at the {level} level.")
+    check(leaves, f"{name} has no arrays at the {level} level.")
     check(
         all(leaf.ndim > 0 and len(leaf) == len(leaves[0]) for leaf in leaves),
-        f"client {client}: the arrays of one data set must have the same number of rows, got {describe(rows)}.",
+        f"{name}: the arrays of one data set must have the same number of rows, got {describe(rows)}.",
     )
     return len(leaves[0])
 
 
-def _flatten(clients: Sequence[_Part], level: LevelName) -> _Flat:
+def _flatten(clients: Sequence[_Part], level: LevelName, names: Sequence[str]) -> _Flat:
     """The chosen rows of every client, side by side; each is copied once, straight to its place."""
     clients = [(jax.tree.map(np.asarray, rows), chosen) for rows, chosen in clients]
-    counts = np.array([len(np.arange(_length(rows, i, level))[chosen]) for i, (rows, chosen) in enumerate(clients)])
-    for index in np.flatnonzero(counts == 0):
-        check(False, f"client {index} has no {level} rows: leave it out, or give it at least one row.")
+    length = lambda name, rows, chosen: len(np.arange(_length(rows, name, level))[chosen])
+    counts = np.array([length(name, *part) for name, part in zip(names, clients, strict=True)])
+    for index in map(int, np.flatnonzero(counts == 0)):
+        check(False, f"{names[index]} has no {level} rows: leave it out, or give it at least one row.")
     check(counts.sum() < 2**31, f"{counts.sum()} {level} rows are more than this version can index (2**31 - 1).")
     first = clients[0][0]
     for index, (rows, _) in enumerate(clients):
         check(
             _signature(rows) == _signature(first),
-            f"client {index} has other {level} data than client 0: {describe(rows)} against {describe(first)} "
+            f"{names[index]} has other {level} data than {names[0]}: {describe(rows)} against {describe(first)} "
             f"(only the number of rows may differ).",
         )
         for leaf in jax.tree.leaves(rows):
             check(
                 not np.issubdtype(leaf.dtype, np.inexact) or np.isfinite(leaf).all(),
-                f"client {index} has NaN or infinite values in its {level} rows: clean or drop them first.",
+                f"{names[index]} has NaN or infinite values in its {level} rows: clean or drop them first.",
+            )
+            check(
+                leaf.dtype.kind in "biufcV",  # V: bfloat16 and its like
+                f"{names[index]} has {leaf.dtype} values in its {level} rows, which are no numbers: encode them first.",
             )
     ends = np.cumsum(counts)
 

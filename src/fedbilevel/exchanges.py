@@ -19,7 +19,7 @@ SAMPLED = 2_000  # draws of the server, where there are too many to enumerate
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """One line of the protocol: an exchange, and what it costs in one iteration, summed over the cohort.
+    """One line of the protocol: an exchange, and what it costs in one iteration, summed over the clients asked.
 
     Attributes:
         name: the client method; `down` and `up` name the message's and the reply's parts, conditional ones in brackets.
@@ -44,7 +44,7 @@ class Protocol:
 
     Attributes:
         algorithm: the algorithm's name.
-        clients, cohort: how many clients there are, and how many one exchange asks.
+        clients, cohort: how many clients there are, and how many one exchange asks, unless its line says otherwise.
         exchanges: one line per exchange in the program.
         rounds, bytes_down, bytes_up: of one iteration, expected over what the server draws (a whole number where it
             is one); bytes are payload, summed over the cohort.
@@ -107,13 +107,12 @@ class Protocol:
         return "\n".join([title, "", line(head), rule, *map(line, rows), rule, line(total)])
 
 
-def bytes_of(
-    site: Site, counts: np.ndarray, cohort: int, replies: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Payload bytes (down, up) over the cohort, for counts of shape (..., 1 + flags) at a site.
+def bytes_of(site: Site, counts: np.ndarray, replies: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Payload bytes (down, up) over the clients asked, for counts of shape (..., 1 + flags) at a site.
 
     replies: the same counts summed over the clients that answered; by default the whole cohort did.
     """
+    cohort = site.cohort
     counts = counts.astype(object)  # Python integers: int32 overflows, and so may int64 over a long run
     replies = cohort * counts if replies is None else replies.astype(object)
     of = lambda parts, times: sum(part.bytes * times[..., 0 if part.flag is None else 1 + part.flag] for part in parts)
@@ -134,10 +133,11 @@ def summary(
     lines, totals = [], np.zeros((3, len(next(iter(counts.values())))), object)
     for path in sorted(sites):
         site, count = sites[path], counts[path]
-        down, up = bytes_of(site, count, cohort)
+        down, up = bytes_of(site, count)
         totals += np.stack([site.round * count[:, 0].astype(object), down, up])
         spent = [(_mean(each), int(each.max())) for each in (count[:, 0], down, up)]
-        name = site.name if site.round else f"{site.name} (same round)"
+        notes = [f"{site.cohort} asked"] * (site.cohort != cohort) + ["same round"] * (not site.round)
+        name = f"{site.name} ({', '.join(notes)})" if notes else site.name
         lines.append(Exchange(name, *_labels(algorithm, site), *itertools.chain(*spent)))  # pyright: ignore[reportArgumentType]
     rounds, down, up = totals
     return Protocol(

@@ -53,6 +53,8 @@ class Client(eqx.Module):
         problem: the losses, behind their oracles.
         state: what this client keeps between exchanges (`Algorithm.client_init`), or None.
         key: this client's random key for this exchange.
+        index: () int32, which of all clients this one is, for what the clients were told apart beforehand (how many local
+            steps each takes, say).
         wanted: tuple of () bool, one per part of the reply, as `fed.average(replies=...)` declares them.
     """
 
@@ -61,6 +63,7 @@ class Client(eqx.Module):
     state: PyTree
     key: Key[Array, ""]
     wanted: tuple[Any, ...]
+    index: Any = 0
 
     @property
     def inner(self) -> Rows:
@@ -126,15 +129,16 @@ class Federation(abc.ABC):
     clients: int
     cohort_size: int
     weighted: bool
-    _replied: Any = None  # how many answered the exchange just made, where that may be fewer than the cohort
+    _asked: int  # how many clients the exchange just made asked
+    _replied: Any = None  # how many of them answered, where that may be fewer
 
     @property
     def share(self) -> Any:
         """The share of ALL clients that answered the exchange just made: what moves a mean over all of them.
 
-        cohort_size / clients, and less where clients drop out.
+        Less than the share that was asked where clients drop out.
         """
-        return (self.cohort_size if self._replied is None else self._replied) / self.clients
+        return (self._asked if self._replied is None else self._replied) / self.clients
 
     def average(
         self,
@@ -151,7 +155,8 @@ class Federation(abc.ABC):
             message: pytrees of arrays; a part that travels only sometimes is wrapped by `fed.when`.
             replies: True, or one flag per part of the reply (a tuple): a part whose flag is False is not sent and
                 comes back as zeros.
-            cohort: client indices from `fed.draw_cohort`, to ask the same clients again; by default a fresh cohort.
+            cohort: client indices from `fed.draw_cohort`, to ask the same clients again, or fewer or more than usual; by
+                default a fresh cohort.
             beside: ask in the same round as the exchange before, whose reply the message must not depend on: no
                 round is counted.
 
@@ -196,8 +201,12 @@ class Federation(abc.ABC):
         """A number drawn by the server, uniform in {low, ..., high - 1}; `protocol` knows its distribution."""
 
     @abc.abstractmethod
-    def draw_cohort(self) -> Int[Array, " cohort"]:
-        """The client indices of one cohort, in order, for exchanges that must ask the same clients."""
+    def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
+        """The client indices of one cohort, in order, for exchanges that must ask the same clients, or another number.
+
+        Args:
+            size: how many; None: `cohort_size`, and `clients` are everyone.
+        """
 
     @staticmethod
     def when(flag: Any, part: PyTree) -> When:

@@ -108,6 +108,10 @@ class Problem(eqx.Module):
         """d_y g(x, y), like y."""
         return jax.grad(lambda y: self.inner_value(x, y, rows))(y)
 
+    def inner_gradient_x(self, x: PyTree, y: PyTree, rows: Rows) -> PyTree:
+        """d_x g(x, y), like x."""
+        return jax.grad(lambda x: self.inner_value(x, y, rows))(x)
+
     def hessian_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
         """d2_yy g(x, y) v, like y; forward over reverse."""
         return jax.jvp(lambda y: self.inner_gradient(x, y, rows), (y,), (v,))[1]

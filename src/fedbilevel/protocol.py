@@ -95,7 +95,7 @@ class _AbstractFederation(TracedFederation):
         def reply(message, key):
             flags = tuple(jnp.asarray(True) for _ in wanted)
             rows = (self._data.inner.client(0), self._data.outer.client(0))
-            client = Client(self._problem, rows, self._client_shape, key, flags)
+            client = Client(self._problem, rows, self._client_shape, key, flags, jnp.zeros((), jnp.int32))
             out = method(client, *message)
             if isinstance(out, Reply):
                 stateful = jax.tree.leaves(self._client_shape)

@@ -55,7 +55,8 @@ def _value(field: dataclasses.Field, text: str) -> Any:
     role = field.metadata.get("role")
     try:
         if role == "rate":
-            return text if text in field.metadata.get("words", ()) else float(text)
+            words = {str(word).lower(): word for word in field.metadata.get("words", ())}
+            return words[text.lower()] if text.lower() in words else float(text)
         if role == "count":
             return None if text.lower() == "none" else int(text)
         if role == "option":

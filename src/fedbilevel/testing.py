@@ -204,7 +204,7 @@ def _compiles_once(algorithm, problem, data, x, y) -> tuple[bool, str]:
 
     slower = algorithm
     for field in dataclasses.fields(algorithm):
-        if field.metadata.get("role") == "rate" and not isinstance(getattr(algorithm, field.name), str):
+        if field.metadata.get("role") == "rate" and isinstance(getattr(algorithm, field.name), float):
             slower = eqx.tree_at(lambda a, n=field.name: getattr(a, n), slower, getattr(algorithm, field.name) * 0.5)
     first, longer, other = go(algorithm, 1), go(algorithm, 5), go(slower, 5)
     # each run derives its protocol anew, abstractly; beyond that nothing may be traced again
@@ -269,6 +269,11 @@ def _comparisons(problem, x, y, dx, dy, v, inner: Rows, outer: Rows):
     x_at, y_at, v_at = (lambda s: move(x, dx, s)), (lambda s: move(y, dy, s)), (lambda s: move(y, v, s))
     return [
         ("inner_gradient", lambda: _dot(dy, grad_y(x, y)), lambda: along(lambda s: g(y_at(s)))),
+        (
+            "inner_gradient_x",
+            lambda: _dot(dx, problem.inner_gradient_x(x, y, inner)),
+            lambda: along(lambda s: problem.inner_value(x_at(s), y, inner)),
+        ),
         ("outer_gradients, x", lambda: _dot(dx, direct(0)), lambda: along(lambda s: f(x_at(s), y))),
         ("outer_gradients, y", lambda: _dot(dy, direct(1)), lambda: along(lambda s: f(x, y_at(s)))),
         ("hessian_vector", lambda: _dot(dy, hessian(v)), lambda: along(lambda s: _dot(dy, grad_y(x, v_at(s))))),

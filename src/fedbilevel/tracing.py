@@ -19,7 +19,7 @@ from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Key, PyTree
 
 from .errors import InputError, check
-from .federation import Combine, Federation, When, client_method, exchange_key, sample_cohort
+from .federation import Combine, Federation, When, check_cohort, client_method, exchange_key, sample_cohort
 from .problem import describe
 
 Path = tuple[int, ...]
@@ -44,6 +44,7 @@ class Site:
         message, reply: the structure that both sides know (pytrees of shapes and dtypes; `When` nodes in the message).
         down, up: the parts that travel, with their sizes for one client.
         flags: how many conditional parts there are, down and up.
+        cohort: how many clients are asked.
         round: whether it is a round of its own, or asks in the round of the exchange before.
     """
 
@@ -54,6 +55,7 @@ class Site:
     down: tuple[Part, ...]
     up: tuple[Part, ...]
     flags: int
+    cohort: int
     round: bool = True
 
 
@@ -135,10 +137,11 @@ class TracedFederation(Federation):
         message, sent = normalise(message)
         wanted = wanted_flags(replies)
         key = exchange_key(self._key, self._counter)
-        cohort = check_same_size(cohort, self.cohort_size)
+        cohort = check_given(cohort, self.clients)
+        self._asked = self.cohort_size if cohort is None else cohort.shape[0]
         shapes, reply = self.exchange(name, method, message, combine, wanted, key, cohort)
         check_beside(beside, path, self.sites)
-        self.sites[path] = site(path, name, message, shapes, sent, wanted, not beside)
+        self.sites[path] = site(path, name, message, shapes, sent, wanted, self._asked, not beside)
         reply = mask_reply(reply, wanted)
         flags = self.travelled([flag for flag in (*sent, *wanted) if not is_static(flag)])
         if self.counts is not None:
@@ -182,15 +185,16 @@ class TracedFederation(Federation):
         self._counter = self._counter + 1
         return jax.random.randint(key, (), low, high, dtype=jnp.int32)
 
-    def draw_cohort(self):
+    def draw_cohort(self, size=None):
         self._scopes.advance()
         key = exchange_key(self._key, self._counter)
         self._counter = self._counter + 1
-        return self.sample(key)
+        return self.sample(key, size)
 
-    def sample(self, key):
+    def sample(self, key, size=None):
         """The cohort of one exchange."""
-        return sample_cohort(key, self.clients, self.cohort_size, self._weights)
+        size = self.cohort_size if size is None else check_cohort(size, self.clients)
+        return sample_cohort(key, self.clients, size, self._weights)
 
     # Threading the ledger through loops -----------------------------------------------------------------------------
 
@@ -275,7 +279,9 @@ def size(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def site(path: Path, name: str, message: PyTree, reply: PyTree, sent: list, wanted: tuple, counts: bool) -> Site:
+def site(
+    path: Path, name: str, message: PyTree, reply: PyTree, sent: list, wanted: tuple, cohort: int, counts: bool
+) -> Site:
     """What travels at a call site, from the message and one client's reply."""
     shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
     flag = iter(range(len(sent) + len(wanted)))
@@ -296,7 +302,7 @@ def site(path: Path, name: str, message: PyTree, reply: PyTree, sent: list, want
         for i, (part, f) in enumerate(zip(reply_parts(reply, wanted), wanted, strict=True))
     ]
     flags = next(flag, len(sent) + len(wanted))
-    return Site(path, name, shapes(message), shapes(reply), tuple(down), tuple(up), flags, counts)
+    return Site(path, name, shapes(message), shapes(reply), tuple(down), tuple(up), flags, cohort, counts)
 
 
 def check_times(times: Any, most: int | None) -> Any:
@@ -317,13 +323,17 @@ def check_beside(beside: Any, path: Path, sites: dict[Path, Site]) -> None:
     check(shared or not beside, "fed.average(beside=True) needs an exchange before it, in the same loop.")
 
 
-def check_same_size(cohort: Any, size: int) -> Any:
-    """A cohort given by the server program, as an array; it must be as large as the engine's."""
+def check_given(cohort: Any, clients: int) -> Any:
+    """A cohort given by the server program, as an array."""
     if cohort is None:
         return None
     cohort = cohort if getattr(cohort, "dtype", None) == jnp.int32 else jnp.asarray(cohort, jnp.int32)
-    good = cohort.shape == (size,)
-    check(good, f"fed.average(cohort=...) takes {size} client indices, as from fed.draw_cohort(); got {cohort.shape}.")
+    good = cohort.ndim == 1 and 1 <= cohort.shape[0] <= clients
+    check(
+        good,
+        f"fed.average(cohort=...) takes the indices of 1 to {clients} clients, as from fed.draw_cohort(); "
+        f"got an array of shape {cohort.shape}.",
+    )
     return cohort
 
 

@@ -61,21 +61,12 @@ from ..algorithm import option
 from ..errors import check
 from ..federation import Client, Reply, When
 from .curvature import keeping
-from .parts import (
-    CorrectedLower,
-    CorrectedUpper,
-    Settings,
-    controlled_descent,
-    growth,
-    hessian_factor,
-    inner_gradient,
-    moved_mean,
-    norm,
-    one_cohort,
-)
+from .directions import hessian_factor, inner_gradient
+from .parts import CorrectedLower, CorrectedUpper, one_cohort
+from .steps import controlled_descent, growth, moved_mean, norm
 
 
-class AggITD(Settings, CorrectedLower, CorrectedUpper):
+class AggITD(CorrectedUpper, CorrectedLower):
     """Aggregated iterative differentiation (Xiao & Ji, ICML 2023), 2 `inner_rounds` + 3 rounds an iteration.
 
     Args:
@@ -91,6 +82,8 @@ class AggITD(Settings, CorrectedLower, CorrectedUpper):
             test device: its mean over Q is the estimator, a single one is not).
         skip_idle_rounds: leave out rounds in which one local step adds nothing.
         same_cohort: one cohort for all exchanges of an iteration, instead of a fresh one for each; biased, see above.
+        outer_optimizer: an optax transformation applied at the server to x - mean x_i, or its name and learning rate as in
+            "adam:0.01"; None: the mean itself.
         warm_start_v, one_round, independent_cohorts: ours, see above.
     """
 

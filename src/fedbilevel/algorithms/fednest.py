@@ -32,7 +32,9 @@ from jaxtyping import PyTree
 
 from ..federation import Client
 from .curvature import keeping
-from .parts import CorrectedLower, CorrectedUpper, LocalLower, NeumannFields, growth, hessian_factor, norm, one_cohort
+from .directions import hessian_factor
+from .parts import CorrectedLower, CorrectedUpper, LocalLower, NeumannFields, one_cohort
+from .steps import growth, norm
 
 
 class _NeumannHypergradient(NeumannFields, CorrectedUpper):
@@ -82,6 +84,8 @@ class FedNest(_NeumannHypergradient, CorrectedLower):
         skip_idle_rounds: leave out rounds in which one local step adds nothing.
         same_cohort: one cohort for the exchanges of a lower turn and one for the upper level's, instead of a fresh one
             for each; biased, see above.
+        outer_optimizer: an optax transformation applied at the server to x - mean x_i, or its name and learning rate as in
+            "adam:0.01"; None: the mean itself.
     """
 
 

@@ -17,9 +17,8 @@ Floats per client: down T (dx+dy) + dx+dy, up T dy + dx; with SVRG down T (2 dx 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
@@ -27,19 +26,21 @@ from jaxtyping import PyTree
 from ..algorithm import Info, State
 from ..federation import Client, Federation
 from .curvature import keeping
-from .parts import CorrectedLower, LocalLower, NeumannFields, hessian_factor, hypergradient, local_descent, norm
+from .neumann import LocalNeumann
+from .optimizer import outer_step
+from .parts import CorrectedLower, LocalLower, NeumannFields
+from .steps import local_descent, norm
 
 
-class _LocalHypergradient(NeumannFields):
+class _LocalHypergradient(NeumannFields, LocalNeumann):
     """The upper level of the light variants: Neumann series and x steps within each client."""
-
-    local_factors: ClassVar[bool] = True
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         lam, kept = self.hessian_step(fed, state)
         y = self.lower_loop(fed, state.x, state.y)
-        x = fed.average(self.upper, state.x, y, lam)
-        moved = norm(optax.tree.sub(x, state.x))
+        mean = fed.average(self.upper, state.x, y, lam)
+        moved = norm(optax.tree.sub(mean, state.x))
+        x, kept = outer_step(self.outer_optimizer, state.x, mean, kept)
         return keeping(x, y, kept), Info(moved / (self.outer_lr * self.outer_steps), jnp.zeros_like(moved))
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
@@ -51,30 +52,6 @@ class _LocalHypergradient(NeumannFields):
         """Plain steps on x along the client's own hypergradients."""
         along = lambda s: lambda z: self.local_hypergradient(client, z, y, lam, s)
         return local_descent(along, x, self.outer_lr, self.outer_steps)
-
-    def local_hypergradient(self, client: Client, x: PyTree, y: PyTree, lam: Any, draw: Any = 0) -> PyTree:
-        """h_i with the client's own Hessian; `draw` numbers the local step, so that all its rows are fresh."""
-        first = draw * (self.neumann_terms + 1)
-        rows = client.batches("inner", self.batch_size, self.neumann_terms, at=x)
-        outer = client.batch("outer", self.batch_size, first)
-        start = client.problem.outer_gradients(x, y, outer)[1]
-
-        def turn(n, loop):
-            p, total = loop
-            p = hessian_factor(client.problem, x, y, p, self.lam(lam), rows(first + n + 1))
-            return p, optax.tree.add(total, p) if self.truncation.full else total
-
-        p, total = jax.lax.fori_loop(0, self._factors(client, draw), turn, (start, start))
-        inner = client.batch("inner", self.batch_size, first)
-        return hypergradient(client.problem, x, y, self.cut(total, p, self.lam(lam)), inner, outer)
-
-    def _factors(self, client, draw):
-        if self.truncation.full:
-            return self.neumann_terms
-        if self.truncation.mode == "fixed":
-            return jnp.asarray(self.truncation.value, jnp.int32)
-        key = jax.random.split(jax.random.fold_in(client.key, draw))[1]  # apart from the keys that draw rows
-        return jax.random.randint(key, (), 0, self.neumann_terms, dtype=jnp.int32)
 
 
 class LFedNest(_LocalHypergradient, LocalLower):

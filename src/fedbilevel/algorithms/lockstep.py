@@ -40,7 +40,8 @@ from ..algorithm import Info, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
 from .curvature import AutoStep, keeping
-from .parts import controlled_descent, descend, hypergradient, inner_gradient, moved_mean, norm
+from .directions import hypergradient, inner_gradient
+from .steps import controlled_descent, descend, moved_mean, norm
 
 
 class Lockstep(AutoStep):

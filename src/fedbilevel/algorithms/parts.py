@@ -1,85 +1,20 @@
-"""What the algorithms share: local steps, the Neumann recursion, and the lower loops of rounds.
-
-Functions here are pure mathematics on pytrees; the abstract modules add the client methods that call them.
-"""
+"""What the algorithms with a lower loop share: their settings, the loop's rounds, and the rounds of the upper level."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import optax.tree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
-from ..algorithm import Algorithm, Info, State, Truncation, count, option, rate
+from ..algorithm import Algorithm, Info, State, Truncation, choice, count, option, rate
 from ..federation import Client, Federation
-from ..problem import Problem, Rows
 from .curvature import AutoStep, keeping, kept_in
-
-Gradient = Callable[[Any], Callable[[PyTree], PyTree]]  # draw number -> (point -> gradient there, on that draw's rows)
-
-
-def norm(tree: PyTree) -> Float[Array, ""]:
-    """Euclidean norm of a pytree."""
-    return optax.tree.norm(tree)
-
-
-def descend(point: PyTree, lr: Any, gradient: PyTree) -> PyTree:
-    """point - lr gradient."""
-    return optax.tree.add_scale(point, -lr, gradient)
-
-
-def local_descent(gradient: Gradient, start: PyTree, lr: Any, steps: int) -> PyTree:
-    """`steps` plain steps z <- z - lr gradient(z; fresh rows)."""
-    return jax.lax.fori_loop(0, steps, lambda s, z: descend(z, lr, gradient(s)(z)), start)
-
-
-def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Any, steps: int) -> PyTree:
-    """`steps` corrected steps z <- z - lr [gradient(z; rows) - gradient(anchor; same rows) + mean_gradient].
-
-    The correction removes the clients' drift: the fixed point is the global one for any number of steps. At the
-    first step z is the anchor and the two local gradients cancel, so it is taken without evaluating them.
-    """
-
-    def corrected(s, z):
-        on_rows = gradient(s)
-        drift = optax.tree.sub(on_rows(z), on_rows(anchor))
-        return descend(z, lr, optax.tree.add(drift, mean_gradient))
-
-    return jax.lax.fori_loop(1, steps, corrected, descend(anchor, lr, mean_gradient))
-
-
-def controlled_descent(
-    gradient: Gradient, start: PyTree, first: PyTree, correction: PyTree, lr: Any, steps: int
-) -> PyTree:
-    """`steps` steps z <- z - lr [gradient(z; fresh rows) + correction]; `first` is gradient(0)(start), known already."""
-    step = lambda s, z: descend(z, lr, optax.tree.add(gradient(s)(z), correction))
-    return jax.lax.fori_loop(1, steps, step, descend(start, lr, optax.tree.add(first, correction)))
-
-
-def inner_gradient(problem: Problem, x: PyTree, rows: Rows) -> Callable[[PyTree], PyTree]:
-    """y -> d_y g(x, y) on the rows."""
-    return lambda y: problem.inner_gradient(x, y, rows)
-
-
-def hessian_factor(problem: Problem, x: PyTree, y: PyTree, v: PyTree, lr: Any, rows: Rows) -> PyTree:
-    """(I - lr d2_yy g) v."""
-    return descend(v, lr, problem.hessian_vector(x, y, v, rows))
-
-
-def hypergradient(problem: Problem, x: PyTree, y: PyTree, v: PyTree, inner: Rows, outer: Rows) -> PyTree:
-    """d_x f - d2_xy g v, like x: the hypergradient, once v is (an estimate of) H^{-1} d_y f."""
-    direct, _ = problem.outer_gradients(x, y, outer)
-    return optax.tree.sub(direct, problem.cross_vector(x, y, v, inner))
-
-
-def moved_mean(mean: PyTree, share: Any, change: PyTree) -> PyTree:
-    """The mean over all clients of what each keeps, when a share of them changed it by `change` on average."""
-    return jax.tree.map(lambda c, d: c + jnp.asarray(share, d.dtype) * d, mean, change)
+from .directions import hypergradient, inner_gradient
+from .neumann import NeumannSeries
+from .optimizer import begin, outer_step, resolve
+from .steps import descend, fedsvrg, local_descent, norm
 
 
 def one_cohort(fed: Federation, same: bool) -> Any:
@@ -100,6 +35,13 @@ class Settings(AutoStep):
     truncation: Any = eqx.field(default="uniform", converter=Truncation)
     skip_idle_rounds: bool = option(False)
     same_cohort: bool = option(False)
+    outer_optimizer: Any = choice(None)
+
+    def __check_init__(self):
+        resolve(self.outer_optimizer, type(self).__name__)
+
+    def keeps(self, x, y):
+        return super().keeps(x, y) | begin(self.outer_optimizer, x)
 
 
 class LowerLoop(Algorithm):
@@ -168,13 +110,8 @@ class LocalLower(LowerLoop):
         return fed.repeat(self.inner_rounds, lambda t, y: fed.average(self.lower, x, y), y)
 
 
-class CorrectedUpper(Algorithm):
+class CorrectedUpper(Settings):
     """The upper level: an estimate of the hypergradient, then with v fixed FedSVRG steps on x around it, in one round."""
-
-    outer_lr: eqx.AbstractVar[Any]
-    outer_steps: eqx.AbstractVar[int]
-    batch_size: eqx.AbstractVar[int | None]
-    skip_idle_rounds: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def estimate_parts(self, fed: Federation, state: State) -> tuple[PyTree, PyTree, Any, State, Any]:
@@ -183,8 +120,9 @@ class CorrectedUpper(Algorithm):
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         h, v, stretched, after, cohort = self.estimate_parts(fed, state)
-        x = self.upper_round(fed, state.x, after.y, v, h, cohort)
-        return keeping(x, after.y, kept_in(after)), Info(norm(h), stretched)
+        mean = self.upper_round(fed, state.x, after.y, v, h, cohort)
+        x, kept = outer_step(self.outer_optimizer, state.x, mean, kept_in(after))
+        return keeping(x, after.y, kept), Info(norm(h), stretched)
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         h, _, _, after, _ = self.estimate_parts(fed, self.init(x, y))
@@ -213,20 +151,7 @@ class CorrectedUpper(Algorithm):
         return fed.average(self.upper, x, y, v, h, cohort=cohort)
 
 
-class NeumannFields(Settings, LowerLoop):
+class NeumannFields(Settings, LowerLoop, NeumannSeries):
     """The settings of FedNest and its variants, documented at `FedNest`."""
 
     neumann_terms: int = count(5)
-
-    def __check_init__(self):
-        self.truncation.check_range(type(self).__name__, self.neumann_terms - 1)
-
-    def cut(self, series: PyTree, last: PyTree, lam: Any) -> PyTree:
-        """v from the sum of the terms ("full") or from the last one, scaled so that its mean is the sum."""
-        full = self.truncation.full
-        return optax.tree.scale(lam if full else lam * self.neumann_terms, series if full else last)
-
-
-def growth(last: Float[Array, ""], first: Float[Array, ""]) -> Float[Array, ""]:
-    """last / first, zero where first is."""
-    return jnp.where(first > 0, last / jnp.where(first > 0, first, 1), jnp.zeros_like(last))

@@ -90,7 +90,7 @@ def load(folder: str | os.PathLike[str], start: Carry, fingerprint: dict[str, An
         raise
     except Exception as error:  # truncated, or not a checkpoint at all
         raise InputError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): start without resuming."
+            f"{path} cannot be read as a checkpoint: start without resuming. ({type(error).__name__}: {error})"
         ) from error
     return Carry(state, client_state, int(head["iteration"])), head["totals"], head["history"]
 

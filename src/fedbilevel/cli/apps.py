@@ -28,6 +28,7 @@ def run_app(
     check(clients is None or clients >= 1, f"--clients is how many sites there are, at least 1; got {clients}.")
     app = load_app(file).with_(**settings)
     sites = clients or 3
+    app.check_sites(sites)
     folder = _folder(Path(out or f"{app.name}-results"), resume, overwrite)
     if engine == "nvflare":
         need_nvflare()
@@ -46,8 +47,10 @@ def deploy_app(file: str, out: str, clients: int, resume: bool, settings: dict[s
 
     check(clients >= 1, f"--clients is how many sites have to be connected, at least 1; got {clients}.")
     need_nvflare()
+    from ..app import load_app
     from ..engines.nvflare.job import export
 
+    load_app(file).with_(**settings).check_sites(clients)
     place = export(file, out, chosen(settings), clients, resume=resume)
     print(f"Written to {place}: a job for NVIDIA FLARE. Submit it with: nvflare job submit -j {place}")
 

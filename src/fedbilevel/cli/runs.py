@@ -154,7 +154,7 @@ def check(algorithm: Annotated[str | None, typer.Argument(help="An algorithm; de
         if name in BIASED:
             print("         (its hypergradient is local by design, and biased where clients differ: not compared)")
         elif exact is None:
-            print("         (it never forms a hypergradient: not compared)")
+            print("         (it has no estimator of the hypergradient that can be exact: not compared)")
     if failed:
         raise typer.Exit(1)
 

@@ -92,7 +92,7 @@ class Execution(abc.ABC):
             count, replies = np.asarray(counts[path])[:done], None
             if count.ndim == 3:
                 count, replies = count[:, 0], count[:, 1]
-            site_down, site_up = bytes_of(site, count, self.protocol.cohort, replies)
+            site_down, site_up = bytes_of(site, count, replies)
             rounds = rounds + site.round * count[:, 0].astype(object)
             down, up = down + site_down, up + site_up
         return list(rounds), list(down), list(up)

@@ -73,7 +73,7 @@ class ClientSide:
         state = self._state(request)
         flags = tuple(jnp.asarray(flag) for flag in request.wanted)
         key = client_key(attempt_key(self._key, request.tag), self._index)
-        client = Client(self._problem, self._rows, state, key, flags)
+        client = Client(self._problem, self._rows, state, key, flags, jnp.asarray(self._index, jnp.int32))
         try:
             out = self._run(self._algorithm, site.name, client, message)
             out = out if isinstance(out, Reply) else Reply(out, state)

@@ -52,6 +52,13 @@ class Faults:
         good = self.lost_state in (REBUILD, "stop")
         check(good, f"Faults(lost_state=...) is 'rebuild' or 'stop'; got {self.lost_state!r}.")
 
+    def check_cohort(self, cohort: int) -> None:
+        """Refuse to need more replies than clients are asked."""
+        good = self.minimum is None or self.minimum <= cohort
+        check(
+            good, f"Faults(minimum={self.minimum}) needs more replies than the {cohort} clients that an exchange asks."
+        )
+
     def enough(self, cohort: int) -> int:
         """How many replies an exchange with a cohort of this size needs."""
         return min(cohort, -(-cohort // 2) if self.minimum is None else self.minimum)

@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import RunError, check
 from ..federation import (
     Federation,
+    check_cohort,
     check_dropout,
     client_method,
     combine_replies,
@@ -32,7 +33,7 @@ from ..protocol import as_leaves
 from ..tracing import (
     Scopes,
     check_carry,
-    check_same_size,
+    check_given,
     check_times,
     mask_reply,
     normalise,
@@ -61,6 +62,8 @@ class Messaging(Execution):
     ):
         super().__init__(*parts)
         check_dropout(dropout)
+        if faults is not None:
+            faults.check_cohort(self.protocol.cohort)
         self.transport, self.faults, self.dropout, self.watch = transport, faults, dropout, watch
         self.places = {path: place for place, path in enumerate(sorted(self.protocol.sites))}
         self.kept = self.first_tags()
@@ -68,7 +71,7 @@ class Messaging(Execution):
 
     def first_tags(self) -> np.ndarray:
         """(clients, 3) the tags of the states that the clients start with."""
-        return np.tile(np.asarray(START), (self.data.clients, 1))
+        return np.tile(np.asarray(START, np.int32), (self.data.clients, 1))  # 32 bits: a checkpoint has them
 
     def start(self, algorithm, state):
         return Carry(strong(state), self.first_tags(), 0)
@@ -134,7 +137,8 @@ class MessageFederation(Federation):
         message, flags = normalise(message)
         sent = tuple(bool(flag) for flag in flags)
         wanted = tuple(bool(flag) for flag in wanted_flags(replies))
-        cohort = check_same_size(cohort, self.cohort_size)
+        cohort = check_given(cohort, self.clients)
+        self._asked = self.cohort_size if cohort is None else cohort.shape[0]
         exchange = _Exchange(path, self._tick(), sent, wanted, encode(*message_schema(message, sent)), beside)
         index, answers = self._until_enough(exchange, cohort)
         slots = [slot for slot, client in enumerate(index) if int(client) in answers]
@@ -165,7 +169,7 @@ class MessageFederation(Federation):
                 return index, replies
         name, why = run.protocol.sites[exchange.path].name, run.roster.latest
         raise TooFewReplies(
-            f"{have} of {self.cohort_size} clients answered {name} in iteration {self._iteration + 1}, tried {attempts} "
+            f"{have} of {self._asked} clients answered {name} in iteration {self._iteration + 1}, tried {attempts} "
             f"times, where {needed} are needed (the latest failure: {why}). Mend what failed and resume from the last "
             "checkpoint."
         )
@@ -251,12 +255,13 @@ class MessageFederation(Federation):
         check(low < high, f"fed.randint(low, high) needs low < high; got {low}, {high}.")
         return jax.random.randint(exchange_key(self._key, self._tick()), (), low, high, dtype=jnp.int32)
 
-    def draw_cohort(self):
+    def draw_cohort(self, size=None):
         self._scopes.advance()
-        return self._sample(exchange_key(self._key, self._tick()))
+        return self._sample(exchange_key(self._key, self._tick()), size)
 
-    def _sample(self, key):
-        return sample_cohort(key, self.clients, self.cohort_size, self._run.data.weights)
+    def _sample(self, key, size=None):
+        size = self.cohort_size if size is None else check_cohort(size, self.clients)
+        return sample_cohort(key, self.clients, size, self._run.data.weights)
 
     def _tick(self) -> int:
         self._counter += 1

@@ -215,8 +215,8 @@ class _SimulatedFederation(TracedFederation):
         if static.cohort == data.clients:
             self._remember(jnp.arange(data.clients, dtype=jnp.int32))
 
-    def draw_cohort(self):
-        cohort = super().draw_cohort()
+    def draw_cohort(self, size=None):
+        cohort = super().draw_cohort(size)
         self._remember(cohort)
         return cohort
 
@@ -250,7 +250,7 @@ class _SimulatedFederation(TracedFederation):
             if phi is not None:
                 inner = dataclasses.replace(inner, features=phi, at=self._x)
             state = jax.tree.map(lambda leaf: leaf[i], self.client_state)
-            out = method(Client(self._problem, (inner, outer), state, client_key(key, i), flags), *message)
+            out = method(Client(self._problem, (inner, outer), state, client_key(key, i), flags, i), *message)
             return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
 
         batch = self._static.client_batch

@@ -19,7 +19,7 @@ from ..data import FederatedData
 from ..engines import Loopback
 from ..problem import Problem
 
-ORACLES = ("inner_gradient", "hessian_vector", "cross_vector", "outer_gradients")
+ORACLES = ("inner_gradient", "inner_gradient_x", "hessian_vector", "cross_vector", "outer_gradients")
 
 
 class _Counting(Problem):
@@ -30,6 +30,10 @@ class _Counting(Problem):
     def inner_gradient(self, x, y, rows):
         self.calls.append("inner_gradient")
         return y
+
+    def inner_gradient_x(self, x, y, rows):
+        self.calls.append("inner_gradient_x")
+        return x
 
     def hessian_vector(self, x, y, v, rows):
         self.calls.append("hessian_vector")

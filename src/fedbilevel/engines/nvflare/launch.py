@@ -21,6 +21,7 @@ from ...app import App
 from ...callbacks.progress import Meter
 from ...errors import InputError, RunError
 
+MARK = "FEDBILEVEL_RUN"  # in the environment of every process of a run: the folder of its results
 _LOOK = 0.3  # seconds between looks at a run
 _PATIENCE = 40.0  # seconds within which an interrupted run has to end by itself
 
@@ -36,12 +37,13 @@ def run(app: str, loaded: App, out: Path, clients: int, settings: dict[str, Any]
 
     out = out.resolve()
     job = export(app, out / "job", settings, clients, out=str(out), resume=resume)
+    environment = {**os.environ, MARK: str(out)}
     told = {"job": str(job), "out": str(out), "clients": clients, "poc": poc}
     (out / "outcome.json").unlink(missing_ok=True)
     with (out / "nvflare.log").open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(told)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
         )  # fmt: skip
     try:
         with Meter(loaded.name, loaded.iterations or loaded.rounds) as meter:
@@ -106,12 +108,13 @@ def _end(process: subprocess.Popen, out: Path) -> None:
 
 
 def processes(folder: Path) -> list[int]:
-    """The numbers of the processes whose command line names the folder (where there is a /proc)."""
+    """The numbers of the processes of runs in the folder: those that carry its mark (where there is a /proc)."""
     found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
+    for place in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            named = str(folder).encode() in place.read_bytes()
-            if named and int(place.parent.name) not in (os.getpid(), os.getppid()):
+            marks = [entry for entry in place.read_bytes().split(b"\0") if entry.startswith(MARK.encode() + b"=")]
+            of_run = any(Path(os.fsdecode(entry.partition(b"=")[2])).is_relative_to(folder) for entry in marks)
+            if of_run and int(place.parent.name) != os.getpid():
                 found.append(int(place.parent.name))
     return found
 

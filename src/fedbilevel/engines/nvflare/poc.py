@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RunError
-from .launch import end_all
+from .launch import MARK, end_all
 
 _READY = 180.0  # seconds within which all processes have joined
 ADMIN = "admin@nvidia.com"
@@ -27,6 +27,7 @@ def deployment(folder: Path, clients: int) -> Iterator[Path]:
     """A running deployment in a folder; yields the administrator's startup kit."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    run = Path(os.environ.setdefault(MARK, str(folder)))  # what is started from here on carries it
     if not list(folder.glob("*/prod_*")):
         tool(folder, "poc", "prepare", "-n", str(clients), "--force")
     try:
@@ -35,7 +36,7 @@ def deployment(folder: Path, clients: int) -> Iterator[Path]:
     finally:
         with contextlib.suppress(RunError, subprocess.TimeoutExpired):
             tool(folder, "poc", "stop")
-        end_all(folder, patience=10.0)
+        end_all(run, patience=10.0)
 
 
 def connect(kit: Path, clients: int) -> Any:
@@ -64,6 +65,20 @@ def submit(kit: Path, job: Path, clients: int) -> str:
         session.close()
 
 
+@contextlib.contextmanager
+def _own_settings_kept() -> Iterator[None]:
+    """Leave this user's settings of nvflare as they were: `nvflare poc` makes its own startup kits the active ones there."""
+    file = Path.home() / ".nvflare" / "config.conf"
+    before = file.read_bytes() if file.is_file() else None
+    try:
+        yield
+    finally:
+        if before is None:
+            file.unlink(missing_ok=True)
+        elif file.read_bytes() != before:
+            file.write_bytes(before)
+
+
 def tool(folder: Path, *words: str) -> None:
     """Run nvflare's own command line for the deployment in a folder.
 
@@ -72,12 +87,13 @@ def tool(folder: Path, *words: str) -> None:
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # its scripts call python3
     environment = {**os.environ, "NVFLARE_POC_WORKSPACE": str(folder), "PATH": path}
-    done = subprocess.run(
-        [sys.executable, "-m", "nvflare.cli", *words],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        timeout=180,
-        check=False,
-    )
+    with _own_settings_kept():
+        done = subprocess.run(
+            [sys.executable, "-m", "nvflare.cli", *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            timeout=180,
+            check=False,
+        )
     if done.returncode != 0:
         raise RunError(f"nvflare {' '.join(words)} failed with exit code {done.returncode}: see nvflare.log.")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from nvflare.collab import collab
 
-from ...app import App, digest, load_app
+from ...app import App, apart, digest, load_app
 from ...callbacks import CSV, Checkpoint, Progress
 from ...errors import InputError, RunError, check
 from ...federation import check_cohort
@@ -116,11 +116,12 @@ class Collab(Engine):
                 answer["digest"] == version,
                 f"site {name} has another version of the app than the server: deploy the job anew.",
             )
-            check(
-                answer["rows"] == first["rows"],
-                f"the rows of {name} are {answer['rows']}, where those of {self.names[0]} are {first['rows']}: "
-                "load() has to return rows of the same structure, shapes and dtypes at every site.",
-            )
+            for level, mine, theirs in zip(("inner", "outer"), answer["rows"], first["rows"], strict=True):
+                check(
+                    mine == theirs,
+                    f"{name} has other {level} rows than {self.names[0]}: {apart(mine, theirs)}. load() has to return rows "
+                    "of the same structure, shapes and dtypes at every site.",
+                )
         self.schemas = first["rows"]
         self.transport.workers = {name: answer["worker"] for name, answer in said.items()}
         weights = scales = None

@@ -98,7 +98,7 @@ def refusal(name: str, said: Any) -> Exception | None:
     if "error" not in said:
         return None
     kinds = {"lost": StateLost, "input": InputError}
-    return kinds.get(said.get("kind", ""), RunError)(f"site {name}: {said['error']}")
+    return kinds.get(said.get("kind", ""), RunError)(f"{name}: {said['error']}")
 
 
 def _total(kind: str) -> int:

@@ -161,7 +161,7 @@ class _Inside:
         from .agreement import begin, derive, fingerprint, placeholder_data
 
         app = self.app
-        own = FederatedData.stack([self.rows[0]], [self.rows[1]])
+        own = FederatedData.stack([self.rows[0]], [self.rows[1]], names=[self.site])
         problem, self.variables, state = begin(app)
         weights = None if scale is None else [1.0] * sites
         derived = derive(app, placeholder_data([schema(level) for level in self.rows], sites, weights), cohort)

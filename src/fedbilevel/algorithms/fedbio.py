@@ -1,0 +1,114 @@
+"""FedBiO, FedBiOAcc and FedBiOAccLocal: local steps on x, y and v, averaged once a round.
+
+After Li, Huang & Huang, "Communication-Efficient Federated Bilevel Optimization with Global and Local Lower Level Problems",
+NeurIPS 2023, arXiv 2302.06701. The equations are REMEMBERED, not verified. One round for `local_steps` local steps.
+
+FedBiO: z_i <- z_i - (outer_lr, inner_lr, hessian_lr) D_i(z_i) with D_i as in `simultaneous`, that is u = v on the quadratic
+u'Hu/2 - u'd_y f, and the mean of z_i. It is SimFBO with a server step of one. Floats: down and up dx + 2 dy each.
+
+FedBiOAcc: the same along STORM estimates of D, as in `tracking`. Floats: down and up 2 dx + 4 dy each, and one number down.
+
+FedBiOAccLocal solves ANOTHER problem, that of a lower level within each client:
+
+    min_x mean_i f_i(x, y_i*(x)),   y_i*(x) = argmin_y g_i(x, y)
+
+y_i, v_i and their estimates stay at the client; x and its estimate are averaged. Here the clients' own hypergradients are
+exact, and so is their mean. The y of the state is the clients' y_i averaged, if `share_lower` has them sent (dy more up),
+for metrics; else it stays at its start. Floats: down 2 dx + 1, up 2 dx.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax.tree
+from jaxtyping import PyTree
+
+from ..algorithm import option
+from ..federation import Client, Reply
+from .curvature import keeping
+from .simultaneous import LocalRounds, along, told
+from .steps import tracked_descent
+from .tracking import Tracking
+
+
+class FedBiO(LocalRounds):
+    """FedBiO (NeurIPS 2023; equations remembered): x, y, v by local steps, averaged; a floor for two or more of them.
+
+    Args:
+        inner_lr, hessian_lr, outer_lr: the step of ONE local step of y, of v and of x. `hessian_lr="auto"` measures the
+            curvature (ours; up to five rounds every 20 iterations, at first more often).
+        local_steps: local steps a round.
+        batch_size: rows of a minibatch, fresh for every local step; None for all rows.
+    """
+
+
+class FedBiOAcc(Tracking):
+    """FedBiOAcc (NeurIPS 2023; equations remembered): FedBiO along STORM estimates, with falling steps.
+
+    Args:
+        inner_lr, hessian_lr, outer_lr: the step of the FIRST local steps of y, of v and of x; later ones are a_t of it.
+            `hessian_lr="auto"` measures the curvature (ours).
+        local_steps: local steps a round.
+        batch_size: rows of a minibatch, fresh for every local step; None for all rows.
+        forget: how much of the estimate a local step forgets at first; at most 1.
+        slow_after: after how many local steps the steps have fallen to 0.79 (2^{-1/3}).
+    """
+
+    def point(self, state, kept):
+        return state.x, state.y, kept["v"]
+
+    def rates(self, lam):
+        return self.outer_lr, self.inner_lr, self.lam(lam)
+
+    def along(self, client, lam):
+        return along(client, self.batch_size)
+
+
+class FedBiOAccLocal(FedBiOAcc):
+    """FedBiOAccLocal (NeurIPS 2023; equations remembered): each client has a lower level of its own; only x is shared.
+
+    Args:
+        share_lower: send y_i too, whose mean becomes the state's y, for metrics.
+
+    The other arguments are `FedBiOAcc`'s.
+    """
+
+    share_lower: bool = option(False)
+
+    def keeps(self, x, y):
+        kept = super().keeps(x, y)
+        kept.pop("v")
+        return {**kept, "estimate": optax.tree.zeros_like(x)}
+
+    def client_init(self, x, y):
+        lower = (y, optax.tree.zeros_like(y))
+        return {"lower": lower, "estimate": optax.tree.zeros_like(lower), "time": jnp.zeros((), jnp.int32)}
+
+    def step(self, fed, state):
+        lam, kept = self.hessian_step(fed, state)
+        t = kept["time"]
+        moved, e, *lower = fed.average(self.own_moves, state.x, kept["estimate"], t, lam)
+        after = {**kept, "estimate": e, "time": t + self.local_steps}
+        x, y = optax.tree.add(state.x, moved), lower[0] if lower else state.y
+        return keeping(x, y, after), told(moved, self.outer_lr * self.local_steps)
+
+    def own_moves(self, client: Client, x: PyTree, e: PyTree, t: Any, lam: Any) -> Reply:
+        """The same with the client's own y_i and v_i, which stay."""
+        own = client.state
+        z, estimate = (x, *own["lower"]), (e, *own["estimate"])
+        gradient, fresh = self.along(client, lam), own["time"] == 0
+        move, renew = self.turns(gradient, t, lam, None)
+
+        def look(s, before, after, e):
+            """A client that is asked for the first time has no estimate of its own yet."""
+            known = renew(s, before, after, e)
+            seen = gradient(s)(after)
+            first = jnp.where(fresh & (s == 0), 1.0, 0.0)
+            return known[0], *(optax.tree.add_scale(known[k], first, optax.tree.sub(seen[k], known[k])) for k in (1, 2))
+
+        (end, *lower), (e, *rest) = tracked_descent(z, estimate, move, look, self.local_steps)
+        state = {"lower": tuple(lower), "estimate": tuple(rest), "time": own["time"] + self.local_steps}
+        reply = optax.tree.sub(end, x), e
+        return Reply((*reply, lower[0]) if self.share_lower else reply, state)

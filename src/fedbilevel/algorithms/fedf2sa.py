@@ -1,0 +1,123 @@
+"""FedF2SA: the lower level as a penalty, with first-order oracles only. T+1 rounds an iteration, T = `inner_rounds`.
+
+After Kwon, Kwon, Wright & Nowak, "A Fully First-Order Method for Stochastic Bilevel Optimization" (F2SA), ICML 2023, arXiv
+2301.10945, whose equations are REMEMBERED, not verified. The federated form is ours. With a penalty p:
+
+    y   follows argmin_y g(x, y)                  u   follows argmin_u f(x, u) + p g(x, u)
+    h = d_x f(x, u) + p [d_x g(x, u) - d_x g(x, y)]   ->   grad Phi(x)   as p grows
+
+    T times  lower           at the clients `local_steps` steps on y along d_y g_i and on u along d_y g_i + d_y f_i / p, both
+                             corrected by control variates as in AggITD's `one_round`: no drift, also with cohorts
+    hypergradient            h = mean h_i at (x, y, u);   x <- x - outer_lr h
+
+No Hessian, no cross derivative, no series: memory and time are those of gradients. The price is a bias of the order 1/p: on
+a quadratic f and g with A = d2_yy f, u - y* = -(A + p H)^{-1} d_y f(y*) and h = d_x f(u) + p J (u - y*). `penalty_growth`
+is added to p after every iteration; then the bias goes to zero, and rounding or sampling noise in d_x g counts p-fold.
+
+Floats per client: down T (dx + 4 dy + 1) + dx + 2 dy + 1, up 4 T dy + dx.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax.tree
+from jaxtyping import PyTree
+
+from ..algorithm import Algorithm, Info, State, choice, count, rate
+from ..errors import check
+from ..federation import Client, Federation, Reply
+from .curvature import keeping, kept_in
+from .optimizer import begin, outer_step, resolve
+from .steps import controlled_descent, descend, moved_mean, norm
+
+
+class FedF2SA(Algorithm):
+    """FedF2SA (after F2SA, ICML 2023): a penalty in place of second derivatives; a bias of the order 1 / penalty.
+
+    Args:
+        inner_rounds: T >= 1, rounds on y and u.
+        inner_lr: the step of ONE local lower step.
+        local_steps: local lower steps a round.
+        outer_lr: the step of x.
+        penalty: p, in the first iteration.
+        penalty_growth: what is added to p after every iteration; None: nothing.
+        batch_size: rows of a minibatch, fresh for every local step; None for all rows.
+        outer_optimizer: an optax transformation applied at the server to outer_lr h, or its name and learning rate as in
+            "adam:0.01".
+    """
+
+    inner_rounds: int = count(5)
+    inner_lr: Any = rate(0.01)
+    local_steps: int = count(5)
+    outer_lr: Any = rate(0.05)
+    penalty: Any = rate(10.0)
+    penalty_growth: Any = rate(None)
+    batch_size: int | None = count(None)
+    outer_optimizer: Any = choice(None)
+
+    def __check_init__(self):
+        resolve(self.outer_optimizer, "FedF2SA")
+
+    def init(self, x, y):
+        start = {"u": y, "control": optax.tree.zeros_like((y, y)), "penalty": jnp.asarray(self.penalty, norm(y).dtype)}
+        return keeping(x, y, start | begin(self.outer_optimizer, x))
+
+    def client_init(self, x, y):
+        return optax.tree.zeros_like((y, y))
+
+    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
+        h, y, kept = self._estimate(fed, state)
+        growth = 0 if self.penalty_growth is None else self.penalty_growth
+        kept = {**kept, "penalty": kept["penalty"] + jnp.asarray(growth, kept["penalty"].dtype)}
+        x, kept = outer_step(self.outer_optimizer, state.x, descend(state.x, self.outer_lr, h), kept)
+        return keeping(x, y, kept), Info(norm(h), jnp.zeros_like(norm(h)))
+
+    def estimate(self, fed, x, y):
+        h, y, _ = self._estimate(fed, self.init(x, y))
+        return h, y
+
+    def _estimate(self, fed, state):
+        everyone = fed.cohort_size == fed.clients
+        check(everyone or not fed.weighted, "FedF2SA with weighted clients needs all of them: leave cohort= out.")
+        x, kept = state.x, kept_in(state)
+        p = kept["penalty"]
+
+        def turn(t, loop):
+            lower, c = loop
+            moved, change = fed.average(self.lower, x, *lower, c, p)
+            return optax.tree.add(lower, moved), moved_mean(c, fed.share, change)
+
+        start = (state.y, kept["u"]), kept["control"]
+        (y, u), c = fed.repeat(self.inner_rounds, turn, start)
+        return fed.average(self.hypergradient, x, y, u, p), y, {**kept, "u": u, "control": c}
+
+    def lower(self, client: Client, x: PyTree, y: PyTree, u: PyTree, c: PyTree, p: Any) -> Reply:
+        """How far the client's steps go from (y, u), and a_i - c_i; it keeps a_i, its gradients there."""
+        problem = client.problem
+        rows = client.batches("inner", self.batch_size, 2 * self.local_steps, at=x)
+
+        def along(s):
+            inner, outer = rows(s), client.batch("outer", self.batch_size, s)
+
+            def gradients(lower):
+                y, u = lower
+                pull = optax.tree.scale(1 / p, problem.outer_gradients(x, u, outer)[1])
+                return problem.inner_gradient(x, y, inner), optax.tree.add(problem.inner_gradient(x, u, inner), pull)
+
+            return gradients
+
+        lower = y, u
+        a = along(0)(lower)
+        correction = optax.tree.sub(c, client.state)
+        end = controlled_descent(along, lower, a, correction, self.inner_lr, self.local_steps)
+        return Reply((optax.tree.sub(end, lower), optax.tree.sub(a, client.state)), a)
+
+    def hypergradient(self, client: Client, x: PyTree, y: PyTree, u: PyTree, p: Any) -> PyTree:
+        """d_x f_i(x, u) + p [d_x g_i(x, u) - d_x g_i(x, y)], the same rows in both."""
+        problem = client.problem
+        inner, outer = (client.batch(level, self.batch_size) for level in ("inner", "outer"))
+        direct, _ = problem.outer_gradients(x, u, outer)
+        apart = optax.tree.sub(problem.inner_gradient_x(x, u, inner), problem.inner_gradient_x(x, y, inner))
+        return optax.tree.add_scale(direct, p, apart)

@@ -1,0 +1,51 @@
+"""`outer_optimizer=`: an optax transformation of x - mean x_i at the server, as it is given or by name."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import optax
+import optax.tree
+from jaxtyping import PyTree
+
+from ..errors import check
+
+NAMED = ("sgd", "adam", "adamw", "adagrad", "rmsprop", "yogi", "amsgrad", "lion")
+
+
+@functools.lru_cache
+def resolve(optimizer: Any, owner: str) -> Any:
+    """The transformation: None, one of optax's, or words such as "adam:0.01", one of optax's names and its learning rate.
+
+    Raises:
+        InputError: it is nothing of these.
+    """
+    if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
+        return optimizer
+    name, _, rate = optimizer.partition(":") if isinstance(optimizer, str) else ("", "", "")
+    try:
+        value = float(rate or "nan")
+    except ValueError:
+        value = float("nan")
+    check(
+        name in NAMED and 0 < value < float("inf"),
+        f"{owner}(outer_optimizer=...) is an optax transformation, or its name and learning rate as in 'adam:0.01' "
+        f"({', '.join(NAMED)}); got {optimizer!r}.",
+    )
+    return getattr(optax, name)(value)
+
+
+def begin(optimizer: Any, x: PyTree) -> dict[str, PyTree]:
+    """What the state keeps of the optimizer at the start."""
+    return {} if optimizer is None else {"optimizer": resolve(optimizer, "").init(x)}
+
+
+def outer_step(optimizer: Any, x: PyTree, mean: PyTree, kept: dict[str, PyTree]) -> tuple[PyTree, dict[str, PyTree]]:
+    """(The next x, what is kept) from the mean of the clients' x_i: that mean, or the optimizer's step along x - mean."""
+    if optimizer is None:
+        return mean, kept
+    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic relies on it
+        updates, after = resolve(optimizer, "").update(optax.tree.sub(x, mean), kept["optimizer"], x)
+    return optax.apply_updates(x, updates), {**kept, "optimizer": after}

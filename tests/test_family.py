@@ -1,0 +1,387 @@
+"""The family of algorithms on closed forms: where each goes, and where those stop that use clients' own Hessians or steps.
+
+`quadratics`: D_i is linear, so that every fixed point is the solution of a linear system. `ridge`: x enters through exp(x),
+and local hypergradients have a root beside the solution that Newton's method finds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fedbilevel as fb
+from fedbilevel.experiments.theory import family as quadratics
+from fedbilevel.experiments.theory import problems, runner
+from fedbilevel.experiments.theory.family import CURVATURE, DX, DY
+from fedbilevel.tasks.ridge import BIAS_PENALTY
+
+power = np.linalg.matrix_power
+
+
+@functools.cache
+def ridge() -> runner.Setup:
+    return problems.ridge()
+
+
+@functools.cache
+def quadratic() -> quadratics.Family:
+    return quadratics.family(1.0)
+
+
+def end(setup: runner.Setup, algorithm, iterations: int, **options):
+    """x and y after so many iterations."""
+    return fb.solve(
+        setup.problem, setup.data, algorithm, setup.x, setup.y, iterations, key=jax.random.key(0),
+        evaluate_every=iterations, **options,
+    )  # fmt: skip
+
+
+def on_quadratic(f: quadratics.Family) -> runner.Setup:
+    return runner.Setup(quadratics.PROBLEM, f.data(), jnp.asarray(f.x), jnp.asarray(f.y))
+
+
+# Where the exact ones go -------------------------------------------------------------------------------------------------
+
+L, L_UPPER = problems.ridge().curvatures
+STEPS = {"inner_lr": 1 / L, "hessian_lr": 1 / L, "outer_lr": 0.25 / L_UPPER}
+FIFTH = {"inner_lr": 0.2 / L, "hessian_lr": 0.2 / L, "outer_lr": 0.05 / L_UPPER}
+EXACT = {
+    "simfbo": (fb.SimFBO(**STEPS, local_steps=1), 1000),
+    "shrofbo": (fb.ShroFBO(**STEPS, local_steps=1, server_lr=0.9), 1000),
+    "memfbo": (fb.MemFBO(**STEPS, local_steps=1), 1000),
+    "fedbio": (fb.FedBiO(**STEPS, local_steps=1), 1000),
+    "fedbioacc": (fb.FedBiOAcc(**STEPS, local_steps=1), 1000),
+    "fedmsa": (fb.FedMSA(**FIFTH, local_steps=5), 1000),
+    "fedf2sa": (fb.FedF2SA(inner_lr=0.2 / L, outer_lr=0.25 / L_UPPER, penalty_growth=1.0), 2000),
+    "lockstep": (fb.Lockstep(**{**FIFTH, "outer_lr": 0.25 / L_UPPER}, local_steps=5), 1500),
+    "aggitd": (fb.AggITD(**{**STEPS, "inner_lr": 0.2 / L}, truncation="full", warm_start_v=True), 1000),
+    "fednest": (
+        fb.FedNest(**{**STEPS, "inner_lr": 0.2 / L}, inner_rounds=20, neumann_terms=80, truncation="full"), 1000,
+    ),
+    "fednest-sgd": (
+        fb.FedNestSGD(**STEPS, local_steps=1, inner_rounds=40, neumann_terms=80, truncation="full"), 1000,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_methods_become_stationary(name):
+    algorithm, iterations = EXACT[name]
+    setup = ridge()
+    assert float(setup.stationarity(setup.x)) > 0.1
+    assert float(setup.stationarity(end(setup, algorithm, iterations).x)) < 1e-8
+
+
+def test_every_algorithm_is_exact_or_has_a_floor_that_is_known():
+    others = {"lfednest", "lfednest-svrg", "localbsgm", "localbsgvrm", "adafbio", "fedmbo", "fedbioacc-local"}
+    assert set(EXACT) | others == set(fb.algorithms.ALGORITHMS)
+    assert set(EXACT).isdisjoint(fb.algorithms.BIASED)
+
+
+# Where local Hessians lead -----------------------------------------------------------------------------------------------
+
+
+def moments(level, i):
+    """(a'a / n, a'b / n) of a client's rows, a column of ones for the bias."""
+    rows = level.alone(i).rows
+    a = np.concatenate([rows["a"], np.ones((len(rows["a"]), 1))], axis=1)
+    return jnp.asarray(a.T @ a / len(a)), jnp.asarray(a.T @ np.asarray(rows["target"])[:, 0] / len(a))
+
+
+CLIENTS = range(8)
+
+
+@functools.cache
+def all_moments():
+    """Of both levels, for each client."""
+    return [[moments(level, i) for i in CLIENTS] for level in (ridge().data.inner, ridge().data.outer)]
+
+
+def hessian(inner, x):
+    return inner[0] + jnp.diag(jnp.concatenate([jnp.exp(x), jnp.full((1,), BIAS_PENALTY)]))
+
+
+def mean_local_hypergradient(x, vector):
+    """mean_i -exp(x) y v_i, v_i = vector(H_i, d_y f_i), for J_i = diag(exp(x) y), at y*(x)."""
+    inner, outer = all_moments()
+    H = [hessian(each, x) for each in inner]
+    y = jnp.linalg.solve(sum(H) / 8, sum(pull for _, pull in inner) / 8)
+    total = 0
+    for i in CLIENTS:
+        total += -jnp.exp(x) * (y * vector(H[i], outer[i][0] @ y - outer[i][1]))[:-1]
+    return total / 8
+
+
+def root(of):
+    x = ridge().stationarity.best
+    all_moments()  # before anything is traced
+    of, slope = jax.jit(of), jax.jit(jax.jacfwd(of))
+    for _ in range(3000):
+        x = x - 0.5 * of(x)
+    for _ in range(6):
+        x = x - jnp.linalg.solve(slope(x), of(x))
+    assert float(jnp.abs(of(x)).max()) < 1e-13
+    return x
+
+
+TERMS, LAM = 20, 1 / 19.0
+
+
+@functools.cache
+def local_root():
+    """Where the mean of the local hypergradients with TERMS + 1 terms is zero."""
+
+    def vector(H, pull):
+        return LAM * sum(jnp.linalg.matrix_power(jnp.eye(len(H)) - LAM * H, n) for n in range(TERMS + 1)) @ pull
+
+    return root(lambda x: mean_local_hypergradient(x, vector))
+
+
+LOCAL = {"hessian_lr": LAM, "neumann_terms": TERMS, "truncation": "full", "inner_lr": 1 / L, "local_steps": 1}
+
+
+@pytest.mark.parametrize("kind", [fb.LocalBSGM, fb.LocalBSGVRM, fb.AdaFBiO, fb.LFedNest, fb.LFedNestSVRG])
+def test_local_hessians_stop_at_the_floor_that_their_own_equation_predicts(kind):
+    more: dict[str, Any] = {"forget": 0.5, "slow_after": 1e6}
+    if kind in (fb.LFedNest, fb.LFedNestSVRG):
+        more = {"inner_rounds": 60}
+    if kind is fb.AdaFBiO:
+        more["damping"] = 1.0  # where the estimates are zero, steps are the plain ones over this
+    found, setup = end(ridge(), kind(**LOCAL, **more, outer_lr=0.1 / L_UPPER), 5000).x, ridge()
+    predicted = setup.stationarity(local_root())
+    assert float(predicted) > 1e-3  # off the solution, by far
+    np.testing.assert_allclose(setup.stationarity(found), predicted, rtol=1e-3)
+    np.testing.assert_allclose(found, local_root(), rtol=0, atol=1e-3)
+
+
+def test_a_lower_level_of_each_clients_own_is_solved_exactly():
+    """min_x mean_i f_i(x, y_i*(x)), with y_i* = H_i^{-1} (B_i x + b_i) and v_i* = H_i^{-1} A_i (y_i* - t_i)."""
+    f = quadratic()
+    own = lambda x: np.stack([np.linalg.solve(H, B @ x + b) for H, B, b in zip(f.H, f.B, f.b, strict=True)])
+
+    def slope(x):
+        pull = np.einsum("iab,ib->ia", f.A, own(x) - f.t)
+        v = np.linalg.solve(f.H, pull[..., None])[..., 0]
+        return CURVATURE * x + np.einsum("iab,ia->b", f.B, v) / len(f.H)
+
+    curvature = np.linalg.eigvalsh(np.stack([slope(e) - slope(np.zeros(DX)) for e in np.eye(DX)])).max()
+    steps = {"inner_lr": 0.2, "hessian_lr": 0.2, "outer_lr": 0.02 / curvature, "slow_after": 1e6}
+    algorithm = fb.FedBiOAccLocal(**steps, local_steps=1, share_lower=True)
+    result = end(on_quadratic(f), algorithm, 30_000)
+    x = np.asarray(result.x)
+    assert np.sum(slope(f.x) ** 2) > 0.1 and np.sum(slope(x) ** 2) < 1e-16
+    assert np.sum(f.hypergradient(x) ** 2) > 1e-3  # it is another problem than everybody's
+    np.testing.assert_allclose(result.y, own(x).mean(0), atol=1e-7)
+
+
+# Where uncorrected local steps lead ----------------------------------------------------------------------------------------
+
+
+def linear(f: quadratics.Family, i: int):
+    """(M, m) in D_i(z) = M z + m."""
+    zero = np.zeros
+    x = np.hstack([CURVATURE * np.eye(DX), zero((DX, DY)), f.B[i].T])
+    y = np.hstack([-f.B[i], f.H[i], zero((DY, DY))])
+    v = np.hstack([zero((DY, DX)), -f.A[i], f.H[i]])
+    return np.vstack([x, y, v]), np.concatenate([zero(DX), -f.b[i], f.A[i] @ f.t[i]])
+
+
+def local_fixed_point(f, rates, steps, normalised=False):
+    """z where the mean of the clients' moves (or of their moves over their steps) is zero."""
+    E = np.diag(np.concatenate([np.full(n, rate) for n, rate in zip((DX, DY, DY), rates, strict=True)]))
+    left, right = 0, 0
+    for i, tau in enumerate(steps):
+        M, m = linear(f, i)
+        contracted = np.eye(len(M)) - E @ M
+        share = 1 / tau if normalised else 1
+        left = left + share * (power(contracted, tau) - np.eye(len(M)))
+        right = right + share * sum(power(contracted, s) for s in range(tau)) @ E @ m
+    return np.linalg.solve(left, right)
+
+
+UNEQUAL = tuple(int(n) for n in np.random.default_rng(0).integers(1, 21, 8))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "steps"),
+    [
+        (fb.SimFBO(local_steps=5), (5,) * 8),
+        (fb.SimFBO(local_steps=3, server_lr=0.5), (3,) * 8),
+        (fb.FedBiO(local_steps=5), (5,) * 8),
+        (fb.MemFBO(local_steps=5), (5,) * 8),
+        (fb.SimFBO(client_steps=UNEQUAL), UNEQUAL),
+        (fb.ShroFBO(client_steps=UNEQUAL), UNEQUAL),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, fb.Algorithm) else str(value),
+)
+def test_local_steps_stop_where_the_mean_of_the_moves_is_zero(algorithm, steps):
+    f, rates = quadratic(), (0.02, 0.03, 0.03)
+    algorithm = dataclasses.replace(algorithm, outer_lr=rates[0], inner_lr=rates[1], hessian_lr=rates[2])
+    z = local_fixed_point(f, rates, steps, isinstance(algorithm, fb.ShroFBO))
+    result = end(on_quadratic(f), algorithm, 30_000)
+    found = np.concatenate([result.x, result.y, result.state.kept["v"]])
+    np.testing.assert_allclose(found, z, rtol=0, atol=1e-6 * np.abs(z).max())
+    assert np.linalg.norm(f.hypergradient(z[:DX])) > 1e-3  # beside the solution
+
+
+def test_unequal_steps_weigh_clients_in_simfbo_and_not_in_shrofbo():
+    """With ever smaller steps SimFBO ends at the solution of the problem with weights tau_i, ShroFBO at the true one."""
+    f = quadratic()
+    mean = lambda weights: np.average([np.column_stack(linear(f, i)) for i in range(8)], axis=0, weights=weights)
+    solve = lambda matrix: -np.linalg.solve(matrix[:, :-1], matrix[:, -1])
+    weighted, true = solve(mean(UNEQUAL)), solve(mean(None))
+    mismatch = np.abs(weighted - true).max()
+    np.testing.assert_allclose(f.hypergradient(true[:DX]), 0, atol=1e-12)
+    assert mismatch > 0.1
+    gaps = {"SimFBO": [], "ShroFBO": []}
+    for scale in (0.1, 0.01, 0.001):
+        rates = (0.02 * scale, 0.03 * scale, 0.03 * scale)
+        for name, aim in (("SimFBO", weighted), ("ShroFBO", true)):
+            gaps[name].append(np.abs(local_fixed_point(f, rates, UNEQUAL, name == "ShroFBO") - aim).max())
+    for gap in gaps.values():  # of the order of the steps
+        assert gap[0] / 20 < gap[1] < gap[0] / 5 and gap[1] / 12 < gap[2] < gap[1] / 8
+    assert gaps["ShroFBO"][-1] < mismatch / 30
+
+
+# What single methods owe ---------------------------------------------------------------------------------------------------
+
+
+class FirstOrder(fb.Problem):
+    """A problem that has no second derivatives to give."""
+
+    def hessian_vector(self, x, y, v, rows):
+        raise RuntimeError("a second derivative was asked for")
+
+    def cross_vector(self, x, y, v, rows):
+        raise RuntimeError("a second derivative was asked for")
+
+
+@pytest.mark.parametrize("name", fb.algorithms.ALGORITHMS)
+def test_first_order_methods_ask_for_no_second_derivative(name):
+    setup = on_quadratic(quadratic())
+    only = dataclasses.replace(setup, problem=FirstOrder(setup.problem.inner, setup.problem.outer))
+    algorithm = fb.algorithms.checked(name)[0]
+    if name in fb.algorithms.FIRST_ORDER:
+        end(only, algorithm, 3)
+    else:
+        with pytest.raises(fb.InputError, match="a second derivative was asked for"):
+            end(only, algorithm, 3)
+
+
+def test_central_differences_are_the_derivatives_on_a_quadratic():
+    setup = ridge()  # quadratic in y, with third derivatives in (x, y, y): central differences are exact there too
+    one, other = (end(setup, kind(**STEPS, local_steps=2), 20) for kind in (fb.SimFBO, fb.MemFBO))
+    np.testing.assert_allclose(one.x, other.x, rtol=0, atol=1e-10)
+
+
+def test_the_same_method_by_other_names():
+    setup = on_quadratic(quadratic())
+    steps = {"inner_lr": 0.05, "hessian_lr": 0.05, "outer_lr": 0.02, "local_steps": 3}
+    x = lambda algorithm, **options: end(setup, algorithm, 5, **options).x
+    cohort = {"engine": fb.Simulation(cohort=3)}
+    np.testing.assert_allclose(x(fb.FedBiO(**steps), **cohort), x(fb.SimFBO(**steps), **cohort), atol=1e-15)
+    np.testing.assert_allclose(x(fb.ShroFBO(**steps), **cohort), x(fb.SimFBO(**steps), **cohort), atol=1e-14)
+    named = fb.SimFBO(**{**steps, "client_steps": (3,) * 8})
+    np.testing.assert_allclose(x(named), x(fb.SimFBO(**steps)), atol=1e-15)
+    assert np.abs(x(fb.SimFBO(**steps, server_lr=0.5)) - x(fb.SimFBO(**steps))).max() > 1e-3
+    # STORM that forgets everything is plain local steps, after a first one that only looks
+    forgetful = fb.FedBiOAcc(**{**steps, "local_steps": 1}, forget=1.0, slow_after=1e12)
+    plain = dataclasses.replace(fb.FedBiO(**steps), local_steps=1)
+    np.testing.assert_allclose(x(forgetful), end(setup, plain, 4).x, atol=1e-9)
+
+
+def test_one_client_and_one_local_step_is_a_step_along_d():
+    f = quadratic()
+    alone = dataclasses.replace(f, **{name: getattr(f, name)[:1] for name in "HBbAt"})
+    M, m = linear(alone, 0)
+    z, rates = np.concatenate([f.x, f.y, np.zeros(DY)]), np.repeat([0.02, 0.05, 0.04], [DX, DY, DY])
+    for _ in range(7):
+        z = z - rates * (M @ z + m)
+    for kind in (fb.SimFBO, fb.ShroFBO, fb.FedBiO, fb.MemFBO, fb.FedMSA):
+        more = {"forget": 1.0} if kind is fb.FedMSA else {}
+        algorithm = kind(outer_lr=0.02, inner_lr=0.05, hessian_lr=0.04, local_steps=1, **more)
+        np.testing.assert_allclose(end(on_quadratic(alone), algorithm, 7).x, z[:DX], atol=1e-10)
+
+
+def test_the_projection_keeps_v_within_its_radius():
+    setup = on_quadratic(quadratic())
+    steps = {"inner_lr": 0.1, "hessian_lr": 0.1, "outer_lr": 0.02, "local_steps": 1}
+    size = lambda result: float(np.linalg.norm(result.state.kept["v"]))
+    free, held = end(setup, fb.SimFBO(**steps), 300), end(setup, fb.SimFBO(**steps, radius=0.3), 300)
+    assert size(free) > 0.6 and size(held) <= 0.3 + 1e-12
+
+
+def test_fedmbos_chains_are_unbiased_and_their_variance_falls_with_their_number():
+    f, lam, N, draws = quadratic(), 0.5, 4, 20_000
+    setup = on_quadratic(f)
+    P, best = f.corrected(f.x, 0.3, 1)
+    y = best + power(P, 2) @ (f.y - best)
+    series = lam * sum(power(np.eye(DY) - lam * f.H.mean(0), n) for n in range(N))
+    expected = f.compose(f.x, series @ f.outer_y(y).mean(0))
+    spreads = {}
+    for chains in (1, 4):
+        algorithm = fb.FedMBO(inner_rounds=2, inner_lr=0.3, hessian_lr=lam, neumann_terms=N, chains=chains)
+        h = runner.draws(setup, algorithm, runner.hypergradient, draws)
+        error = np.sqrt(h.var(axis=0, ddof=1) / draws)
+        assert (np.abs(h.mean(0) - expected) < 5 * error).all() and error.max() < 0.02 * np.linalg.norm(expected)
+        spreads[chains] = h.var(axis=0, ddof=1).sum()
+    assert 3.7 < spreads[1] / spreads[4] < 4.3
+
+
+@pytest.mark.parametrize("p", [1.0, 30.0])
+def test_the_penalty_is_off_by_its_formula(p):
+    f = quadratic()
+    algorithm = fb.FedF2SA(inner_rounds=1500, inner_lr=0.1, local_steps=3, penalty=p)
+    at = on_quadratic(f)
+    h, y = fb.estimate_hypergradient(at.problem, at.data, algorithm, at.x, at.y, key=at.key)
+    H, A = f.H.mean(0), f.A.mean(0)
+    solution = f.solution(f.x)
+    apart = -np.linalg.solve(A + p * H, f.outer_y(solution).mean(0))  # u - y*
+    np.testing.assert_allclose(y, solution, atol=1e-9)
+    np.testing.assert_allclose(h, CURVATURE * f.x - p * f.B.mean(0).T @ apart, atol=1e-7 * p)
+    assert np.linalg.norm(h - f.hypergradient(f.x)) > 0.01
+
+
+def test_fedmsa_looks_at_all_clients_and_follows_the_mean_exactly():
+    """With everyone's rows its estimate is D itself, whatever it forgets; the cohort moves along it."""
+    setup = on_quadratic(quadratic())
+    x = [
+        end(setup, fb.FedMSA(inner_lr=0.1, hessian_lr=0.1, outer_lr=0.05, local_steps=1, forget=forget), 6,
+            engine=fb.Simulation(cohort=2)).x
+        for forget in (1.0, 0.3)
+    ]  # fmt: skip
+    plain = end(setup, fb.SimFBO(inner_lr=0.1, hessian_lr=0.1, outer_lr=0.05, local_steps=1), 6).x
+    np.testing.assert_allclose(x[0], plain, atol=1e-12)
+    np.testing.assert_allclose(x[1], plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [fb.FedF2SA, fb.FedMSA, fb.SimFBO, fb.AdaFBiO, fb.FedMBO])
+def test_nonsense_is_refused(kind):
+    for wrong in ({"inner_lr": -1.0}, {"outer_lr": float("nan")}, {"local_steps": 0}):
+        with pytest.raises(fb.InputError, match=next(iter(wrong))):
+            kind(**wrong)
+
+
+def test_nonsense_of_single_methods_is_refused():
+    setup = on_quadratic(quadratic())
+    for make, what in (
+        (lambda: fb.SimFBO(client_steps=(1, 0)), "client_steps"),
+        (lambda: fb.SimFBO(client_steps="many"), "client_steps"),
+        (lambda: fb.FedMSA(forget=2.0), "at most 1"),
+        (lambda: fb.LocalBSGM(forget=1.5), "at most 1"),
+        (lambda: fb.FedMBO(truncation="full"), "truncation"),
+        (lambda: fb.AdaFBiO(truncation=9, neumann_terms=5), "truncation"),
+        (lambda: fb.SimFBO(radius=-1.0), "radius"),
+        (lambda: end(setup, fb.SimFBO(client_steps=(1, 2)), 1), "there are 8 clients"),
+    ):
+        with pytest.raises(fb.InputError, match=what):
+            make()
+    assert fb.SimFBO(client_steps="1, 2,3").client_steps == (1, 2, 3)
+    assert eqx.tree_equal(fb.SimFBO(radius=None), fb.SimFBO())
