@@ -10,6 +10,7 @@ import pytest
 from test_protocol import CLIENTS, COHORT, COLUMNS, DX, DY, ledger, task
 
 import fedbilevel as fb
+from fedbilevel.algorithms.about import about
 
 Z, WHOLE = DX + 2 * DY, 4  # numbers of (x, y, v); bytes of a whole number
 ENGINES = (fb.Simulation(cohort=COHORT), fb.Loopback(cohort=COHORT))
@@ -114,3 +115,25 @@ class TooMany(fb.Algorithm):
 
     def index(self, client, x):
         return client.index
+
+
+@pytest.mark.parametrize("name", fb.algorithms.ALGORITHMS)
+def test_what_the_list_says_of_rounds_and_needs_is_so(name):
+    line, kind = about(name), fb.algorithms.ALGORITHMS[name]
+    fields = kind.__dataclass_fields__
+    N, terms = 3, 5
+    settings = {"inner_rounds": N, "neumann_terms": terms, "truncation": "full"}
+    if kind is fb.FedMBO:
+        settings["truncation"] = "uniform"
+    algorithm = kind(**{field: value for field, value in settings.items() if field in fields})
+    known = {"N": N if kind is fb.AggITD else terms, "T": N}
+    said = eval(line.rounds.replace("2N", "2*N").replace("2T", "2*T"), {}, known)
+    protocol = fb.protocol(algorithm, *task(), engine=ENGINES[0])
+    assert protocol.rounds_most == said
+    asked = {site.cohort for site in protocol.sites.values()}
+    assert (CLIENTS in asked) == (line.asks == "all")
+    _, _, x, y = task()
+    state = algorithm.init(x, y)
+    assert line.state == (
+        algorithm.client_init(state.x, state.y) is not None or kind is fb.AggITD
+    )  # one of its options

@@ -162,17 +162,30 @@ def check(algorithm: Annotated[str | None, typer.Argument(help="An algorithm; de
 @app.command("list")
 def list_names(as_json: Json = False):
     """List the tasks, algorithms, partitions and engines."""
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
     from ..algorithms import ALGORITHMS
+    from ..algorithms.about import about as line_about
     from ..experiments.plan import ENGINES
     from ..partition import PARTITIONS
     from ..tasks import TASKS
 
-    about = {name: (kind.__doc__ or "").strip().splitlines()[0] for name, kind in ALGORITHMS.items()}
+    lines = {name: line_about(name) for name in ALGORITHMS}
+    about = {name: line.summary for name, line in lines.items()}
     if as_json:
         tasks = {k.name: {"summary": k.summary, "datasets": k.datasets} for k in TASKS.values()}
         print(
             json.dumps(
-                {"tasks": tasks, "algorithms": about, "partitions": list(PARTITIONS), "engines": list(ENGINES)},
+                {
+                    "tasks": tasks,
+                    "algorithms": about,
+                    "about": {name: dataclasses.asdict(line) for name, line in lines.items()},
+                    "partitions": list(PARTITIONS),
+                    "engines": list(ENGINES),
+                },
                 indent=2,
             )
         )
@@ -180,9 +193,13 @@ def list_names(as_json: Json = False):
     print("Tasks (data sets, the default first)")
     for kind in TASKS.values():
         print(f"  {kind.name:22}{kind.summary} ({', '.join(kind.datasets)})")
-    print("Algorithms")
-    for name, line in about.items():
-        print(f"  {name:22}{line}")
+    table = Table(
+        "Algorithm", "rounds", "derivatives", "client state", "asks", "when to use it", box=None, pad_edge=False
+    )
+    for name, line in lines.items():
+        table.add_row(name, line.rounds, line.order, "yes" if line.state else "no", line.asks, line.when)
+    print("Algorithms (rounds of one iteration, T and N its turns and terms)")
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
     print(f"Partitions\n  {', '.join(PARTITIONS)}\nEngines\n  {', '.join(ENGINES)}; for an application nvflare too")
 
 

@@ -1,4 +1,4 @@
-"""Metrics for tasks whose solution can be computed: how good x is, how stationary, and how far y is from y*(x)."""
+"""Tasks whose solution can be computed: how they are made, and how good x is, how stationary, how far y is from y*(x)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,37 @@ from collections.abc import Callable
 import optax.tree
 
 from .. import reference
-from ..data import FederatedData
+from ..data import FederatedData, generator
+from ..errors import check
 from ..problem import Problem
+from .base import Options, Task
+
+CLIENTS, ROWS = 8, (5, 8, 11)  # unless the options say how many clients; rows of each in turn
+
+
+def synthetic(
+    name: str, options: Options, inner_loss: Callable, outer_loss: Callable, clients: Callable, start: Callable
+) -> Task:
+    """A task that makes its own clients.
+
+    Args:
+        clients: (numpy generator, rows of each client) -> (inner rows, outer rows) of each client.
+        start: key -> (x, y).
+
+    Raises:
+        InputError: the options ask for a partition or a data set.
+    """
+    check(
+        options.partition == "iid" and options.data_dir is None,
+        f"the {name} task makes its own clients: leave --partition and --data-dir out.",
+    )
+    place, _, begin, run = options.keys()
+    counts = [ROWS[i % len(ROWS)] for i in range(options.clients or CLIENTS)]
+    rows = list(clients(generator(place), counts))
+    data = FederatedData.stack([inner for inner, _ in rows], [outer for _, outer in rows])
+    problem = Problem(inner_loss, outer_loss)
+    x, y = start(begin)
+    return Task(name, "synthetic", problem, data, x, y, closed_form_metrics(problem, data), run)
 
 
 def closed_form_metrics(problem: Problem, data: FederatedData) -> dict[str, Callable]:

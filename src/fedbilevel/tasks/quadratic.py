@@ -11,13 +11,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from ..data import FederatedData, generator
-from ..errors import check
-from ..problem import Problem
+from ..data import generator
 from .base import Kind, Options, Task
-from .closed_form import closed_form_metrics
+from .closed_form import synthetic
 
-UPPER, LOWER, ROWS = 4, 6, (5, 8, 11)
+UPPER, LOWER = 4, 6
 SPREAD = 0.5
 
 
@@ -32,20 +30,14 @@ def outer_loss(x, y, row):
 
 
 def build(options: Options) -> Task:
-    check(
-        options.partition == "iid" and options.data_dir is None,
-        "the quadratic task makes its own clients: leave --partition and --data-dir out.",
-    )
-    place, _, start, run = options.keys()
-    draw = generator(place)
-    basis, _ = np.linalg.qr(draw.normal(size=(LOWER, LOWER)))
-    common = basis @ np.diag(np.geomspace(1.0, 10.0, LOWER)) @ basis.T
-    cross = draw.normal(size=(LOWER, UPPER))
-    clients = [_client(draw, common, cross, ROWS[i % len(ROWS)]) for i in range(options.clients or 8)]
-    data = FederatedData.stack([inner for inner, _ in clients], [outer for _, outer in clients])
-    problem = Problem(inner_loss, outer_loss)
-    x, y = jnp.asarray(generator(start).normal(size=UPPER), float), jnp.zeros((LOWER,))
-    return Task("quadratic", "synthetic", problem, data, x, y, closed_form_metrics(problem, data), run)
+    def clients(draw: np.random.Generator, counts):
+        basis, _ = np.linalg.qr(draw.normal(size=(LOWER, LOWER)))
+        common = basis @ np.diag(np.geomspace(1.0, 10.0, LOWER)) @ basis.T
+        cross = draw.normal(size=(LOWER, UPPER))
+        return [_client(draw, common, cross, rows) for rows in counts]
+
+    start = lambda key: (jnp.asarray(generator(key).normal(size=UPPER), float), jnp.zeros((LOWER,)))
+    return synthetic("quadratic", options, inner_loss, outer_loss, clients, start)
 
 
 def _client(draw: np.random.Generator, common: np.ndarray, cross: np.ndarray, rows: int):
