@@ -17,21 +17,22 @@ class Meter:
         label: what to call the work.
         total: how much there is to do, in units of the caller's.
         done: how much of it is done already.
+        news: what goes on at first.
     """
 
-    def __init__(self, label: str, total: float | None, done: float = 0):
+    def __init__(self, label: str, total: float | None, done: float = 0, news: str = "compiling"):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self.label = label
-        self._told, self._bar = time.monotonic(), None
+        self._told, self._bar, self._news = time.monotonic(), None, ""
         console = Console(file=sys.stderr)
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[news]}"),
                 TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
             )  # fmt: skip
-            self._task = self._bar.add_task(label, total=total, news="compiling")
+            self._task = self._bar.add_task(label, total=total, news=news)
             self._bar.update(self._task, completed=done)
             self._bar.start()
 
@@ -39,8 +40,8 @@ class Meter:
         """So much is done, and a word about it."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, news=news)
-        elif time.monotonic() - self._told > _LOG_EVERY:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._told > _LOG_EVERY and news != self._news:
+            self._told, self._news = time.monotonic(), news
             print(f"{self.label}: {news}", file=sys.stderr, flush=True)
 
     def stop(self) -> None:

@@ -46,10 +46,11 @@ def run(app: str, loaded: App, out: Path, clients: int, settings: dict[str, Any]
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
         )  # fmt: skip
     try:
-        with Meter(loaded.name, loaded.iterations or loaded.rounds) as meter:
+        news = "making certificates and starting the sites" if poc else "starting the sites"
+        with Meter(loaded.name, loaded.iterations or loaded.rounds, news=news) as meter:
             while process.poll() is None:
                 time.sleep(_LOOK)
-                _show(meter, out, loaded)
+                _show(meter, out, loaded, news)
     finally:
         if process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -70,10 +71,11 @@ def conclude(out: Path) -> None:
         raise RunError(sentence)
 
 
-def _show(meter: Meter, out: Path, loaded: App) -> None:
-    """What the latest lines of history.csv and rounds.csv say."""
+def _show(meter: Meter, out: Path, loaded: App, before: str) -> None:
+    """What the latest lines of history.csv and rounds.csv say; `before` there are any, what goes on till then."""
     row, book = _last(out / "history.csv"), _last(out / "rounds.csv")
     if not row or not book:
+        meter.update(0, before)
         return
     done = int(row["iteration" if loaded.iterations else "rounds"])
     asked, replied = book["asked"].split(), book["replied"].split()
