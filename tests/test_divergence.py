@@ -6,6 +6,7 @@ is left is outer_lr.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -21,7 +22,8 @@ L_G = np.linalg.eigvalsh(Q0.hessians(Q0.t).mean(0)).max()
 STEPS = 2
 GOOD = {"inner_lr": 0.1, "hessian_lr": 0.1, "outer_lr": 0.02}
 SHAPE = {"inner_rounds": 3, "local_steps": STEPS, "truncation": "full"}
-KINDS = [kind for kind in fb.algorithms.ALGORITHMS.values() if kind is not fb.Lockstep]  # its own tests have that
+KINDS = [fb.AggITD, fb.FedNest, fb.FedNestSGD, fb.LFedNest, fb.LFedNestSVRG]
+AT_ONCE = [fb.SimFBO, fb.MemFBO, fb.FedBiOAcc, fb.FedBiOAccLocal, fb.FedMSA, fb.LocalBSGVRM, fb.AdaFBiO, fb.FedF2SA]
 
 
 def run(kind, iterations=2000, q=Q0, engine=None, **steps):
@@ -72,6 +74,22 @@ def test_the_step_that_is_too_large_is_named(kind, name):
 def test_good_steps_do_not_diverge(kind):
     result = run(kind, 300)
     assert result.iteration == 300 and np.isfinite(flat((result.x, result.y))).all()
+
+
+# AdaFBiO's lower steps are relative, FedBiOAccLocal's lower level is out of sight, FedBiOAcc's first outer step goes too far
+UNTOLD = {("inner_lr", fb.AdaFBiO), ("inner_lr", fb.FedBiOAccLocal), ("outer_lr", fb.FedBiOAcc)}
+PAIRS = [(name, kind) for kind in AT_ONCE for name in GOOD if name in kind.__dataclass_fields__]
+
+
+@pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair not in UNTOLD])
+def test_a_step_is_named_where_there_are_no_rounds_of_the_lower_level_alone(name, kind):
+    value = {"inner_lr": 4.0, "hessian_lr": 5.0, "outer_lr": 30.0}[name]
+    algorithm = kind(**{field: v for field, v in GOOD.items() if field in kind.__dataclass_fields__}, local_steps=STEPS)
+    algorithm = dataclasses.replace(algorithm, **{name: value})
+    with pytest.raises(fb.Diverged) as failure:
+        fb.solve(Q0.problem, Q0.data, algorithm, Q0.x, Q0.y, 2000, key=jax.random.key(0))
+    text = str(failure.value)
+    assert text.startswith(kind.__name__) and f"lower {name} (now {value:g})" in text
 
 
 @pytest.mark.parametrize("outer_lr", [1e-30, 0.02])

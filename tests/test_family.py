@@ -18,7 +18,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.experiments.theory import family as quadratics
-from fedbilevel.experiments.theory import problems, runner
+from fedbilevel.experiments.theory import problems, runner, unequal
 from fedbilevel.experiments.theory.family import CURVATURE, DX, DY
 from fedbilevel.tasks.ridge import BIAS_PENALTY
 
@@ -184,29 +184,7 @@ def test_a_lower_level_of_each_clients_own_is_solved_exactly():
 # Where uncorrected local steps lead ----------------------------------------------------------------------------------------
 
 
-def linear(f: quadratics.Family, i: int):
-    """(M, m) in D_i(z) = M z + m."""
-    zero = np.zeros
-    x = np.hstack([CURVATURE * np.eye(DX), zero((DX, DY)), f.B[i].T])
-    y = np.hstack([-f.B[i], f.H[i], zero((DY, DY))])
-    v = np.hstack([zero((DY, DX)), -f.A[i], f.H[i]])
-    return np.vstack([x, y, v]), np.concatenate([zero(DX), -f.b[i], f.A[i] @ f.t[i]])
-
-
-def local_fixed_point(f, rates, steps, normalised=False):
-    """z where the mean of the clients' moves (or of their moves over their steps) is zero."""
-    E = np.diag(np.concatenate([np.full(n, rate) for n, rate in zip((DX, DY, DY), rates, strict=True)]))
-    left, right = 0, 0
-    for i, tau in enumerate(steps):
-        M, m = linear(f, i)
-        contracted = np.eye(len(M)) - E @ M
-        share = 1 / tau if normalised else 1
-        left = left + share * (power(contracted, tau) - np.eye(len(M)))
-        right = right + share * sum(power(contracted, s) for s in range(tau)) @ E @ m
-    return np.linalg.solve(left, right)
-
-
-UNEQUAL = tuple(int(n) for n in np.random.default_rng(0).integers(1, 21, 8))
+UNEQUAL = unequal.steps()
 
 
 @pytest.mark.parametrize(
@@ -224,7 +202,7 @@ UNEQUAL = tuple(int(n) for n in np.random.default_rng(0).integers(1, 21, 8))
 def test_local_steps_stop_where_the_mean_of_the_moves_is_zero(algorithm, steps):
     f, rates = quadratic(), (0.02, 0.03, 0.03)
     algorithm = dataclasses.replace(algorithm, outer_lr=rates[0], inner_lr=rates[1], hessian_lr=rates[2])
-    z = local_fixed_point(f, rates, steps, isinstance(algorithm, fb.ShroFBO))
+    z = unequal.fixed_point(f, rates, steps, isinstance(algorithm, fb.ShroFBO))
     result = end(on_quadratic(f), algorithm, 30_000)
     found = np.concatenate([result.x, result.y, result.state.kept["v"]])
     np.testing.assert_allclose(found, z, rtol=0, atol=1e-6 * np.abs(z).max())
@@ -234,9 +212,7 @@ def test_local_steps_stop_where_the_mean_of_the_moves_is_zero(algorithm, steps):
 def test_unequal_steps_weigh_clients_in_simfbo_and_not_in_shrofbo():
     """With ever smaller steps SimFBO ends at the solution of the problem with weights tau_i, ShroFBO at the true one."""
     f = quadratic()
-    mean = lambda weights: np.average([np.column_stack(linear(f, i)) for i in range(8)], axis=0, weights=weights)
-    solve = lambda matrix: -np.linalg.solve(matrix[:, :-1], matrix[:, -1])
-    weighted, true = solve(mean(UNEQUAL)), solve(mean(None))
+    weighted, true = unequal.weighted_solution(f, UNEQUAL), unequal.weighted_solution(f, None)
     mismatch = np.abs(weighted - true).max()
     np.testing.assert_allclose(f.hypergradient(true[:DX]), 0, atol=1e-12)
     assert mismatch > 0.1
@@ -244,7 +220,7 @@ def test_unequal_steps_weigh_clients_in_simfbo_and_not_in_shrofbo():
     for scale in (0.1, 0.01, 0.001):
         rates = (0.02 * scale, 0.03 * scale, 0.03 * scale)
         for name, aim in (("SimFBO", weighted), ("ShroFBO", true)):
-            gaps[name].append(np.abs(local_fixed_point(f, rates, UNEQUAL, name == "ShroFBO") - aim).max())
+            gaps[name].append(np.abs(unequal.fixed_point(f, rates, UNEQUAL, name == "ShroFBO") - aim).max())
     for gap in gaps.values():  # of the order of the steps
         assert gap[0] / 20 < gap[1] < gap[0] / 5 and gap[1] / 12 < gap[2] < gap[1] / 8
     assert gaps["ShroFBO"][-1] < mismatch / 30
@@ -300,7 +276,7 @@ def test_the_same_method_by_other_names():
 def test_one_client_and_one_local_step_is_a_step_along_d():
     f = quadratic()
     alone = dataclasses.replace(f, **{name: getattr(f, name)[:1] for name in "HBbAt"})
-    M, m = linear(alone, 0)
+    M, m = unequal.linear(alone, 0)
     z, rates = np.concatenate([f.x, f.y, np.zeros(DY)]), np.repeat([0.02, 0.05, 0.04], [DX, DY, DY])
     for _ in range(7):
         z = z - rates * (M @ z + m)

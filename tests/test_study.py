@@ -79,12 +79,35 @@ def test_runs_are_judged_by_the_median_of_five():
 def test_oracle_calls_are_those_counted_by_hand():
     # N = 2: an anchor and two of three local steps evaluate twice; factors for t = 1, 2; d_y f for t = 0, 1, 2
     full = oracle_calls(fb.AggITD(inner_rounds=2, local_steps=3, truncation="full"))
-    assert full == {"inner_gradient": 10, "hessian_vector": 2, "cross_vector": 1, "outer_gradients": 4, "all": 17}
+    assert full == {
+        "inner_gradient": 10,
+        "inner_gradient_x": 0,
+        "hessian_vector": 2,
+        "cross_vector": 1,
+        "outer_gradients": 4,
+        "all": 17,
+    }
     uniform = oracle_calls(fb.AggITD(inner_rounds=2, local_steps=3))
     assert uniform["hessian_vector"] == pytest.approx(1)  # N - Q on average
     assert uniform["outer_gradients"] == pytest.approx(2)
     nest = oracle_calls(fb.FedNest(inner_rounds=2, local_steps=3, neumann_terms=4, truncation="full"))
-    assert nest == {"inner_gradient": 10, "hessian_vector": 4, "cross_vector": 1, "outer_gradients": 2, "all": 17}
+    assert nest == {
+        "inner_gradient": 10,
+        "inner_gradient_x": 0,
+        "hessian_vector": 4,
+        "cross_vector": 1,
+        "outer_gradients": 2,
+        "all": 17,
+    }
+    penalty = oracle_calls(fb.FedF2SA(inner_rounds=2, local_steps=3))  # two gradients of g and one of f a local step
+    assert penalty == {
+        "inner_gradient": 12,
+        "inner_gradient_x": 2,
+        "hessian_vector": 0,
+        "cross_vector": 0,
+        "outer_gradients": 7,
+        "all": 21,
+    }
 
 
 @pytest.mark.slow

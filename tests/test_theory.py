@@ -9,7 +9,17 @@ import pandas
 import pytest
 
 import fedbilevel as fb
-from fedbilevel.experiments.theory import THEORY, common, components, estimator, problems, rounds, runner, spread
+from fedbilevel.experiments.theory import (
+    THEORY,
+    common,
+    components,
+    estimator,
+    problems,
+    rounds,
+    runner,
+    spread,
+    unequal,
+)
 from fedbilevel.experiments.theory.family import CURVATURE, PROBLEM, family
 
 SILENT = lambda text: None
@@ -178,3 +188,24 @@ def test_ablation(tmp_path, monkeypatch):
     monkeypatch.setattr(components, "expected", lambda f, name, N: spread.formula(f, "AggITD", 2 * N)[0])
     with pytest.raises(fb.RunError, match="cohorts"):
         run("ablation", tmp_path / "wrong")
+
+
+@pytest.mark.slow
+def test_unequal_steps_mislead_simfbo_alone(tmp_path, monkeypatch):
+    frame = pandas.read_csv(run("unequal-steps", tmp_path)["unequal-steps.csv"]).set_index(["scale", "method"])[
+        "measured"
+    ]
+    assert frame[0.3, "ShroFBO"] < frame[1.0, "ShroFBO"] < 0.05 < frame[1.0, "SimFBO"] < frame[0.3, "SimFBO"]
+    right = unequal.fixed_point
+    monkeypatch.setattr(
+        unequal, "fixed_point", lambda f, rates, taus, normalised=False: right(f, rates, taus, not normalised)
+    )
+    with pytest.raises(fb.RunError, match="off its formula"):
+        run("unequal-steps", tmp_path / "wrong")
+
+
+@pytest.mark.slow
+def test_every_method_against_rounds(tmp_path):
+    frame = pandas.read_csv(run("stationarity", tmp_path)["stationarity.csv"])
+    last = frame.groupby("method")["value"].last()
+    assert last["Lockstep (ours)"] < 1e-8 and last["SimFBO"] < 1e-8 and last["LocalBSGM"] > 1e-3

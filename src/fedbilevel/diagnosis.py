@@ -20,7 +20,8 @@ _STRETCHED = 1.05  # a Hessian factor with a usable step never stretches; the ma
 def rates(algorithm: Any) -> dict[str, float]:
     """The algorithm's step sizes by name."""
     fields = [f for f in dataclasses.fields(algorithm) if f.metadata.get("role") == "rate"]
-    return {f.name: float(value) for f in fields if not isinstance(value := getattr(algorithm, f.name), str)}
+    values = {f.name: getattr(algorithm, f.name) for f in fields}
+    return {name: float(value) for name, value in values.items() if not (value is None or isinstance(value, str))}
 
 
 def largest(tree: Any) -> float:

@@ -15,6 +15,8 @@ from .estimator import bias, q_variance
 from .rounds import rounds_ratio
 from .schedules import rounds_table
 from .spread import heterogeneity
+from .stationarity import stationarity
+from .unequal import unequal_steps
 
 Study = Callable[[Path, bool, Progress], list[Path]]
 
@@ -27,5 +29,7 @@ THEORY: dict[str, tuple[str, Study]] = {
     "bias": ("the bias of AggITD's estimator, and its closed form", bias),
     "rounds-ratio": ("rounds of AggITD over those of FedNest at T = N, and (2N+3)/(3N+3)", rounds_ratio),
     "rounds-table": ("rounds to a stationary point, method by method, all clients and cohorts", rounds_table),
+    "stationarity": ("every method on heterogeneous ridge tuning: to zero, or to a floor", stationarity),
+    "unequal-steps": ("unequal numbers of local steps: SimFBO solves another problem, ShroFBO does not", unequal_steps),
     "ablation": ("turns, local steps, cohort and truncation of AggITD; one cohort for all exchanges", ablation),
 }

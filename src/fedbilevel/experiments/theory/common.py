@@ -93,7 +93,8 @@ FORMULA = {"color": "black", "marker": "x", "linestyle": "none", "markersize": 9
 
 def style(place: int) -> dict[str, Any]:
     """The look of the curve at that place of the legend."""
-    return {**STYLES[place % len(STYLES)], "linewidth": 1.6, "markersize": 5}
+    hollow = {"markerfacecolor": "white"} if place >= len(STYLES) else {}  # told apart from the first of that colour
+    return {**STYLES[place % len(STYLES)], **hollow, "linewidth": 1.6, "markersize": 5}
 
 
 def panels(rows: int, columns: int, size: tuple[float, float], **options: Any):
