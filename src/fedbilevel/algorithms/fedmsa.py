@@ -51,16 +51,16 @@ class FedMSA(Simultaneous):
     def keeps(self, x, y):
         kept = super().keeps(x, y)
         z = x, y, kept["v"]
-        return kept | {"before": z, "estimate": optax.tree.zeros_like(z), "first": jnp.ones((), bool)}
+        return kept | {"before": z, "estimate": optax.tree.zeros_like(z), "done": jnp.zeros((), jnp.int32)}
 
     def step(self, fed: Federation, state):
         lam, kept = self.hessian_step(fed, state)
         z = state.x, state.y, kept["v"]
-        forget = jnp.where(kept["first"], 1.0, self.forget)
+        forget = jnp.where(kept["done"] == 0, 1.0, self.forget)
         everyone = fed.draw_cohort(fed.clients)
         e = fed.average(self.look, z, kept["before"], kept["estimate"], forget, cohort=everyone)
         x, y, v = optax.tree.add(z, fed.average(self.move, z, e, lam))
-        after = {**kept, "v": v, "before": z, "estimate": e, "first": jnp.zeros((), bool)}
+        after = {**kept, "v": v, "before": z, "estimate": e, "done": kept["done"] + 1}
         return keeping(x, y, after), Info(norm(e[0]), jnp.zeros_like(norm(y)))
 
     def look(self, client: Client, z: PyTree, before: PyTree, e: PyTree, forget: Any) -> PyTree:
