@@ -41,7 +41,7 @@ def agree(one, other):
     np.testing.assert_array_equal(one[1], other[1])
 
 
-FIRST = ("aggitd", "fednest", "lfednest", "lockstep", "one-round", "fedmsa", "fedmbo", "fedbioacc-local")
+FIRST = ("aggitd", "fednest", "lfednest", "lockstep", "one-round", "fedmsa", "fedbioacc-local")
 EACH = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in CASES]
 
 

@@ -239,7 +239,11 @@ class FirstOrder(fb.Problem):
         raise RuntimeError("a second derivative was asked for")
 
 
-@pytest.mark.parametrize("name", fb.algorithms.ALGORITHMS)
+FIRST = ("memfbo", "fedf2sa", "simfbo", "aggitd")
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in fb.algorithms.ALGORITHMS if name not in FIRST]
+
+
+@pytest.mark.parametrize("name", [*FIRST, *REST])
 def test_first_order_methods_ask_for_no_second_derivative(name):
     setup = on_quadratic(quadratic())
     only = dataclasses.replace(setup, problem=FirstOrder(setup.problem.inner, setup.problem.outer))
