@@ -73,7 +73,9 @@ def test_its_state_is_part_of_a_checkpoint(tmp_path):
     np.testing.assert_allclose(solve(algorithm, 8, resume=tmp_path).x, whole.x, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("wrong", ["adamm:0.1", "adam", "adam:0", "adam:-1", "adam:fast", ":0.1", 3, "getattr:1"])
+@pytest.mark.parametrize(
+    "wrong", ["adamm:0.1", "adam", "adam:0", "adam:-1", "adam:fast", ":0.1", 3, ["adam", 1], "getattr:1"]
+)
 @pytest.mark.parametrize("kind", [fb.AggITD, fb.LFedNest, fb.FedMBO, fb.FedF2SA])
 def test_nonsense_is_refused(kind, wrong):
     with pytest.raises(fb.InputError, match=r"outer_optimizer=.*adam:0\.01"):

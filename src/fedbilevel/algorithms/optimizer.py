@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from ..errors import check
 NAMED = ("sgd", "adam", "adamw", "adagrad", "rmsprop", "yogi", "amsgrad", "lion")
 
 
-@functools.lru_cache
 def resolve(optimizer: Any, owner: str) -> Any:
     """The transformation: None, one of optax's, or words such as "adam:0.01", one of optax's names and its learning rate.
 

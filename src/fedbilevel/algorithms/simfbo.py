@@ -42,8 +42,9 @@ from .steps import norm
 
 def _counts(steps: Any) -> Any:
     """A tuple of whole numbers; also from words such as "1,5,20"."""
-    if isinstance(steps, str) and steps.replace(",", "").replace(" ", "").isdigit():
-        return tuple(int(word) for word in steps.split(","))
+    words = steps.split(",") if isinstance(steps, str) else []
+    if words and all(word.strip().isdecimal() for word in words):
+        return tuple(map(int, words))
     return tuple(steps) if isinstance(steps, list) else steps
 
 
