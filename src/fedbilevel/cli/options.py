@@ -15,9 +15,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Task = Annotated[
-    str, typer.Argument(help="quadratic, ridge, regularisation, hyper-representation or loss-tuning (see `list`).")
-]
+Task = Annotated[str, typer.Argument(help="A task, as in ridge or hyper-representation (see `list`).")]
 TaskOrApp = Annotated[str, typer.Argument(help="A task (see `list`), or the Python file of an application of yours.")]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Data set; the task's default is embedded.")]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder that holds the data set's files.")]
