@@ -11,11 +11,13 @@ import pandas
 import pytest
 
 import fedbilevel as fb
+from fedbilevel import solve
+from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.errors import InputError
-from fedbilevel.experiments import catalogue, search, stages, study, tables
+from fedbilevel.experiments import catalogue, family, search, stages, study, summary, tables
 from fedbilevel.experiments.oracles import oracle_calls
 from fedbilevel.experiments.sweep import points, sweep
-from fedbilevel.tasks import Options
+from fedbilevel.tasks import TASKS, Options
 from fedbilevel.testing import distance, heterogeneous
 
 SMALL = study.Study(
@@ -257,3 +259,70 @@ def test_checked_in_step_sizes_are_points_of_the_grid():
             contender.build(rates[contender.label])
     with pytest.raises(InputError, match="no step sizes are checked in for another-study"):
         catalogue.found("another-study")
+
+
+def test_the_family_s_studies_leave_nobody_out_and_let_x_move_as_far():
+    for each in family.PARTS:
+        assert {c.algorithm for c in each.contenders} == set(ALGORITHMS) - {"shrofbo"}  # which is simfbo there
+        work = {}
+        for contender in each.contenders:
+            one = contender.build(each.candidates(contender)[0])
+            # FedF2SA and FedMBO step once, those with a round of their own for x `outer_steps` times, else x moves with y
+            apart = contender.algorithm in ("fedf2sa", "fedmbo")
+            steps = 1 if apart else getattr(one, "outer_steps", one.local_steps)
+            work[contender.label] = [round(rate * steps, 9) for rate in each.rates(contender)["outer_lr"]]
+            assert (one.local_steps, one.batch_size) == (each.contenders[0].settings["local_steps"],
+                                                         each.contenders[0].settings["batch_size"])  # fmt: skip
+        assert len(set(map(tuple, work.values()))) == 1, work
+
+
+def test_shrofbo_with_equal_steps_is_simfbo():
+    """Which is why the family's studies run it once."""
+    task = TASKS["quadratic"]()
+    ends = [
+        solve(task.problem, task.data, ALGORITHMS[name](local_steps=3), task.x, task.y, 5, key=task.key).x
+        for name in ("simfbo", "shrofbo")
+    ]
+    np.testing.assert_allclose(*map(np.asarray, ends), rtol=1e-10)
+
+
+def test_the_family_s_summary_says_what_each_goal_took(tmp_path):
+    ran = []
+
+    def run(name, folder):
+        ran.append((name, folder))
+        if name not in studies:
+            return
+        folder.mkdir(parents=True)
+        rows = [spent("a (ours)", 3, 10.0), spent("b", 2, np.inf), spent("c", 0, np.inf, np.inf)]
+        pandas.DataFrame(rows).to_csv(folder / "spent.csv", index=False)
+
+    def spent(label, reached, median, least=8.0):
+        row = {"algorithm": label, "seeds": 3, "reached": reached}
+        for axis in ("rounds", "megabytes_up", "oracle_calls"):
+            row |= {axis: median, f"{axis}_least": least, f"{axis}_most": 12.0 if reached == 3 else np.inf}
+        return row
+
+    studies = {each.name: each for each in family.PARTS}
+    files = summary.family(tmp_path, run, studies)
+    assert ran == [(name, tmp_path / name) for name in summary.STUDIES]
+    assert [file.name for file in files] == ["family.csv", "family.md", "family.tex", "family.png"]
+    rows = (tmp_path / "family" / "family.md").read_text().splitlines()
+    assert rows[0].count("rounds") == 3
+    assert "hyper-representation: test accuracy 90 %" in rows[0]
+    assert rows[2].startswith("| a (ours) | 10 | 10 | 10 |")
+    assert rows[3].startswith("| b | 2 of 3 seeds | - | - |")
+    assert rows[4].startswith("| c | never | - | - |")
+
+
+def test_where_a_study_is_kept():
+    out = Path("out")
+    assert catalogue.folder_of("equal-n5", out, several=True) == out / "equal-n5"
+    assert catalogue.folder_of("equal-n5", out, several=False) == out
+    assert catalogue.folder_of("family", out, several=True) == out  # its parts lie beside the others
+
+
+def test_the_family_asks_for_its_data_before_it_begins(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        catalogue.reproduce("family", tmp_path / "x", small=False, data_dir="nowhere", checked_in=False)
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from fedbilevel.experiments.theory import (
     problems,
     rounds,
     runner,
+    speedup,
     spread,
     unequal,
 )
@@ -153,6 +156,36 @@ def test_one_cohort_for_everything_is_biased_however_many_terms():
 # Whole studies ---------------------------------------------------------------------------------------------------------
 
 
+def test_simfbo_s_floor_is_what_every_cohort_does_to_it():
+    """S is a fixed point of one round, averaged over ALL cohorts: written out, not sampled."""
+    f, rates, cohort = family(0.3, 5), (0.1, 0.3, 0.3), 2
+    S = speedup.covariance(f, cohort, rates)
+    E = np.diag(np.repeat(rates, [len(f.x), len(f.y), len(f.y)]))
+    z = unequal.weighted_solution(f, None)
+    parts = [unequal.linear(f, i) for i in range(5)]
+    after, drift = [], []
+    for asked in itertools.combinations(range(5), cohort):
+        M, m = (np.mean([parts[i][k] for i in asked], axis=0) for k in (0, 1))
+        A, d = np.eye(len(z)) - E @ M, E @ (M @ z + m)
+        after.append(A @ S @ A.T + np.outer(d, d))
+        drift.append(d)
+    np.testing.assert_allclose(np.mean(after, axis=0), S, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.mean(drift, axis=0), 0, atol=1e-12)  # so that the mean of z stays z*
+    assert np.all(np.linalg.eigvalsh(S) > 0)
+
+
+def test_lanes_may_have_keys_of_their_own():
+    setup = problems.quadratic(8, 0.3, 2)
+    algorithm = fb.SimFBO(local_steps=1)
+    lanes = {"inner_lr": [0.3, 0.3, 0.3], "hessian_lr": [0.3] * 3, "outer_lr": [0.1] * 3}
+    used, alike = runner.curves(setup, algorithm, 20, 5, **lanes)
+    again, own = runner.curves(setup, algorithm, 20, 5, jax.random.split(jax.random.key(1), 3), **lanes)
+    same, one = runner.curves(setup, algorithm, 20, 5, jnp.stack([setup.key] * 3), **lanes)
+    assert used.tolist() == again.tolist() == same.tolist() == [4, 8, 12, 16, 20]
+    np.testing.assert_allclose(one, alike, rtol=1e-12)
+    assert np.ptp(alike[:, -1]) < 1e-12 < np.ptp(own[:, -1])
+
+
 @pytest.mark.slow
 def test_heterogeneity(tmp_path, monkeypatch):
     frame = pandas.read_csv(run("heterogeneity", tmp_path)["heterogeneity.csv"])
@@ -209,3 +242,15 @@ def test_every_method_against_rounds(tmp_path):
     frame = pandas.read_csv(run("stationarity", tmp_path)["stationarity.csv"])
     last = frame.groupby("method")["value"].last()
     assert last["Lockstep (ours)"] < 1e-8 and last["SimFBO"] < 1e-8 and last["LocalBSGM"] > 1e-3
+
+
+@pytest.mark.slow
+def test_the_floor_falls_with_the_cohort(tmp_path, monkeypatch):
+    frame = pandas.read_csv(run("speed-up", tmp_path)["speed-up.csv"]).set_index(["method", "cohort"])["measured"]
+    variances = (64 - 4) / 4 * 16 / (64 - 16)
+    assert frame["SimFBO", 4] / frame["SimFBO", 16] == pytest.approx(variances, rel=0.25)
+    assert frame["Lockstep (ours)", 4] < 1e-9
+    right = speedup.floor
+    monkeypatch.setattr(speedup, "floor", lambda f, cohort, scale: 1.3 * right(f, cohort, scale))
+    with pytest.raises(fb.RunError, match="off its formula"):
+        run("speed-up", tmp_path / "wrong")

@@ -102,7 +102,7 @@ def reproduce(
     folder = Path(out)
     check(not folder.exists() or folder.is_dir(), f"{folder} is a file: name a folder for the study.")
     for study in known if name == "all" else [name]:
-        place = folder / study if name == "all" else folder
+        place = catalogue.folder_of(study, folder, name == "all")
         files = catalogue.reproduce(study, place, small=quick, data_dir=data_dir, checked_in=checked_in)
         for table in [file for file in files if file.suffix == ".md"]:
             print(f"\n{table.stem}\n{table.read_text()}", end="")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks import Options
+from . import summary
+from .family import PARTS
 from .study import Contender, Study
 
 SEEDS, GRID_SEEDS = (0, 1, 2, 3, 4), (10,)
@@ -182,7 +184,7 @@ STUDIES: dict[str, Study] = {
         _images("mnist", "shards"), _images("mnist", "iid"), _images("fashion-mnist", "shards"),
         _images("fashion-mnist", "iid"), _equal(5), _equal(10), _regularisation("breast-cancer", 10, None),
         _regularisation("mnist", 100, 10), _loss_tuning("shards"), _loss_tuning("iid"),
-        _extensions("hyper-representation"), _extensions("loss-tuning"),
+        _extensions("hyper-representation"), _extensions("loss-tuning"), *PARTS,
     )
 }  # fmt: skip
 
@@ -197,10 +199,11 @@ def quick(study: Study) -> Study:
     }
     contenders = tuple(
         dataclasses.replace(
-            c, settings=batch(c.settings), variants=c.variants[:1], rounds=c.rounds and min(c.rounds, 150)
+            c, settings=batch(c.settings), variants=c.variants[:1], rounds=c.rounds and min(c.rounds, 150),
+            grid={name: values[-2:] for name, values in c.grid.items()},
         )
         for c in study.contenders
-    )
+    )  # fmt: skip
     return dataclasses.replace(
         study, summary=f"{study.summary} (quick: {small.dataset}, {small.clients} clients)", options=small,
         cohort=study.cohort and 5, contenders=contenders, grid=grid, grid_rounds=min(study.grid_rounds, 150),
@@ -215,9 +218,14 @@ def names() -> dict[str, str]:
     """Every study and theory's, with a line about it."""
     from .theory import THEORY
 
-    return {name: study.summary for name, study in STUDIES.items()} | {
-        name: about for name, (about, _) in THEORY.items()
-    }
+    found = {name: study.summary for name, study in STUDIES.items()}
+    found |= {name: about for name, (about, _) in THEORY.items()}
+    return found | {"family": "All algorithms: " + ", ".join(summary.STUDIES) + "; one table and figure of all"}
+
+
+def folder_of(name: str, out: Path, several: bool) -> Path:
+    """Where a study is kept, in an output folder of that study alone or of several; "family" puts its parts beside it."""
+    return out / name if several and name != "family" else out
 
 
 def reproduce(name: str, folder: Path, *, small: bool, data_dir: Any, checked_in: bool) -> list[Path]:
@@ -230,6 +238,12 @@ def reproduce(name: str, folder: Path, *, small: bool, data_dir: Any, checked_in
     from . import stages, tables
     from .theory import THEORY
 
+    if name == "family":
+        again = lambda part, place: reproduce(part, place, small=small, data_dir=data_dir, checked_in=checked_in)
+        parts = {study.name: quick(study) if small else study for study in PARTS}
+        for part in parts.values():  # before hours of work: is the data there?
+            part.build(part.contenders[0], part.seeds[0], data_dir)
+        return summary.family(folder, again, parts)
     if name in THEORY:
         return THEORY[name][1](folder, small, lambda news: print(f"{name}: {news}", flush=True))
     if name not in STUDIES:

@@ -32,6 +32,7 @@ class Contender:
         algorithm: its name on the command line.
         settings: counts and options (and step sizes that its grid leaves alone).
         variants: counts and options that the grid chooses among, as it does among step sizes.
+        grid: values to try that are its own, in place of the study's.
         rounds: of its final runs, where fewer than the study's are enough to see its end.
         kind: "rival"; or a reference line: "frozen", x stays as it is; "pooled", one client holds all data.
     """
@@ -41,6 +42,7 @@ class Contender:
     settings: Mapping[str, Any]
     kind: Literal["rival", "frozen", "pooled"] = "rival"
     variants: tuple[Mapping[str, Any], ...] = ({},)
+    grid: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     rounds: int | None = None
 
     def build(self, chosen: Mapping[str, Any]) -> Any:
@@ -57,7 +59,7 @@ class Study:
         name, summary: what it is called, and a line about it.
         task, options, cohort: the task by name and how to build it (seeds apart); clients an exchange.
         contenders: who takes part.
-        grid: step sizes to try, equal for all.
+        grid: step sizes to try, equal for all but for those of a contender's own.
         grid_rounds, grid_seeds: the budget of a grid run, and the seeds it is judged on.
         shortlist, shortlist_seeds: how many of its best points are run again, for `rounds`, and on which seeds.
         rounds, seeds: of the final runs.
@@ -100,9 +102,11 @@ class Study:
         return self.cohort or self.options.clients or 1
 
     def rates(self, contender: Contender) -> dict[str, tuple[float, ...]]:
-        """The contender's grid: the study's, but for what it leaves alone."""
+        """The contender's grid: the study's or its own, but for what it leaves alone or does not have."""
         idle = {"outer_lr", "hessian_lr"} if contender.kind == "frozen" else set()
-        return {name: values for name, values in self.grid.items() if name not in idle | set(contender.settings)}
+        has = {field.name for field in dataclasses.fields(algorithm_class(contender.algorithm))}
+        tried = {**self.grid, **contender.grid}
+        return {name: tried[name] for name in tried if name in has - idle - set(contender.settings)}
 
     def candidates(self, contender: Contender) -> list[dict[str, Any]]:
         """Everything that the grid tries: each variant at each point of step sizes."""

@@ -54,13 +54,13 @@ def write(study: Study, folder: Path) -> list[Path]:
     rivals = frame[frame["kind"] != "pooled"]  # whose bytes and rounds mean something
     rivals.drop(columns=["kind", "failure"]).to_csv(folder / "history.csv", index=False)
     levels = levels_table(study, frame, study.levels)
-    files = [folder / "history.csv", *_write_table(folder, "levels", levels, _levels_text(study, levels))]
+    files = [folder / "history.csv", *write_table(folder, "levels", levels, _levels_text(study, levels))]
     at_goal = levels_table(study, frame, (study.goal,))
-    files += _write_table(folder, "spent", at_goal, _spent_text(at_goal))
-    files += _write_table(folder, "settings", *settings_table(study, folder))
+    files += write_table(folder, "spent", at_goal, _spent_text(at_goal))
+    files += write_table(folder, "settings", *settings_table(study, folder))
     if study.pairs:
         ratios = ratios_table(study, frame)
-        files += _write_table(folder, "ratios", ratios, _ratios_text(ratios))
+        files += write_table(folder, "ratios", ratios, _ratios_text(ratios))
     shares = [file for file in sorted(folder.glob("runs/*/shares.csv")) if file.stat().st_size]
     measured = [table for table in map(pandas.read_csv, shares) if len(table)]  # none where a run blew up at once
     parts = pandas.concat(measured, ignore_index=True) if measured else None
@@ -176,7 +176,7 @@ def _ratios_text(table) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _write_table(folder: Path, name: str, table, text: tuple[list[str], list[list[str]]]) -> list[Path]:
+def write_table(folder: Path, name: str, table, text: tuple[list[str], list[list[str]]]) -> list[Path]:
     """A table as CSV in full, and its cells in words as Markdown and LaTeX."""
     head, rows = text
     files = [folder / f"{name}.csv", folder / f"{name}.md", folder / f"{name}.tex"]
@@ -207,9 +207,10 @@ def draw(study: Study, path: Path, frame, metric: str, shares=None) -> Path:
     figure = Figure(figsize=(12.5, 7.2), layout="constrained")
     panels = figure.subplots(2, 3).ravel()
     style = {
-        c.label: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        c.label: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[(i + i // len(COLOURS)) % len(DASHES)]}
         for i, c in enumerate(study.contenders)
     }
+    ranges = len(study.contenders) <= len(COLOURS)  # of more, nobody could tell them apart
     low, high = _limits(frame, metric)
     for panel, (axis, label) in zip(panels, AXES.items(), strict=False):
         for contender in study.contenders:
@@ -220,19 +221,22 @@ def draw(study: Study, path: Path, frame, metric: str, shares=None) -> Path:
                 continue
             grid, middle, least, most = _band(runs, axis, metric)
             panel.plot(grid, middle, linewidth=1.6, **style[contender.label])
-            panel.fill_between(grid, least, most, color=style[contender.label]["color"], alpha=0.12, linewidth=0)
+            if ranges:
+                panel.fill_between(grid, least, most, color=style[contender.label]["color"], alpha=0.12, linewidth=0)
         panel.set(xlabel=label, ylabel=metric.replace("_", " "), ylim=(low, high))
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
     _draw_shares(panels[4], shares, style)
     panels[5].axis("off")
+    words = panels[5 if shares is not None else 4]
     for contender in study.contenders:
         note = {"rival": "", "frozen": " (x left alone)", "pooled": " (all data at one client; its end)"}[
             contender.kind
         ]
-        panels[5].plot([], [], linewidth=1.6, label=contender.label + note, **style[contender.label])
-    panels[5].legend(loc="center left", frameon=False)
-    seeds = f"median and range over {len(study.seeds)} seeds" if len(study.seeds) > 1 else "one seed"
+        words.plot([], [], linewidth=1.6, label=contender.label + note, **style[contender.label])
+    words.legend(loc="center left", frameon=False, ncols=1 if shares is not None or ranges else 2)
+    middle = "median and range" if ranges else "median"
+    seeds = f"{middle} over {len(study.seeds)} seeds" if len(study.seeds) > 1 else "one seed"
     figure.suptitle(
         f"{study.summary}\n{metric.replace('_', ' ')}: running median of five evaluations, {seeds}", fontsize=11
     )

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Key
 
 from ...algorithm import Algorithm, State
 from ...data import FederatedData
@@ -176,7 +177,12 @@ def _race(static, counted, stationarity, problem, data, algorithms, states, key,
 
 
 def _one_lane(static, counted, problem, data, key):
-    def one(k, algorithm, states):
+    keyed = _one_keyed(static, counted, problem, data)
+    return lambda k, algorithm, states: keyed(k, algorithm, states, key)
+
+
+def _one_keyed(static, counted, problem, data):
+    def one(k, algorithm, states, key):
         fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, k), *states)
         state, _ = static.program(algorithm, fed, states[0])
         counts = fed.counts or {}
@@ -187,28 +193,35 @@ def _one_lane(static, counted, problem, data, key):
 
 
 def curves(
-    setup: Setup, algorithm: Algorithm, iterations: int, blocks: int, **leaves: Any
+    setup: Setup, algorithm: Algorithm, iterations: int, blocks: int, keys: Key | None = None, **leaves: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rounds used up to the end of each block, mean |grad Phi(x)|^2 over each block), (blocks,) and (lanes, blocks)."""
+    """(rounds used up to the end of each block, mean |grad Phi(x)|^2 over each block), (blocks,) and (lanes, blocks).
+
+    `keys`, one for each lane, in place of the setup's for all; rounds are then the mean over the lanes.
+    """
     static, states, counted = setup.bind(algorithm, _step)
     algorithms = stack(as_leaves(algorithm), **leaves)
     lanes = len(next(iter(leaves.values())))
     states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), states)
     each = jnp.asarray(max(1, iterations // blocks), jnp.int32)
     used, value = _curves(
-        static, counted, setup.stationarity, blocks, setup.problem, setup.data, algorithms, states, setup.key, each
-    )
-    return np.asarray(used), np.asarray(value).T
+        static, counted, setup.stationarity, blocks, setup.problem, setup.data, algorithms, states,
+        setup.key if keys is None else keys, each,
+    )  # fmt: skip
+    used = np.asarray(used)
+    return used if used.ndim == 1 else used.mean(1), np.asarray(value).T
 
 
 @eqx.filter_jit
 def _curves(static, counted, stationarity, blocks, problem, data, algorithms, states, key, each):
-    one = _one_lane(static, counted, problem, data, key)
-    advance = eqx.filter_vmap(one, in_axes=(None, _batched(algorithms), 0), out_axes=(0, None))
+    one, keyed = _one_keyed(static, counted, problem, data), key.ndim > 0
+    axes = (None, _batched(algorithms), 0, 0 if keyed else None)
+    advance = eqx.filter_vmap(one, in_axes=axes, out_axes=(0, 0 if keyed else None))
+    nothing = jnp.zeros(key.shape, jnp.int32)
 
     def turn(i, loop):
         k, used, states, total = loop
-        states, more = advance(k, algorithms, states)
+        states, more = advance(k, algorithms, states, key)
         return k + 1, used + more, states, total + jax.vmap(stationarity)(states[0].x)
 
     def block(loop, _):
@@ -217,5 +230,4 @@ def _curves(static, counted, stationarity, blocks, problem, data, algorithms, st
         k, used, states, total = jax.lax.fori_loop(0, each, turn, start)
         return (k, used, states), (used, total / each.astype(total.dtype))
 
-    zero = jnp.zeros((), jnp.int32)
-    return jax.lax.scan(block, (zero, zero, states), None, length=blocks)[1]
+    return jax.lax.scan(block, (jnp.zeros((), jnp.int32), nothing, states), None, length=blocks)[1]

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...algorithms import ALGORITHMS
 from ...protocol import protocol
+from ..oracles import oracle_calls
 from . import common, problems, runner
 
 LEVEL, BUDGET, BLOCKS = 1e-8, 3_000, 100
@@ -64,20 +65,37 @@ def stationarity(folder: Path, quick: bool = False, progress: common.Progress = 
         for local_steps in locals_:
             curve = at[at["local_steps"] == local_steps]
             below = curve[curve["value"] < LEVEL]["rounds"]
-            line += [common.count(below.min() if len(below) else np.inf), common.number(curve["value"].iloc[-1])]
+            rounds = below.min() if len(below) else np.inf
+            spent = [common.number(rounds * each) for each in _costs(str(name), local_steps)]
+            line += [common.count(rounds), *spent, common.number(curve["value"].iloc[-1])]
         lines.append(line)
     head = ["method"]
     for local_steps in locals_:
-        head += [f"{local_steps} local: rounds to {LEVEL:g}", f"{local_steps} local: at {budget:,} rounds"]
+        head += [f"{local_steps} local: rounds to {LEVEL:g}", "kB sent by one client", "its oracle calls"]
+        head += [f"at {budget:,} rounds"]
     text = "|grad Phi|^2 on heterogeneous ridge tuning, 8 clients, everything exact, best steps of one grid."
     table = common.markdown(folder / "stationarity.md", text, head, lines, SAME)
     return [folder / "stationarity.csv", table, _figure(folder, frame, locals_, budget)]
 
 
+def _algorithm(name: str, local_steps: int) -> Any:
+    kind, options = METHODS[name]
+    return ALGORITHMS[kind](local_steps=local_steps, **options)
+
+
+def _costs(name: str, local_steps: int) -> tuple[float, float]:
+    """kB that a client sends, and oracle calls that it makes, for each round."""
+    algorithm = _algorithm(name, local_steps)
+    with jax.enable_x64(True):
+        setup = problems.ridge()
+        each = protocol(algorithm, setup.problem, setup.data, setup.x, setup.y)
+        calls = oracle_calls(algorithm)["all"]
+    return each.bytes_up / setup.data.clients / 1e3 / each.rounds, calls / each.rounds
+
+
 def _curve(name, local_steps, budget):
     setup = problems.ridge()
-    kind, options = METHODS[name]
-    algorithm = ALGORITHMS[kind](local_steps=local_steps, **options)
+    algorithm = _algorithm(name, local_steps)
     lanes = {field: values for field, values in problems.grid(setup, local_steps).items() if hasattr(algorithm, field)}
     each = protocol(algorithm, setup.problem, setup.data, setup.x, setup.y).rounds
     used, values = runner.curves(setup, algorithm, int(budget / each), BLOCKS, **lanes)

@@ -1,0 +1,99 @@
+"""`fedbilevel reproduce family`: the studies of the whole family one after the other, and one table and figure of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .family import PARTS
+from .study import Study
+from .tables import write_table
+
+STUDIES = ("stationarity", *(study.name for study in PARTS), "speed-up")
+_NAMES = {"rounds": "rounds", "megabytes_up": "MB sent by one client place", "oracle_calls": "its oracle calls"}
+
+
+def family(folder: Path, run: Callable[[str, Path], Any], studies: dict[str, Study]) -> list[Path]:
+    """Run the studies, each in FOLDER/STUDY; then FOLDER/family holds family.csv, .md, .tex and .png.
+
+    Args:
+        run: (name of a study, its folder) -> anything; what is finished there is kept.
+        studies: those of `PARTS` as `run` takes them, by name.
+    """
+    import pandas
+
+    for name in STUDIES:
+        run(name, folder / name)
+    frames = [
+        pandas.read_csv(folder / study.name / "spent.csv").assign(study=study.name, task=study.task)
+        for study in studies.values()
+    ]
+    frame = pandas.concat(frames, ignore_index=True)
+    place = folder / "family"
+    place.mkdir(exist_ok=True)
+    return [*write_table(place, "family", frame, _text(frame, studies)), _draw(place / "family.png", frame, studies)]
+
+
+def goal(study: Study) -> str:
+    """The level that a study's algorithms are to reach, in words."""
+    level = f"{100 * study.goal:g} %" if study.metric.endswith("accuracy") else f"{study.goal:g}"
+    return f"{study.task}: {study.metric.replace('_', ' ')} {level}"
+
+
+def _text(frame, studies: dict[str, Study]) -> tuple[list[str], list[list[str]]]:
+    """A row an algorithm: what the goal of each task took, medians over seeds."""
+    number = lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    head = ["algorithm"]
+    for study in studies.values():
+        head += [f"{goal(study)}: rounds", "MB sent", "oracle calls"]
+    rows = []
+    for label, mine in frame.groupby("algorithm", sort=False):
+        cells = [str(label)]
+        for name in studies:
+            row = mine[mine["study"] == name].iloc[0]
+            reached = f"{row['reached']} of {row['seeds']} seeds" if row["reached"] else "never"
+            for axis in _NAMES:
+                cells.append(number(row[axis]) if np.isfinite(row[axis]) else reached if axis == "rounds" else "-")
+        rows.append(cells)
+    return head, rows
+
+
+def _draw(path: Path, frame, studies: dict[str, Study]) -> Path:
+    """A panel a task: every algorithm's rounds to the goal, the median and the range over seeds."""
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(frame["algorithm"]))
+    figure = Figure(figsize=(12.5, 1.2 + 0.27 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, len(studies), sharey=True, squeeze=False)[0]
+    for panel, (name, study) in zip(panels, studies.items(), strict=True):
+        mine = frame[frame["study"] == name].set_index("algorithm")
+        finite = mine["rounds_least"].replace(np.inf, np.nan)
+        end = 1.3 * max(mine["rounds_most"].replace(np.inf, np.nan).max(), study.rounds)
+        for place, label in enumerate(labels):
+            row = mine.loc[label]
+            colour = "#D55E00" if label.endswith("(ours)") else "#0072B2"
+            if row["reached"] == 0:
+                panel.plot(end, place, marker="x", color="grey", clip_on=False)
+                continue
+            most, middle = min(row["rounds_most"], end), row["rounds"]
+            panel.plot([row["rounds_least"], most], [place, place], color=colour, linewidth=1.4)
+            if np.isfinite(row["rounds_most"]) and np.isfinite(middle):
+                panel.plot(middle, place, marker="o", color=colour)
+            elif np.isfinite(middle):  # most seeds
+                panel.plot(middle, place, marker="o", color=colour, markerfacecolor="white")
+            if not np.isfinite(row["rounds_most"]):
+                panel.plot(end, place, marker="x", color=colour, clip_on=False)
+        panel.set(xscale="log", xlim=(0.7 * finite.min(), end), xlabel="rounds", title=goal(study))
+        panel.title.set_fontsize(10)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].invert_yaxis()
+    figure.suptitle(
+        "Rounds to the goal: median and range over seeds; a cross: never; hollow: not on all seeds", fontsize=11
+    )
+    figure.savefig(path, dpi=120)
+    return path
