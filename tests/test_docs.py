@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "fedbilevel"
 PAGES = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"(?P<long><!-- long -->\s*)?^```(?P<language>python|bash)\n(?P<text>.*?)^```$", re.M | re.S)
 INCLUDED = re.compile(r'^--8<-- "(.+)"$', re.M)
@@ -47,8 +48,15 @@ def run(*words: str, cwd: Path) -> None:
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
 
 
+def speed(page: Path) -> list[pytest.MarkDecorator]:
+    """The pages of algorithms are many, and alike: slow tests."""
+    return [pytest.mark.slow] if page.parent.name == "algorithms" else []
+
+
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if script(page.read_text()).strip()], ids=lambda page: page.stem
+    "page",
+    [pytest.param(page, marks=speed(page)) for page in PAGES if script(page.read_text()).strip()],
+    ids=lambda page: page.stem,
 )
 def test_the_python_of_a_page_runs(page, tmp_path):
     file = tmp_path / f"{page.stem}.py"
@@ -88,6 +96,23 @@ fedbilevel compare
 """
 
 
+def public_names() -> set[str]:
+    """What `import fedbilevel as fb` offers."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    return {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+def test_every_public_name_has_a_page_with_an_example():
+    pages = sorted((ROOT / "docs" / "api").glob("**/*.md"))
+    used = {name for page in pages for name in re.findall(r"\bfb\.(\w+)", script(page.read_text()))}
+    # what comes through another name: a task's engine, the module of algorithms
+    assert public_names() - used - {"algorithms", "engines"} == set()
+    table = (ROOT / "docs" / "api" / "index.md").read_text()
+    assert {name for name in public_names() if f"`{name}`" not in table} <= {
+        "algorithms", "engines", "ClientError", "Diverged", "InputError", "RunError",
+    }  # fmt: skip
+
+
 def test_a_wrong_page_fails_at_its_own_line(tmp_path):
     file = tmp_path / "page.py"
     file.write_text(script(PAGE))
@@ -112,9 +137,6 @@ def test_tables_on_the_pages_are_those_that_studies_left(monkeypatch):
     study, table = found[0][1:3]
     assert refresh.kept(study, table) not in refresh.rewrite(f"<!-- {study}/{table} -->\nnothing\n<!-- out -->")
     assert refresh.kept(study, table) in refresh.rewrite(f"<!-- {study}/{table} -->\nold\n<!-- end -->")
-
-
-SOURCE = ROOT / "src" / "fedbilevel"
 
 
 def rooms() -> list[str]:

@@ -91,7 +91,7 @@ def unequal_steps(folder: Path, quick: bool = False, progress: common.Progress =
         [f"{scale:g}", *(common.number(at[at["method"] == name]["measured"].item()) for name in METHODS)]
         for scale, at in frame.groupby("scale", sort=False)
     ]
-    head = ["steps times", *(f"{name}: |grad Phi|^2" for name in METHODS)]
+    head = ["steps times", *(f"{name}: abs(grad Phi)^2" for name in METHODS)]
     text = f"|grad Phi|^2 where each stops, clients with {', '.join(map(str, taus))} local steps."
     note = f"For ever smaller steps SimFBO goes to {common.number(mismatch)}, ShroFBO to 0."
     table = common.markdown(folder / "unequal-steps.md", text, head, lines, note)
