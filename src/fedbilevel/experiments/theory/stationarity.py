@@ -66,7 +66,8 @@ def stationarity(folder: Path, quick: bool = False, progress: common.Progress = 
             curve = at[at["local_steps"] == local_steps]
             below = curve[curve["value"] < LEVEL]["rounds"]
             rounds = below.min() if len(below) else np.inf
-            spent = [common.number(rounds * each) for each in _costs(str(name), local_steps)]
+            kilobytes, calls = (rounds * each for each in _costs(str(name), local_steps))
+            spent = [common.number(kilobytes), common.count(calls)] if np.isfinite(rounds) else ["-", "-"]
             line += [common.count(rounds), *spent, common.number(curve["value"].iloc[-1])]
         lines.append(line)
     head = ["method"]
