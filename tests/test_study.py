@@ -113,6 +113,15 @@ def test_oracle_calls_are_those_counted_by_hand():
 
 
 @pytest.mark.slow
+def test_oracle_calls_of_those_who_ask_others_than_the_cohort():
+    # FedMSA looks with everybody, at two points, four oracles each; then 2 local steps of a cohort, at two points
+    look, steps = 2 * 4, 2 * 2 * 4
+    assert oracle_calls(fb.FedMSA(local_steps=2), clients=6, cohort=3)["all"] == 2 * look + steps
+    # FedMBO asks a cohort for y, and one client each for a chain's start, its factors (one of three on average) and its end
+    chains = {"inner_rounds": 2, "local_steps": 1, "neumann_terms": 3, "chains": 2}
+    assert oracle_calls(fb.FedMBO(**chains), clients=6, cohort=3)["all"] == pytest.approx(2 + 2 * (1 + 1 + 2) / 3)
+
+
 def test_a_study_runs_goes_on_and_writes_its_tables(tmp_path):
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):  # as the command runs it
         runs_goes_on_and_writes(tmp_path)
@@ -231,8 +240,11 @@ def test_every_study_builds_and_has_a_quick_form():
             first = {rate: values[0] for rate, values in full.rates(contender).items()}
             contender.build(first)
         assert all(one in labels and other in labels for one, other in full.pairs)
-        # a fair comparison: rivals at equal N do equal work
-        assert len(full.grid) == 3
+        # every step size is tried, or set for good reason
+        steps = {"inner_lr", "hessian_lr", "outer_lr"}
+        for c in full.contenders:
+            left_out = {"hessian_lr"} if c.algorithm == "fedf2sa" else steps if c.kind == "frozen" else set()
+            assert steps - left_out <= set(full.rates(c)) | set(c.settings)
 
 
 def test_the_command_line_refuses_in_one_sentence(fedbilevel, tmp_path, monkeypatch):
@@ -297,7 +309,9 @@ def test_the_family_s_summary_says_what_each_goal_took(tmp_path):
         if name not in studies:
             return
         folder.mkdir(parents=True)
-        rows = [spent("a (ours)", 3, 10.0), spent("b", 2, np.inf), spent("c", 0, np.inf, np.inf)]
+        # all seeds; most of them; fewer than half; none, of a run that was short, and of a whole one
+        rows = [spent("Lockstep (ours)", 3, 10.0), spent("FedNest, full", 2, 11.0), spent("FedMSA", 1, np.inf)]
+        rows += [spent("SimFBO", 0, np.inf, np.inf), spent("LFedNest", 0, np.inf, np.inf)]
         pandas.DataFrame(rows).to_csv(folder / "spent.csv", index=False)
 
     def spent(label, reached, median, least=8.0):
@@ -313,9 +327,36 @@ def test_the_family_s_summary_says_what_each_goal_took(tmp_path):
     rows = (tmp_path / "family" / "family.md").read_text().splitlines()
     assert rows[0].count("rounds") == 3
     assert "hyper-representation: test accuracy 90 %" in rows[0]
-    assert rows[2].startswith("| a (ours) | 10 | 10 | 10 |")
-    assert rows[3].startswith("| b | 2 of 3 seeds | - | - |")
-    assert rows[4].startswith("| c | never | - | - |")
+    assert rows[2].startswith("| Lockstep (ours) | 10 | 10 | 10 |")
+    assert rows[3].startswith("| FedNest, full | 11 (2 of 3 seeds) | 11 | 11 |")
+    assert rows[4].startswith("| FedMSA | 1 of 3 seeds | - | - |")
+    assert rows[5].startswith("| SimFBO | never | - | - | not in 240 | - | - | never | - | - |")
+    assert rows[6].startswith("| LFedNest | never | - | - | never | - | - | never | - | - |")
+
+
+def test_the_family_s_figure_is_drawn_when_nobody_arrives(tmp_path):
+    small = {each.name: catalogue.quick(each) for each in family.PARTS}
+    nothing = {"seeds": 2, "reached": 0, "level": 1} | {
+        f"{axis}{end}": np.inf for axis in tables.AXES for end in ("", "_least", "_most")
+    }
+
+    def run(name, folder):
+        if name in small:
+            folder.mkdir()
+            rows = [{"algorithm": c.label, **nothing} for c in small[name].contenders]
+            pandas.DataFrame(rows).to_csv(folder / "spent.csv", index=False)
+
+    assert summary.family(tmp_path, run, small)[-1].stat().st_size > 0
+
+
+def test_the_family_refuses_before_it_begins(tmp_path):
+    (tmp_path / "family-regularisation").mkdir()
+    (tmp_path / "family-regularisation" / "study.json").write_text("{}")
+    with pytest.raises(InputError, match="holds another study"):
+        catalogue.reproduce("family", tmp_path, small=True, data_dir=None, checked_in=False)
+    with pytest.raises(InputError, match="leave --quick or --checked-in out"):
+        catalogue.reproduce("family", tmp_path / "new", small=True, data_dir=None, checked_in=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["family-regularisation"]
 
 
 def test_where_a_study_is_kept():

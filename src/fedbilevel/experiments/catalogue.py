@@ -234,15 +234,20 @@ def reproduce(name: str, folder: Path, *, small: bool, data_dir: Any, checked_in
     Raises:
         InputError: an unknown name, a folder of another study, or a data set that is missing.
     """
-    from ..errors import check, unknown_name
+    from ..errors import InputError, unknown_name
     from . import stages, tables
     from .theory import THEORY
 
+    if small and checked_in:
+        raise InputError("the checked-in step sizes are of the whole studies: leave --quick or --checked-in out.")
     if name == "family":
-        again = lambda part, place: reproduce(part, place, small=small, data_dir=data_dir, checked_in=checked_in)
         parts = {study.name: quick(study) if small else study for study in PARTS}
-        for part in parts.values():  # before hours of work: is the data there?
+        for part in parts.values():  # what can be refused is refused now, not after hours
             part.build(part.contenders[0], part.seeds[0], data_dir)
+            stages.same_study(folder / part.name, part.to_dict())
+            if checked_in:
+                found(part.name)
+        again = lambda part, place: reproduce(part, place, small=small, data_dir=data_dir, checked_in=checked_in)
         return summary.family(folder, again, parts)
     if name in THEORY:
         return THEORY[name][1](folder, small, lambda news: print(f"{name}: {news}", flush=True))
@@ -251,7 +256,6 @@ def reproduce(name: str, folder: Path, *, small: bool, data_dir: Any, checked_in
     study = quick(STUDIES[name]) if small else STUDIES[name]
     best = None
     if checked_in:
-        check(not small, "the checked-in step sizes are of the whole studies: leave --quick or --checked-in out.")
         best = found(name)
     stages.run(study, folder, data_dir, best)
     return tables.write(study, folder)

@@ -125,8 +125,8 @@ LOSS_TUNING = Study(
     "family-loss-tuning",
     "All algorithms: loss tuning on imbalanced digits, non-iid, 5 of 20 clients, minibatches",
     "loss-tuning", Options(dataset="digits", partition="shards", clients=20), 5,
-    everybody(Work((1, 5), 5, 1, 16, (1.0, 3.0, 10.0), own_terms=1)),
-    {"inner_lr": (0.03, 0.1, 0.3), "hessian_lr": (0.03,)},
+    everybody(Work((1, 5), 5, 1, 16, (0.3, 1.0, 3.0, 10.0), own_terms=1)),
+    {"inner_lr": (0.03, 0.1, 0.3, 1.0), "hessian_lr": (0.03,)},
     grid_rounds=300, grid_seeds=GRID_SEEDS, shortlist=3, shortlist_seeds=(11,), rounds=600, seeds=(0, 1, 2, 3, 4),
     metric="balanced_accuracy", levels=(0.80, 0.85, 0.90), goal=0.90, shares=0,
 )  # fmt: skip

@@ -1,8 +1,7 @@
 """How many oracle calls an iteration makes: counted by running it line by line on a toy problem.
 
-The number depends on an algorithm's loops and options alone, not on the problem. A call is one gradient, Hessian-vector
-or cross-vector product of one client on one batch; both gradients of the outer loss are one call. Counted for one place in
-the cohort: all exchanges of an iteration, one client each.
+The number depends on an algorithm's loops and options and on how many clients it asks, not on the problem. A call is one
+gradient, Hessian-vector or cross-vector product of one client on one batch; both gradients of the outer loss are one call.
 """
 
 from __future__ import annotations
@@ -48,8 +47,10 @@ class _Counting(Problem):
         return x, y
 
 
-def oracle_calls(algorithm: Algorithm) -> dict[str, float]:
+def oracle_calls(algorithm: Algorithm, clients: int = 2, cohort: int = 1) -> dict[str, float]:
     """Calls of each oracle in one iteration, for one place in the cohort; the mean over a truncation that is drawn.
+
+    All calls of all clients, over the size of the cohort: also those of exchanges that ask one client, or everybody.
 
     Returns:
         name of the oracle -> calls, and "all" -> their sum.
@@ -62,18 +63,18 @@ def oracle_calls(algorithm: Algorithm) -> dict[str, float]:
         variants = [dataclasses.replace(algorithm, truncation=cut) for cut in cuts]
     totals: dict[str, float] = dict.fromkeys(ORACLES, 0.0)
     for variant in variants:
-        for name, calls in _count(variant).items():
-            totals[name] += calls / len(variants)
+        for name, calls in _count(variant, clients, cohort).items():
+            totals[name] += calls / cohort / len(variants)
     return {**totals, "all": sum(totals.values())}
 
 
-def _count(algorithm: Any) -> dict[str, int]:
+def _count(algorithm: Any, clients: int, cohort: int) -> dict[str, int]:
     loss = lambda x, y, row: jnp.sum(x) * jnp.sum(y) * jnp.sum(row)
     problem = _Counting(loss, loss)
-    rows = [jnp.ones((2, 1))] * 2
+    rows = [jnp.ones((2, 1))] * clients
     data = FederatedData.stack(rows, rows)
     state = algorithm.init(jnp.ones((1,)), jnp.ones((1,)))
-    execution = Loopback(cohort=1).bind(problem, data, algorithm, state, jax.random.key(0))
+    execution = Loopback(cohort=cohort).bind(problem, data, algorithm, state, jax.random.key(0))
     start = execution.start(algorithm, state)
     problem.calls.clear()
     with jax.disable_jit():

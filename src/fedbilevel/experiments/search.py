@@ -10,12 +10,14 @@ own and for the whole budget of the final runs, and take the best of those.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ..callbacks.progress import Meter
@@ -48,8 +50,15 @@ def search(study: Study, folder: Path, data_dir: Any, say: Telling) -> dict[str,
             of = lambda point, mine=mine: [row["score"] for row in mine if all(row[n] == v for n, v in point.items())]
             ranked = sorted(ranked, key=lambda point, of=of: float(np.mean(of(point) or 0.0)))[: study.shortlist]
         best[contender.label] = ranked[0]
+        release()
         say(f"{contender.label}: best {best[contender.label]}")
     return best
+
+
+def release() -> None:
+    """Let go of compiled programs: each holds memory maps, of which Linux grants a process 65,530, and then XLA crashes."""
+    jax.clear_caches()
+    gc.collect()
 
 
 def _try(

@@ -11,7 +11,7 @@ from ..callbacks import CSV, Callback, Checkpoint, Progress
 from ..errors import Diverged, check
 from ..solve import solve
 from .oracles import oracle_calls
-from .search import Telling, search, write_settings
+from .search import Telling, release, search, write_settings
 from .shares import Shares, estimates
 from .study import Contender, Study
 
@@ -44,13 +44,18 @@ def run(study: Study, folder: Path, data_dir: Any = None, best: Mapping[str, Any
 
 def open_folder(folder: Path, plain: dict[str, Any]) -> None:
     """Make the folder, or go on in one of the very same study."""
+    same_study(folder, plain)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.json").write_text(json.dumps(plain, indent=2) + "\n")
+
+
+def same_study(folder: Path, plain: dict[str, Any]) -> None:
+    """Refuse a folder of anything else."""
     file = folder / "study.json"
     if folder.exists() and any(folder.iterdir()):
         check(file.is_file(), f"{folder} is not empty and holds no study: name another folder.")
         same = json.loads(file.read_text()) == plain
         check(same, f"{folder} holds another study, or another version of it: name another folder, or remove this one.")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(plain, indent=2) + "\n")
 
 
 def _final(
@@ -80,20 +85,21 @@ def _final(
     end = {} if result is None else {k: v for k, v in result.history[-1].items() if k == study.metric}
     say(f"{contender.label}, seed {seed}: {failure or ', '.join(f'{k} {v:.4f}' for k, v in end.items())}")
     done = {
-        "oracle_calls": _calls(folder, contender.label, algorithm),
+        "oracle_calls": _calls(folder, study, contender, algorithm),
         "rounds_per_iteration": per_iteration,
         "failure": failure,
         "kind": contender.kind,
     }
     (place / "done.json").write_text(json.dumps(done) + "\n")
     (place / "checkpoint.eqx").unlink(missing_ok=True)
+    release()
 
 
-def _calls(folder: Path, label: str, algorithm: Any) -> float:
+def _calls(folder: Path, study: Study, contender: Contender, algorithm: Any) -> float:
     """Oracle calls of one iteration; counted once for each contender."""
     file = folder / "oracles.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
-    if label not in known:
-        known[label] = oracle_calls(algorithm)
+    if contender.label not in known:
+        known[contender.label] = oracle_calls(algorithm, *study.sizes(contender))
         file.write_text(json.dumps(known, indent=2) + "\n")
-    return known[label]["all"]
+    return known[contender.label]["all"]

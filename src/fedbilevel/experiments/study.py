@@ -101,6 +101,15 @@ class Study:
         """How many clients a rival asks."""
         return self.cohort or self.options.clients or 1
 
+    def sizes(self, contender: Contender) -> tuple[int, int]:
+        """How many clients there are for the contender, and how many an exchange asks of its cohort."""
+        clients = 1 if contender.kind == "pooled" else self.options.clients or 1
+        return clients, min(self.cohort or clients, clients)
+
+    def budget(self, label: str) -> int:
+        """The rounds of a contender's final runs."""
+        return next(c.rounds for c in self.contenders if c.label == label) or self.rounds
+
     def rates(self, contender: Contender) -> dict[str, tuple[float, ...]]:
         """The contender's grid: the study's or its own, but for what it leaves alone or does not have."""
         idle = {"outer_lr", "hessian_lr"} if contender.kind == "frozen" else set()
@@ -116,4 +125,7 @@ class Study:
         """Everything that decides the numbers, as plain values."""
         plain = dataclasses.asdict(self)
         plain["options"] = {k: v for k, v in plain["options"].items() if k not in ("seed", "data_dir")}
+        for contender in plain["contenders"]:
+            if not contender["grid"]:  # as before contenders had grids of their own: what is finished stays valid
+                del contender["grid"]
         return json.loads(json.dumps(plain))

@@ -10,10 +10,9 @@ import numpy as np
 
 from .family import PARTS
 from .study import Study
-from .tables import write_table
+from .tables import level_name, never, number, write_table
 
 STUDIES = ("stationarity", *(study.name for study in PARTS), "speed-up")
-_NAMES = {"rounds": "rounds", "megabytes_up": "MB sent by one client place", "oracle_calls": "its oracle calls"}
 
 
 def family(folder: Path, run: Callable[[str, Path], Any], studies: dict[str, Study]) -> list[Path]:
@@ -39,24 +38,25 @@ def family(folder: Path, run: Callable[[str, Path], Any], studies: dict[str, Stu
 
 def goal(study: Study) -> str:
     """The level that a study's algorithms are to reach, in words."""
-    level = f"{100 * study.goal:g} %" if study.metric.endswith("accuracy") else f"{study.goal:g}"
-    return f"{study.task}: {study.metric.replace('_', ' ')} {level}"
+    return f"{study.task}: {study.metric.replace('_', ' ')} {level_name(study, study.goal)}"
 
 
 def _text(frame, studies: dict[str, Study]) -> tuple[list[str], list[list[str]]]:
     """A row an algorithm: what the goal of each task took, medians over seeds."""
-    number = lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     head = ["algorithm"]
     for study in studies.values():
         head += [f"{goal(study)}: rounds", "MB sent", "oracle calls"]
     rows = []
     for label, mine in frame.groupby("algorithm", sort=False):
         cells = [str(label)]
-        for name in studies:
+        for name, study in studies.items():
             row = mine[mine["study"] == name].iloc[0]
-            reached = f"{row['reached']} of {row['seeds']} seeds" if row["reached"] else "never"
-            for axis in _NAMES:
-                cells.append(number(row[axis]) if np.isfinite(row[axis]) else reached if axis == "rounds" else "-")
+            some = f"{row['reached']} of {row['seeds']} seeds"
+            if np.isfinite(row["rounds"]):
+                few = f" ({some})" if row["reached"] < row["seeds"] else ""
+                cells += [number(row["rounds"]) + few, number(row["megabytes_up"]), number(row["oracle_calls"])]
+            else:
+                cells += [some if row["reached"] else never(study, str(label)), "-", "-"]
         rows.append(cells)
     return head, rows
 
@@ -70,30 +70,30 @@ def _draw(path: Path, frame, studies: dict[str, Study]) -> Path:
     panels = figure.subplots(1, len(studies), sharey=True, squeeze=False)[0]
     for panel, (name, study) in zip(panels, studies.items(), strict=True):
         mine = frame[frame["study"] == name].set_index("algorithm")
-        finite = mine["rounds_least"].replace(np.inf, np.nan)
-        end = 1.3 * max(mine["rounds_most"].replace(np.inf, np.nan).max(), study.rounds)
+        reached = mine["rounds_least"][np.isfinite(mine["rounds_least"])]
+        end = 1.3 * study.rounds
         for place, label in enumerate(labels):
-            row = mine.loc[label]
+            row, budget = mine.loc[label], study.budget(label)
             colour = "#D55E00" if label.endswith("(ours)") else "#0072B2"
-            if row["reached"] == 0:
-                panel.plot(end, place, marker="x", color="grey", clip_on=False)
-                continue
-            most, middle = min(row["rounds_most"], end), row["rounds"]
-            panel.plot([row["rounds_least"], most], [place, place], color=colour, linewidth=1.4)
-            if np.isfinite(row["rounds_most"]) and np.isfinite(middle):
-                panel.plot(middle, place, marker="o", color=colour)
-            elif np.isfinite(middle):  # most seeds
-                panel.plot(middle, place, marker="o", color=colour, markerfacecolor="white")
-            if not np.isfinite(row["rounds_most"]):
-                panel.plot(end, place, marker="x", color=colour, clip_on=False)
-        panel.set(xscale="log", xlim=(0.7 * finite.min(), end), xlabel="rounds", title=goal(study))
+            if row["reached"]:
+                most = row["rounds_most"] if np.isfinite(row["rounds_most"]) else budget
+                panel.plot([row["rounds_least"], most], [place, place], color=colour, linewidth=1.4)
+            if np.isfinite(row["rounds"]):  # hollow: not on all seeds
+                inside = colour if row["reached"] == row["seeds"] else "white"
+                panel.plot(row["rounds"], place, marker="o", color=colour, markerfacecolor=inside)
+            if row["reached"] < row["seeds"]:  # where the runs ended
+                panel.plot(budget, place, marker="x", color=colour if row["reached"] else "grey")
+        panel.set(
+            xscale="log", xlim=(0.7 * reached.min() if len(reached) else 1, end), xlabel="rounds", title=goal(study)
+        )
         panel.title.set_fontsize(10)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].invert_yaxis()
     figure.suptitle(
-        "Rounds to the goal: median and range over seeds; a cross: never; hollow: not on all seeds", fontsize=11
+        "Rounds to the goal: median and range over seeds; hollow: not on all seeds; a cross: where runs ended without it",
+        fontsize=11,
     )
     figure.savefig(path, dpi=120)
     return path

@@ -120,18 +120,31 @@ def ratios_table(study: Study, frame):
     return pandas.DataFrame(rows)
 
 
-def _level_name(study: Study, level: float) -> str:
+def level_name(study: Study, level: float) -> str:
     return f"{100 * level:g} %" if study.metric.endswith("accuracy") else f"{level:g}"
 
 
+def never(study: Study, label: str) -> str:
+    """What to say of a level that no run of a contender reached: of a shorter run, how long it was."""
+    budget = study.budget(label)
+    return "never" if budget == study.rounds else f"not in {budget}"
+
+
+def number(value: float) -> str:
+    """A cell's number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _levels_text(study: Study, table) -> tuple[list[str], list[list[str]]]:
-    head = ["rounds to", *[_level_name(study, level) for level in study.levels]]
+    head = ["rounds to", *[level_name(study, level) for level in study.levels]]
     rows = []
     for label, mine in table.groupby("algorithm", sort=False):
         cells = []
         for _, row in mine.iterrows():
             if not np.isfinite(row["rounds"]):
-                cells.append("never" if row["reached"] == 0 else f"{row['reached']} of {row['seeds']} seeds")
+                cells.append(
+                    never(study, str(label)) if row["reached"] == 0 else f"{row['reached']} of {row['seeds']} seeds"
+                )
             else:
                 most = f"{row['rounds_most']:.0f}" if np.isfinite(row["rounds_most"]) else "never"
                 cells.append(f"{row['rounds']:.0f} ({row['rounds_least']:.0f}-{most})")
@@ -142,7 +155,6 @@ def _levels_text(study: Study, table) -> tuple[list[str], list[list[str]]]:
 def _spent_text(table) -> tuple[list[str], list[list[str]]]:
     """What reaching the goal took, on every axis; medians over seeds."""
     head = ["algorithm", "rounds", "MB sent by one client place", "oracle calls of one client place", "seconds"]
-    number = lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     cell = lambda value: number(value) if np.isfinite(value) else "never"
     return head, [[str(row["algorithm"]), *(cell(row[axis]) for axis in AXES)] for _, row in table.iterrows()]
 

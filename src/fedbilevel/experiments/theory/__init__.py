@@ -32,6 +32,9 @@ THEORY: dict[str, tuple[str, Study]] = {
     "rounds-table": ("rounds to a stationary point, method by method, all clients and cohorts", rounds_table),
     "stationarity": ("every method on heterogeneous ridge tuning: to zero, or to a floor", stationarity),
     "unequal-steps": ("unequal numbers of local steps: SimFBO solves another problem, ShroFBO does not", unequal_steps),
-    "speed-up": ("larger cohorts: a floor that falls as 1/m, none, or one that stays", speed_up),
+    "speed-up": (
+        "larger cohorts: a floor that falls with the variance of their mean, none, or one that stays",
+        speed_up,
+    ),
     "ablation": ("turns, local steps, cohort and truncation of AggITD; one cohort for all exchanges", ablation),
 }

@@ -1,4 +1,4 @@
-"""Many settings of one algorithm in one compiled program: `jax.vmap` over its leaves, one key for all of them.
+"""Many settings of one algorithm in one compiled program: `jax.vmap` over its leaves, one key for all or for each.
 
 What `solve` does for one algorithm, without its rows, callbacks and checks: a study asks for one number out of
 thousands of short runs.

@@ -1,14 +1,15 @@
 """Does a larger cohort help? The floor that sampling clients leaves, and the rounds to a level, over the cohort's size.
 
 Every round asks m of n clients of the quadratic family, each with all its rows, so that all noise is the choice of clients.
-A mean over m clients drawn without replacement has 1/m (n - m) / (n - 1) of the variance of one client, and a method whose
-error is that noise has a floor in proportion: linear speed-up. Other ends are possible, and occur: no floor at all (control
-variates, or a look at all clients), one from the clients' own Hessians, and one that only more chains lower.
+A mean over m clients drawn without replacement has c = (n - m) / (m (n - 1)) of the variance of one client, and a method
+whose error is that noise has a floor in proportion (for small steps): linear speed-up. Other ends are possible, and occur:
+no floor at all (control variates, or a look at all clients), one from the clients' own Hessians, and one that only more
+chains lower.
 
 SimFBO's floor has a closed form. With one local step it is z <- z - E mean_{i in S} D_i(z), D_i(z) = M_i z + m_i, as in
 `unequal`. At the solution z*, d_i = M_i z* + m_i has mean zero, and S, the covariance of z - z*, solves
 
-    S = A S A' + c E [ mean_i (M_i - M) S (M_i - M)' + mean_i d_i d_i' ] E,     A = I - E M,   c = (n - m) / (m (n - 1)).
+    S = A S A' + c E [ mean_i (M_i - M) S (M_i - M)' + mean_i d_i d_i' ] E,     A = I - E M.
 
 The mean of |grad Phi|^2 = |G (x - x*)|^2 is then trace(G S_xx G').
 """
@@ -50,6 +51,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "FedMSA": ("fedmsa", {}, True),
     "Lockstep (ours)": ("lockstep", {}, True),
 }
+NOTHING, BLOWN_UP = 1e-9, 1e6  # what is no floor, and what is none either
 SERIES = 1.5  # hessian_lr of the Neumann series, whose largest curvature is about 1
 
 
@@ -83,7 +85,7 @@ def speed_up(folder: Path, quick: bool = False, progress: common.Progress = lamb
     cohorts = COHORTS[1:] if quick else COHORTS
     settings = {"methods": {name: METHODS[name] for name in names}, "cohorts": cohorts, "scales": SCALES}
     settings |= {"clients": CLIENTS, "spread": SPREAD, "rates": RATES, "series": SERIES, "keys": KEYS}
-    settings |= {"level": LEVEL, "rounds": ROUNDS, "least": LEAST, "at": AT}
+    settings |= {"level": LEVEL, "rounds": ROUNDS, "least": LEAST, "at": AT, "blocks": BLOCKS}
 
     def rows():
         found, f = [], family(SPREAD, CLIENTS)
@@ -101,21 +103,32 @@ def speed_up(folder: Path, quick: bool = False, progress: common.Progress = lamb
     for name, at in frame.groupby("method", sort=False):
         one, many = (at[at["cohort"] == m].iloc[0] for m in (least, most))
         times = one["measured"] / many["measured"]
+        floors = one["measured"] > NOTHING and one["measured"] < BLOWN_UP
         lines.append([
-            str(name), common.number(one["measured"]), common.number(many["measured"]), f"{times:.1f}",
+            str(name), _floor(one["measured"]), _floor(many["measured"]), f"{times:.1f}" if floors else "-",
             common.count(one["rounds"]), common.count(many["rounds"]),
             f"{one['rounds'] / many['rounds']:.1f}" if np.isfinite(one["rounds"]) else "-",
         ])  # fmt: skip
     head = ["method", f"floor, m = {least}", f"floor, m = {most}", "times lower"]
     head += [f"rounds to {LEVEL:g}, m = {least}", f"m = {most}", "times fewer"]
-    law = (CLIENTS - least) / least * most / (CLIENTS - most)
-    text = f"|grad Phi|^2 with {CLIENTS} clients, m asked in each exchange; constant steps; {KEYS} runs each."
-    note = (
+    law = _share(least) / _share(most)
+    text = f"|grad Phi|^2 with {CLIENTS} clients, cohorts of m; constant steps; {KEYS} runs each."
+    notes = (
         f"The variance of the mean of m clients is {law:.1f} times lower at m = {most} than at m = {least}. "
-        f"Floors are at one step size for all, rounds at the best of {len(SCALES)}."
+        f"Floors are at one step size for all, rounds at the best of {len(SCALES)}.",
+        "FedMSA looks at all clients in the first of its two rounds; FedMBO's chains ask one client a factor, whatever m.",
     )
-    table = common.markdown(folder / "speed-up.md", text, head, lines, note)
+    table = common.markdown(folder / "speed-up.md", text, head, lines, *notes)
     return [folder / "speed-up.csv", table, _figure(folder, frame, cohorts)]
+
+
+def _share(cohort: int) -> float:
+    """c."""
+    return (CLIENTS - cohort) / (cohort * (CLIENTS - 1))
+
+
+def _floor(value: float) -> str:
+    return "none" if value < NOTHING else common.number(value) if value < BLOWN_UP else "blew up"
 
 
 def _measure(name: str, cohort: int, f: Family) -> dict[str, float]:
@@ -145,18 +158,18 @@ def _figure(folder, frame, cohorts):
     figure, axes = common.panels(1, 2, (11.2, 6.0))
     for place, (name, at) in enumerate(frame.groupby("method", sort=False)):
         look = {**common.style(place), "label": str(name)}
-        axes[0, 0].plot(at["cohort"], at["measured"].clip(lower=1e-14), **look)
+        floors = at["measured"].where((at["measured"] > NOTHING) & (at["measured"] < BLOWN_UP))
+        axes[0, 0].plot(at["cohort"], floors, **look)
         axes[0, 1].plot(at["cohort"], at["rounds"].replace(np.inf, np.nan), **look)
-        formula = at["formula"]
-        if formula.notna().all():
-            axes[0, 0].plot(at["cohort"], formula, **common.FORMULA, label="SimFBO's formula")
-    m = np.array(cohorts, float)
-    axes[0, 1].plot(m, 2 * frame[frame["method"] == "SimFBO"]["rounds"].iloc[0] * m[0] / m, color="grey", linewidth=1,
-                    linestyle=":", label="1 / m")  # fmt: skip
-    axes[0, 0].set(title="floor at one step size", ylabel="$|\\nabla\\Phi|^2$", yscale="log")
-    axes[0, 1].set(title=f"rounds to {LEVEL:g}, best step size", ylabel="rounds", yscale="log")
-    for axis in axes[0]:
-        axis.set_xlabel(f"m, of {CLIENTS} clients")
+        if at["formula"].notna().all():
+            axes[0, 0].plot(at["cohort"], at["formula"], **common.FORMULA, label="SimFBO's formula")
+    simfbo, law = frame[frame["method"] == "SimFBO"], np.array([_share(m) for m in cohorts])
+    for axis, column in zip(axes[0], ("measured", "rounds"), strict=True):
+        start = 1.6 * simfbo[column].iloc[0] / law[0]
+        axis.plot(cohorts, start * law, color="grey", linewidth=1, linestyle=":", label="(n - m) / (m (n - 1))")
+        axis.set(yscale="log", xlabel=f"m, of n = {CLIENTS} clients")
         common.ticks(axis, cohorts)
+    axes[0, 0].set(title="floor at one step size, where there is one", ylabel="$|\\nabla\\Phi|^2$")
+    axes[0, 1].set(title=f"rounds to {LEVEL:g}, best step size", ylabel="rounds")
     common.legend(figure, 4)
     return common.save(figure, folder / "speed-up.png")

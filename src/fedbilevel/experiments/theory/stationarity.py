@@ -45,7 +45,7 @@ def stationarity(folder: Path, quick: bool = False, progress: common.Progress = 
     names = ("Lockstep (ours)", "SimFBO", "LocalBSGM") if quick else tuple(METHODS)
     budget, locals_ = (600, (1,)) if quick else (BUDGET, (1, 5))
     settings = {"methods": {name: METHODS[name] for name in names}, "local_steps": locals_, "budget": budget}
-    settings |= {"level": LEVEL, "inner": problems.INNER, "outer": problems.OUTER}
+    settings |= {"level": LEVEL, "inner": problems.INNER, "outer": problems.OUTER, "blocks": BLOCKS}
 
     def rows():
         found = []
@@ -90,7 +90,7 @@ def _costs(name: str, local_steps: int) -> tuple[float, float]:
     with jax.enable_x64(True):
         setup = problems.ridge()
         each = protocol(algorithm, setup.problem, setup.data, setup.x, setup.y)
-        calls = oracle_calls(algorithm)["all"]
+        calls = oracle_calls(algorithm, setup.data.clients, setup.data.clients)["all"]
     return each.bytes_up / setup.data.clients / 1e3 / each.rounds, calls / each.rounds
 
 
