@@ -14,7 +14,7 @@ import fedbilevel as fb
 from fedbilevel import solve
 from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.errors import InputError
-from fedbilevel.experiments import catalogue, family, search, stages, study, summary, tables
+from fedbilevel.experiments import catalogue, family, memory, search, stages, study, summary, tables
 from fedbilevel.experiments.oracles import oracle_calls
 from fedbilevel.experiments.sweep import points, sweep
 from fedbilevel.tasks import TASKS, Options
@@ -370,3 +370,19 @@ def test_the_family_asks_for_its_data_before_it_begins(tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         catalogue.reproduce("family", tmp_path / "x", small=False, data_dir="nowhere", checked_in=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are counted on Linux alone")
+def test_compiled_programs_and_their_memory_maps_are_let_go():
+    maps = lambda: len(Path("/proc/self/maps").read_text().splitlines())
+    programs = [jax.jit(lambda x, k=k: jax.numpy.sin(x * k).sum()) for k in range(20)]
+    memory.release(0)
+    before = maps()
+    for program in programs:
+        program(jax.numpy.ones(10 * (1 + len(programs)))).block_until_ready()
+    used = maps() - before
+    assert used >= 20
+    memory.release(10**9)  # not yet
+    assert maps() - before >= used
+    memory.release(0)
+    assert maps() - before < used / 2

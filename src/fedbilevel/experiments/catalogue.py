@@ -8,7 +8,7 @@ from typing import Any
 
 from ..tasks import Options
 from . import summary
-from .family import PARTS
+from .family import PARTS, QUICK
 from .study import Contender, Study
 
 SEEDS, GRID_SEEDS = (0, 1, 2, 3, 4), (10,)
@@ -190,19 +190,24 @@ STUDIES: dict[str, Study] = {
 
 
 def quick(study: Study) -> Study:
-    """The same study in minutes: embedded data, few clients, two values of each step size, one variant, two seeds."""
+    """The same study in minutes: embedded data, few clients, two values of each step size, one variant, two seeds.
+
+    Of the whole family seven take part.
+    """
     small = dataclasses.replace(study.options, dataset=_EMBEDDED.get(str(study.options.dataset), study.options.dataset))
     small = dataclasses.replace(small, clients=min(20, small.clients or 20))
     grid = {name: values[-2:] for name, values in study.grid.items()}
     batch = lambda settings: {
         name: (16 if name == "batch_size" and value else value) for name, value in settings.items()
     }
+    whole = {part.name for part in PARTS}
     contenders = tuple(
         dataclasses.replace(
             c, settings=batch(c.settings), variants=c.variants[:1], rounds=c.rounds and min(c.rounds, 150),
             grid={name: values[-2:] for name, values in c.grid.items()},
         )
         for c in study.contenders
+        if study.name not in whole or c.label in QUICK
     )  # fmt: skip
     return dataclasses.replace(
         study, summary=f"{study.summary} (quick: {small.dataset}, {small.clients} clients)", options=small,

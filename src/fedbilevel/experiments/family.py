@@ -17,6 +17,9 @@ from .study import Contender, Study
 
 GRID_SEEDS = (10,)
 _GENTLE = ("lfednest", "lfednest-svrg", "fedmbo", "localbsgm", "localbsgvrm", "adafbio")
+QUICK = (  # who takes part in the quick form
+    "AggITD, one round a turn (ours)", "Lockstep (ours)", "FedNest, full", "SimFBO", "FedMSA", "LocalBSGM", "FedF2SA",
+)  # fmt: skip
 LOCAL = "FedBiOAccLocal (own lower levels)"
 
 

@@ -10,17 +10,16 @@ own and for the whole budget of the final runs, and take the best of those.
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from ..callbacks.progress import Meter
+from .memory import release
 from .report import direction, first_reached, running_median
 from .study import Contender, Study
 from .sweep import sweep
@@ -53,12 +52,6 @@ def search(study: Study, folder: Path, data_dir: Any, say: Telling) -> dict[str,
         release()
         say(f"{contender.label}: best {best[contender.label]}")
     return best
-
-
-def release() -> None:
-    """Let go of compiled programs: each holds memory maps, of which Linux grants a process 65,530, and then XLA crashes."""
-    jax.clear_caches()
-    gc.collect()
 
 
 def _try(

@@ -10,8 +10,9 @@ from typing import Any
 from ..callbacks import CSV, Callback, Checkpoint, Progress
 from ..errors import Diverged, check
 from ..solve import solve
+from .memory import release
 from .oracles import oracle_calls
-from .search import Telling, release, search, write_settings
+from .search import Telling, search, write_settings
 from .shares import Shares, estimates
 from .study import Contender, Study
 

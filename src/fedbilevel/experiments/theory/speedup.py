@@ -27,6 +27,7 @@ from ...engines import Simulation
 from ...protocol import protocol
 from . import common, problems, runner
 from .family import DX, DY, Family, family
+from .stationarity import FULL, LOCAL
 from .unequal import linear, weighted_solution
 
 CLIENTS, SPREAD, COHORTS = 64, 0.3, (1, 4, 16)
@@ -35,19 +36,17 @@ SCALES = tuple(2.0**-k for k in range(8))
 AT = 0.5  # the scale at which floors are compared
 LEVEL, BLOCKS, KEYS = 0.02, 800, 8
 ROUNDS, LEAST = 20_000, 4_000  # of a run; and the fewest iterations, after half of which floors are reached
-_FULL: dict[str, Any] = {"truncation": "full"}
-_LOCAL: dict[str, Any] = {"neumann_terms": 20, **_FULL, "slow_after": 1e6, "forget": 0.5}
 # name -> (algorithm, settings, whether its v moves by steps that the scale is for; else hessian_lr is its series')
 METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "SimFBO": ("simfbo", {}, True),
     "FedBiOAcc": ("fedbioacc", {"slow_after": 1e6}, True),
-    "AggITD, full, warm v (ours)": ("aggitd", {"inner_rounds": 1, **_FULL, "warm_start_v": True}, False),
-    "FedNest, full, 20 terms": ("fednest", {"inner_rounds": 2, "neumann_terms": 20, **_FULL}, False),
+    "AggITD, full, warm v (ours)": ("aggitd", {"inner_rounds": 1, **FULL, "warm_start_v": True}, False),
+    "FedNest, full, 20 terms": ("fednest", {"inner_rounds": 2, "neumann_terms": 20, **FULL}, False),
     "FedMBO, 4 chains": ("fedmbo", {"inner_rounds": 2, "neumann_terms": 20}, False),
     "FedMBO, m chains": ("fedmbo", {"inner_rounds": 2, "neumann_terms": 20, "chains": None}, False),
-    "LocalBSGM": ("localbsgm", _LOCAL, False),
-    "LocalBSGVRM": ("localbsgvrm", _LOCAL, False),
-    "AdaFBiO": ("adafbio", {**_LOCAL, "damping": 1.0}, False),
+    "LocalBSGM": ("localbsgm", LOCAL, False),
+    "LocalBSGVRM": ("localbsgvrm", LOCAL, False),
+    "AdaFBiO": ("adafbio", {**LOCAL, "damping": 1.0}, False),
     "FedMSA": ("fedmsa", {}, True),
     "Lockstep (ours)": ("lockstep", {}, True),
 }

@@ -19,11 +19,11 @@ from ..oracles import oracle_calls
 from . import common, problems, runner
 
 LEVEL, BUDGET, BLOCKS = 1e-8, 3_000, 100
-_FULL: dict[str, Any] = {"truncation": "full"}
-_SERIES: dict[str, Any] = {"inner_rounds": 5, "neumann_terms": 20, **_FULL}
-_LOCAL: dict[str, Any] = {"neumann_terms": 20, **_FULL, "slow_after": 1e6, "forget": 0.5}
+FULL: dict[str, Any] = {"truncation": "full"}
+_SERIES: dict[str, Any] = {"inner_rounds": 5, "neumann_terms": 20, **FULL}
+LOCAL: dict[str, Any] = {"neumann_terms": 20, **FULL, "slow_after": 1e6, "forget": 0.5}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "AggITD, full, warm v (ours), N = 1": ("aggitd", {"inner_rounds": 1, **_FULL, "warm_start_v": True}),
+    "AggITD, full, warm v (ours), N = 1": ("aggitd", {"inner_rounds": 1, **FULL, "warm_start_v": True}),
     "Lockstep (ours)": ("lockstep", {}),
     "FedNest, full, 20 terms": ("fednest", _SERIES),
     "FedMSA": ("fedmsa", {}),
@@ -33,9 +33,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "FedF2SA": ("fedf2sa", {"inner_rounds": 2, "penalty_growth": 1.0}),
     "FedMBO, 4 chains": ("fedmbo", {"inner_rounds": 2, "neumann_terms": 20}),
     "LFedNest, 20 terms": ("lfednest", _SERIES),
-    "LocalBSGM": ("localbsgm", _LOCAL),
-    "LocalBSGVRM": ("localbsgvrm", _LOCAL),
-    "AdaFBiO": ("adafbio", {**_LOCAL, "damping": 1.0}),
+    "LocalBSGM": ("localbsgm", LOCAL),
+    "LocalBSGVRM": ("localbsgvrm", LOCAL),
+    "AdaFBiO": ("adafbio", {**LOCAL, "damping": 1.0}),
 }
 SAME = "ShroFBO and FedBiO are SimFBO here: equal numbers of local steps, and a server step of one."
 
