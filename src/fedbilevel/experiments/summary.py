@@ -64,6 +64,7 @@ def _text(frame, studies: dict[str, Study]) -> tuple[list[str], list[list[str]]]
 def _draw(path: Path, frame, studies: dict[str, Study]) -> Path:
     """A panel a task: every algorithm's rounds to the goal, the median and the range over seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     labels = list(dict.fromkeys(frame["algorithm"]))
     figure = Figure(figsize=(12.5, 1.2 + 0.27 * len(labels)), layout="constrained")
@@ -86,6 +87,10 @@ def _draw(path: Path, frame, studies: dict[str, Study]) -> Path:
         panel.set(
             xscale="log", xlim=(0.7 * reached.min() if len(reached) else 1, end), xlabel="rounds", title=goal(study)
         )
+        # 10, 20, 50, 100, ...: matplotlib's own labels overlap where an axis spans little more than a decade
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.title.set_fontsize(10)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
