@@ -207,6 +207,41 @@ def test_a_choice_at_the_edge_of_its_grid_is_marked(tmp_path):
     best["FedNest"] = {**best["FedNest"], "outer_lr": 0.3}
     search.write_settings(tmp_path / "settings.toml", best)
     assert "(e)" not in tables.settings_table(wide, tmp_path)[1][1][1][-1]
+    on = dataclasses.replace(wide, beyond=3)  # an edge of what it began with is none then
+    best["FedNest"] = {**best["FedNest"], "inner_lr": 0.3, "outer_lr": 1.0}
+    search.write_settings(tmp_path / "settings.toml", best)
+    _, (head, rows) = tables.settings_table(on, tmp_path)
+    cells = dict(zip(head, rows[1], strict=True))
+    assert (cells["inner lr"], cells["outer lr"]) == ("0.3 (b)", "1")
+
+
+def test_the_neighbours_of_a_point():
+    tried = points({"inner_lr": (0.1, 0.3), "outer_lr": (1 / 3, 1.0, 2.0), "hessian_lr": (0.05,)})
+    best = {"inner_lr": 0.3, "outer_lr": 1 / 3, "hessian_lr": 0.05}
+    beyond = [best | {"inner_lr": 0.9}, best | {"outer_lr": 0.111111}]  # by the ratio of the last two
+    assert search.neighbours(best, tried, best) == beyond
+    found = search.neighbours(beyond[0], [*tried, *beyond], best)  # beside it nothing but the old best was tried
+    assert [point["inner_lr"] for point in found] == [2.7, 0.9, 0.9]
+    assert [point["outer_lr"] for point in found] == [1 / 3, 0.111111, 1.0]
+
+
+@pytest.mark.slow
+def test_a_grid_goes_on_until_no_neighbour_is_better(tmp_path):
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        low = {"inner_lr": (0.001, 0.002), "hessian_lr": (0.05,), "outer_lr": (0.001, 0.004)}
+        one = dataclasses.replace(SMALL, contenders=SMALL.contenders[1:2], grid=low, beyond=9, shortlist_seeds=())
+        best = search.search(one, tmp_path, None, print)["FedNest"]
+        rows = pandas.read_csv(tmp_path / "grid.csv")
+        search.search(one, tmp_path, None, print)
+        assert len(pandas.read_csv(tmp_path / "grid.csv")) == len(rows)  # all of it was kept
+        rows.iloc[:-1].to_csv(tmp_path / "grid.csv", index=False)  # interrupted
+        assert search.search(one, tmp_path, None, print)["FedNest"] == best
+        assert len(pandas.read_csv(tmp_path / "grid.csv")) == len(rows)
+    tried = rows[list(best)].to_dict("records")
+    assert len(tried) > 2 * 4
+    assert best["inner_lr"] > 0.002  # where it began is far too low
+    assert tried[int(rows["score"].argmin())] == best
+    assert search.neighbours(best, tried, low) == []  # all of them were tried, and are no better
 
 
 def test_a_run_that_blew_up_is_drawn_to_the_end():
@@ -267,8 +302,13 @@ def test_checked_in_step_sizes_are_points_of_the_grid():
         full = catalogue.STUDIES[file.stem]
         rates = catalogue.found(file.stem)
         for contender in full.contenders:
-            assert rates[contender.label] in full.candidates(contender)
-            contender.build(rates[contender.label])
+            chosen, steps = rates[contender.label], full.rates(contender)
+            if full.beyond:  # the steps may lie beyond those that the grid began with
+                assert {name: value for name, value in chosen.items() if name not in steps} in contender.variants
+                assert set(steps) <= set(chosen)
+            else:
+                assert chosen in full.candidates(contender)
+            contender.build(chosen)
     with pytest.raises(InputError, match="no step sizes are checked in for another-study"):
         catalogue.found("another-study")
 

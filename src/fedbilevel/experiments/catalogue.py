@@ -212,7 +212,8 @@ def quick(study: Study) -> Study:
     return dataclasses.replace(
         study, summary=f"{study.summary} (quick: {small.dataset}, {small.clients} clients)", options=small,
         cohort=study.cohort and 5, contenders=contenders, grid=grid, grid_rounds=min(study.grid_rounds, 150),
-        rounds=min(study.rounds, 250), seeds=study.seeds[:2], shortlist_seeds=(), shares=study.shares and 5,
+        rounds=min(study.rounds, 250), seeds=study.seeds[:2], beyond=0, shortlist_seeds=(),
+        shares=study.shares and 5,
     )  # fmt: skip
 
 

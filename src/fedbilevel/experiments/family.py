@@ -3,8 +3,8 @@
 Regularisation tuning with all clients and all rows; hyper-representation on MNIST and loss tuning on imbalanced digits with
 cohorts and minibatches (ridge tuning is theory's `stationarity`). On each task every algorithm has the same local work
 (local steps, rows of a minibatch) and the same grid: its steps of y and v, and how far x may move an iteration, that is
-outer_lr times the steps of x that the algorithm takes in one. What is peculiar to an algorithm is tried at two values at
-most.
+outer_lr times the steps of x that the algorithm takes in one. The grid goes on from the best point until none of its
+neighbours is better. What is peculiar to an algorithm is tried at two values at most.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from ..tasks import Options
 from .study import Contender, Study
 
-GRID_SEEDS = (10,)
+GRID_SEEDS, BEYOND = (10,), 6
 _GENTLE = ("lfednest", "lfednest-svrg", "fedmbo", "localbsgm", "localbsgvrm", "adafbio")
 QUICK = (  # who takes part in the quick form
     "AggITD, one round a turn (ours)", "Lockstep (ours)", "FedNest, full", "SimFBO", "FedMSA", "LocalBSGM", "FedF2SA",
@@ -110,7 +110,7 @@ MNIST = Study(
         )
     ),
     {"inner_lr": (0.03, 0.06), "hessian_lr": (0.02,)},
-    grid_rounds=150, grid_seeds=GRID_SEEDS, shortlist=2, shortlist_seeds=(11,), rounds=480, seeds=(0, 1, 2),
+    grid_rounds=150, grid_seeds=GRID_SEEDS, beyond=BEYOND, shortlist=4, shortlist_seeds=(11,), rounds=480, seeds=(0, 1, 2),
     levels=(0.80, 0.85, 0.88, 0.90, 0.93), goal=0.90, shares=0,
 )  # fmt: skip
 
@@ -120,8 +120,8 @@ REGULARISATION = Study(
     "regularisation", Options(dataset="breast-cancer", partition="dirichlet", clients=10), None,
     everybody(Work((1, 5), 5, 5, None, (5.0, 15.0, 50.0, 150.0))),
     {"inner_lr": (0.1, 0.3), "hessian_lr": (0.1, 0.3)},
-    grid_rounds=200, grid_seeds=GRID_SEEDS, shortlist=8, shortlist_seeds=(11, 12, 13, 14), rounds=400, seeds=(0, 1, 2, 3, 4),
-    metric="validation_loss", levels=(0.15, 0.12, 0.10, 0.08, 0.07), goal=0.10, shares=0,
+    grid_rounds=200, grid_seeds=GRID_SEEDS, beyond=BEYOND, shortlist=8, shortlist_seeds=(11, 12, 13, 14), rounds=400,
+    seeds=(0, 1, 2, 3, 4), metric="validation_loss", levels=(0.15, 0.12, 0.10, 0.08, 0.07), goal=0.10, shares=0,
 )  # fmt: skip
 
 LOSS_TUNING = Study(
@@ -130,8 +130,8 @@ LOSS_TUNING = Study(
     "loss-tuning", Options(dataset="digits", partition="shards", clients=20), 5,
     everybody(Work((1, 5), 5, 1, 16, (0.3, 1.0, 3.0, 10.0), own_terms=1)),
     {"inner_lr": (0.03, 0.1, 0.3, 1.0), "hessian_lr": (0.03,)},
-    grid_rounds=300, grid_seeds=GRID_SEEDS, shortlist=3, shortlist_seeds=(11,), rounds=600, seeds=(0, 1, 2, 3, 4),
-    metric="balanced_accuracy", levels=(0.80, 0.85, 0.90), goal=0.90, shares=0,
+    grid_rounds=300, grid_seeds=GRID_SEEDS, beyond=BEYOND, shortlist=4, shortlist_seeds=(11,), rounds=600,
+    seeds=(0, 1, 2, 3, 4), metric="balanced_accuracy", levels=(0.80, 0.85, 0.90), goal=0.90, shares=0,
 )  # fmt: skip
 
 PARTS = (REGULARISATION, MNIST, LOSS_TUNING)

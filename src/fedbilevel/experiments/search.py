@@ -4,15 +4,19 @@ A point of the grid is judged by the first round at which the median of five con
 that never gets there, or is not there at the end, by how far it is from it at the end. The end is the grid's budget, or
 twice the round at which the first point was at the goal. A contender is judged by the mean over the grid's seeds.
 
+A study may let the grid go on: from the best point to its neighbours that were not tried, until none is better. So a
+contender whose best steps lie at an end of the values that all begin with is not held there.
+
 The soonest points are often on the edge of stability. A study may therefore run its best few once more, on a seed of its
 own and for the whole budget of the final runs, and take the best of those.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,66 +26,127 @@ from ..callbacks.progress import Meter
 from .memory import release
 from .report import direction, first_reached, running_median
 from .study import Contender, Study
-from .sweep import sweep
+from .sweep import Curve, sweep
 
 Telling = Callable[[str], None]
 
 
 def search(study: Study, folder: Path, data_dir: Any, say: Telling) -> dict[str, dict[str, Any]]:
-    """Each contender's best step sizes and variant; every finished (contender, seed) is kept in grid.csv."""
-    import pandas
-
-    file = folder / "grid.csv"
-    rows: list[dict[str, Any]] = pandas.read_csv(file).to_dict("records") if file.is_file() else []
-    finished = {(row["label"], int(row["seed"])) for row in rows}
+    """Each contender's best step sizes and variant; every finished point is kept in grid.csv."""
     best = {}
     for contender in study.contenders:
-        ranked = study.candidates(contender)
-        for seeds, rounds, whole in (
-            (study.grid_seeds, study.grid_rounds, False),
-            (study.shortlist_seeds, contender.rounds or study.rounds, True),
-        ):
-            for seed in seeds:
-                if (contender.label, seed) not in finished:
-                    rows += _try(study, contender, ranked, seed, rounds, whole, data_dir, say)
-                    pandas.DataFrame(rows).to_csv(file, index=False)
-            mine = [row for row in rows if row["label"] == contender.label and row["seed"] in seeds]
-            of = lambda point, mine=mine: [row["score"] for row in mine if all(row[n] == v for n, v in point.items())]
-            ranked = sorted(ranked, key=lambda point, of=of: float(np.mean(of(point) or 0.0)))[: study.shortlist]
+        grid = _Grid(study, contender, folder / "grid.csv", data_dir, say)
+        points = study.candidates(contender)
+        ranked = grid.rank(points, study.grid_seeds, study.grid_rounds)
+        for _ in range(study.beyond):
+            further = neighbours(ranked[0], points, study.rates(contender))
+            before, points = ranked[0], [*points, *further]
+            ranked = grid.rank(points, study.grid_seeds, study.grid_rounds)
+            if ranked[0] == before:
+                break
+        if study.shortlist_seeds:
+            few = ranked[: study.shortlist]
+            ranked = grid.rank(few, study.shortlist_seeds, contender.rounds or study.rounds, whole=True)
         best[contender.label] = ranked[0]
         release()
         say(f"{contender.label}: best {best[contender.label]}")
     return best
 
 
-def _try(
-    study: Study, contender: Contender, candidates: list[dict[str, Any]], seed: int, rounds: int, whole: bool,
-    data_dir: Any, say: Telling,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each of the candidates; `whole`: they all run to the end of the budget."""
-    task, engine = study.build(contender, seed, data_dir)
-    rows = []
-    for variant in contender.variants:
-        steps = [{n: v for n, v in c.items() if n not in variant} for c in candidates if variant.items() <= c.items()]
-        if not steps:
+def neighbours(best: Mapping[str, Any], tried: list[dict[str, Any]], rates: Iterable[str]) -> list[dict[str, Any]]:
+    """The points next to the best one, in one step size each, that were not tried; beyond the ends, by the same ratio."""
+    found = []
+    for name in rates:
+        values = sorted({point[name] for point in tried if name in point})
+        if len(values) < 2:  # it is not searched
             continue
-        named = "".join(f", {name} {value}" for name, value in variant.items())
-        with Meter(f"{study.name}: grid, {contender.label}{named}, seed {seed}", 1.0) as meter:
-            curves = sweep(
-                task.problem, task.data, contender.build(variant), steps, task.x, task.y,
-                rounds=rounds, key=task.key, engine=engine, evaluate_every=study.every,
-                metrics={study.metric: task.metrics[study.metric]}, progress=meter.update,
-                arrived=lambda c: math.inf if whole else judge(study, c.rounds, c.metrics[study.metric], rounds)[0],
-            )  # fmt: skip
-        for curve in curves:
-            values = curve.metrics[study.metric]
-            reached, score = judge(study, curve.rounds, values, rounds)
-            rows.append({
-                "label": contender.label, "seed": seed, **variant, **curve.settings,
-                "rounds_to_goal": reached, "end": float(running_median(values)[-1]), "score": score,
-            })  # fmt: skip
-    say(f"{contender.label}, grid of {len(rows)} on seed {seed}: best score {min(row['score'] for row in rows):.0f}")
-    return rows
+        at = values.index(best[name])
+        below = values[at - 1] if at else _short(values[0] * values[0] / values[1])
+        above = values[at + 1] if at + 1 < len(values) else _short(values[-1] * values[-1] / values[-2])
+        found += [{**best, name: value} for value in (below, above)]
+    return [point for point in found if point not in tried]
+
+
+def _short(value: float) -> float:
+    """Without the dust of a division."""
+    return float(f"{value:.6g}")
+
+
+@dataclasses.dataclass
+class _Grid:
+    """A contender's points with their scores: what was finished in an earlier session is taken from the file."""
+
+    study: Study
+    contender: Contender
+    file: Path
+    data_dir: Any
+    say: Telling
+
+    def __post_init__(self):
+        import pandas
+
+        exists = self.file.is_file()
+        self.rows = pandas.read_csv(self.file).to_dict("records") if exists else []
+
+    def rank(
+        self, points: list[dict[str, Any]], seeds: tuple[int, ...], rounds: int, whole: bool = False
+    ) -> list[dict[str, Any]]:
+        """The points from best to worst; `whole`: all their runs go to the end of the budget."""
+        import pandas
+
+        for seed in seeds:
+            scores = [self._score(point, seed) for point in points]
+            missing = [point for point, score in zip(points, scores, strict=True) if score is None]
+            if missing:
+                soonest = min((score for score in scores if score is not None), default=math.inf)
+                self.rows += self._try(missing, seed, rounds, math.inf if whole else soonest, whole)
+                pandas.DataFrame(self.rows).to_csv(self.file, index=False)
+        mean = lambda point: sum(self._score(point, seed) or 0.0 for seed in seeds) / len(seeds)
+        return sorted(points, key=mean)
+
+    def _score(self, point: Mapping[str, Any], seed: int) -> float | None:
+        """Of the point's row, if it was tried on the seed; a number read from a file may be off by its last digit."""
+        same = lambda a, b: a == b or (isinstance(b, float) and math.isclose(a, b, rel_tol=1e-9))
+        for row in self.rows:
+            mine = row["label"] == self.contender.label and row["seed"] == seed
+            if mine and all(same(row[name], value) for name, value in point.items()):
+                return float(row["score"])
+        return None
+
+    def _try(
+        self, points: list[dict[str, Any]], seed: int, rounds: int, soonest: float, whole: bool
+    ) -> list[dict[str, Any]]:
+        """A row for each of the points."""
+        study, contender = self.study, self.contender
+        task, engine = study.build(contender, seed, self.data_dir)
+
+        def arrived(curve: Curve) -> float:
+            return (
+                math.inf if whole else min(soonest, judge(study, curve.rounds, curve.metrics[study.metric], rounds)[0])
+            )
+
+        rows = []
+        for variant in contender.variants:
+            steps = [{n: v for n, v in p.items() if n not in variant} for p in points if variant.items() <= p.items()]
+            if not steps:
+                continue
+            named = "".join(f", {name} {value}" for name, value in variant.items())
+            with Meter(f"{study.name}: grid, {contender.label}{named}, seed {seed}", 1.0) as meter:
+                curves = sweep(
+                    task.problem, task.data, contender.build(variant), steps, task.x, task.y,
+                    rounds=rounds, key=task.key, engine=engine, evaluate_every=study.every,
+                    metrics={study.metric: task.metrics[study.metric]}, progress=meter.update, arrived=arrived,
+                )  # fmt: skip
+            for curve in curves:
+                values = curve.metrics[study.metric]
+                reached, score = judge(study, curve.rounds, values, rounds)
+                rows.append({
+                    "label": contender.label, "seed": seed, **variant, **curve.settings,
+                    "rounds_to_goal": reached, "end": float(running_median(values)[-1]), "score": score,
+                })  # fmt: skip
+        best = min(row["score"] for row in rows)
+        self.say(f"{contender.label}, grid of {len(rows)} on seed {seed}: best score {best:.0f}")
+        return rows
 
 
 def judge(study: Study, rounds: np.ndarray, values: np.ndarray, budget: int) -> tuple[float, float]:

@@ -61,6 +61,7 @@ class Study:
         contenders: who takes part.
         grid: step sizes to try, equal for all but for those of a contender's own.
         grid_rounds, grid_seeds: the budget of a grid run, and the seeds it is judged on.
+        beyond: how many times the grid goes on from its best point to that one's neighbours.
         shortlist, shortlist_seeds: how many of its best points are run again, for `rounds`, and on which seeds.
         rounds, seeds: of the final runs.
         metric, levels, goal: what is measured, the levels that tables name, and the one that judges the grid.
@@ -86,6 +87,7 @@ class Study:
     pairs: tuple[tuple[str, str], ...] = ()
     shares: int = 20
     every: int = 1
+    beyond: int = 0
     shortlist: int = 1
     shortlist_seeds: tuple[int, ...] = ()
 
@@ -125,7 +127,10 @@ class Study:
         """Everything that decides the numbers, as plain values."""
         plain = dataclasses.asdict(self)
         plain["options"] = {k: v for k, v in plain["options"].items() if k not in ("seed", "data_dir")}
+        # as before these were there: what is finished stays valid
         for contender in plain["contenders"]:
-            if not contender["grid"]:  # as before contenders had grids of their own: what is finished stays valid
+            if not contender["grid"]:
                 del contender["grid"]
+        if not plain["beyond"]:
+            del plain["beyond"]
         return json.loads(json.dumps(plain))

@@ -160,7 +160,11 @@ def _spent_text(table) -> tuple[list[str], list[list[str]]]:
 
 
 def settings_table(study: Study, folder: Path):
-    """What the grid chose for every contender, as a table and in words; (e): at an edge of the values that it tried."""
+    """What the grid chose for every contender, as a table and in words.
+
+    (e): at an edge of the values that it tried; of a grid that goes on from its best point, (b): beyond those that it
+    began with.
+    """
     import pandas
 
     chosen = tomllib.loads((folder / "settings.toml").read_text())
@@ -172,8 +176,12 @@ def settings_table(study: Study, folder: Path):
         cells = []
         for name in names:
             values, mine = sorted({point[name] for point in tried if name in point}), chosen[contender.label].get(name)
-            edge = len(values) > 2 and mine in (values[0], values[-1])
-            cells.append("-" if mine is None else f"{mine:g}" + (" (e)" if edge else ""))
+            if mine is None:
+                cells.append("-")
+                continue
+            edge = not study.beyond and len(values) > 2 and mine in (values[0], values[-1])
+            beyond = not values[0] <= mine <= values[-1]
+            cells.append(f"{mine:g}" + (" (e)" if edge else " (b)" if beyond else ""))
         rows.append([contender.label, *cells])
     return table, (["algorithm", *(name.replace("_", " ") for name in names)], rows)
 
