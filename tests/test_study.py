@@ -112,7 +112,6 @@ def test_oracle_calls_are_those_counted_by_hand():
     }
 
 
-@pytest.mark.slow
 def test_oracle_calls_of_those_who_ask_others_than_the_cohort():
     # FedMSA looks with everybody, at two points, four oracles each; then 2 local steps of a cohort, at two points
     look, steps = 2 * 4, 2 * 2 * 4
@@ -122,6 +121,7 @@ def test_oracle_calls_of_those_who_ask_others_than_the_cohort():
     assert oracle_calls(fb.FedMBO(**chains), clients=6, cohort=3)["all"] == pytest.approx(2 + 2 * (1 + 1 + 2) / 3)
 
 
+@pytest.mark.slow
 def test_a_study_runs_goes_on_and_writes_its_tables(tmp_path):
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):  # as the command runs it
         runs_goes_on_and_writes(tmp_path)

@@ -100,7 +100,9 @@ class _Grid:
             if missing:
                 soonest = min((score for score in scores if score is not None), default=math.inf)
                 self.rows += self._try(missing, seed, rounds, math.inf if whole else soonest, whole)
-                pandas.DataFrame(self.rows).to_csv(self.file, index=False)
+                beside = self.file.with_suffix(".tmp")  # so that an interrupt leaves the old or the new file
+                pandas.DataFrame(self.rows).to_csv(beside, index=False)
+                beside.replace(self.file)
         mean = lambda point: sum(self._score(point, seed) or 0.0 for seed in seeds) / len(seeds)
         return sorted(points, key=mean)
 
@@ -160,7 +162,7 @@ def judge(study: Study, rounds: np.ndarray, values: np.ndarray, budget: int) -> 
     short = sign * (study.goal - running_median(values)[-1])
     if short <= 0:
         return reached, reached
-    missed = short / max(abs(study.goal), 1e-12) if np.isfinite(short) else 10.0
+    missed = min(short / max(abs(study.goal), 1e-12), 9.0) if np.isfinite(short) else 10.0  # worst of all: it blew up
     return reached, budget * (1 + float(missed))
 
 
