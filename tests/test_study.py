@@ -173,6 +173,18 @@ def runs_goes_on_and_writes(tmp_path):
     assert (shares["share"] == 1).all()  # the outer loss of ridge does not contain x
 
 
+def test_finished_runs_are_not_mixed_with_other_step_sizes(tmp_path):
+    best = {"FedNest": {"inner_lr": 0.1, "outer_lr": 1 / 3}}
+    search.write_settings(tmp_path / "settings.toml", best)
+    other = {"FedNest": {"inner_lr": 0.2, "outer_lr": 1 / 3}}
+    stages.same_settings(tmp_path, other)  # nothing was run yet
+    (tmp_path / "runs" / "FedNest-0").mkdir(parents=True)
+    (tmp_path / "runs" / "FedNest-0" / "done.json").write_text("{}")
+    stages.same_settings(tmp_path, best)
+    with pytest.raises(InputError, match="FedNest with other step sizes"):
+        stages.same_settings(tmp_path, other)
+
+
 def test_ratios_are_paired_by_seed():
     rows = []
     for label, per, speed in (("AggITD, full", 7, 0.1), ("FedNest", 9, 0.1)):

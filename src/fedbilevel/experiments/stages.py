@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def run(study: Study, folder: Path, data_dir: Any = None, best: Mapping[str, Any
         best: label -> what the grid chose, to leave it out.
 
     Raises:
-        InputError: the folder holds another study, or a data set is missing.
+        InputError: the folder holds another study or runs with other step sizes, or a data set is missing.
     """
     study.build(study.contenders[0], study.seeds[0], data_dir)  # a missing data set leaves no folder behind
     open_folder(folder, study.to_dict())
@@ -37,6 +38,7 @@ def run(study: Study, folder: Path, data_dir: Any = None, best: Mapping[str, Any
         best = search(study, folder, data_dir, say)
     else:
         check(set(best) >= {c.label for c in study.contenders}, f"no settings are checked in for all of {study.name}.")
+    same_settings(folder, best)
     write_settings(folder / "settings.toml", best)
     for seed in study.seeds:
         for contender in study.contenders:
@@ -57,6 +59,18 @@ def same_study(folder: Path, plain: dict[str, Any]) -> None:
         check(file.is_file(), f"{folder} is not empty and holds no study: name another folder.")
         same = json.loads(file.read_text()) == plain
         check(same, f"{folder} holds another study, or another version of it: name another folder, or remove this one.")
+
+
+def same_settings(folder: Path, best: Mapping[str, Any]) -> None:
+    """Refuse to mix runs of these step sizes with finished ones of others."""
+    file = folder / "settings.toml"
+    if not file.is_file() or not any(folder.glob("runs/*/done.json")):
+        return
+    for label, before in tomllib.loads(file.read_text()).items():
+        check(
+            label not in best or dict(best[label]) == before,
+            f"{folder} holds runs of {label} with other step sizes ({before}): name another folder, or remove this one.",
+        )
 
 
 def _final(
