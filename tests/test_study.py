@@ -237,23 +237,45 @@ def test_the_neighbours_of_a_point():
     assert [point["outer_lr"] for point in found] == [1 / 3, 0.111111, 1.0]
 
 
-@pytest.mark.slow
-def test_a_grid_goes_on_until_no_neighbour_is_better(tmp_path):
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        low = {"inner_lr": (0.001, 0.002), "hessian_lr": (0.05,), "outer_lr": (0.001, 0.004)}
-        one = dataclasses.replace(SMALL, contenders=SMALL.contenders[1:2], grid=low, beyond=9, shortlist_seeds=())
-        best = search.search(one, tmp_path, None, print)["FedNest"]
-        rows = pandas.read_csv(tmp_path / "grid.csv")
-        search.search(one, tmp_path, None, print)
-        assert len(pandas.read_csv(tmp_path / "grid.csv")) == len(rows)  # all of it was kept
-        rows.iloc[:-1].to_csv(tmp_path / "grid.csv", index=False)  # interrupted
-        assert search.search(one, tmp_path, None, print)["FedNest"] == best
-        assert len(pandas.read_csv(tmp_path / "grid.csv")) == len(rows)
-    tried = rows[list(best)].to_dict("records")
-    assert len(tried) > 2 * 4
-    assert best["inner_lr"] > 0.002  # where it began is far too low
-    assert tried[int(rows["score"].argmin())] == best
-    assert search.neighbours(best, tried, low) == []  # all of them were tried, and are no better
+def test_a_grid_goes_on_until_no_neighbour_is_better(tmp_path, monkeypatch):
+    low = {"inner_lr": (0.001, 0.002), "hessian_lr": (0.05,), "outer_lr": (0.5, 2.0)}
+    first = dataclasses.replace(
+        SMALL.contenders[0], label="another", variants=({"inner_rounds": 1}, {"inner_rounds": 3})
+    )
+    one = dataclasses.replace(SMALL, contenders=(first, SMALL.contenders[1]), grid=low, beyond=9)
+    batches, room = [], [1000]  # what was tried, and how often more may be tried
+
+    def score(self, points, seed, rounds, soonest, whole):
+        """A valley whose bottom is far from where the grid begins, and moves with the seed and the variant."""
+        if len(batches) == room[0]:
+            raise KeyboardInterrupt
+        batches.append((self.contender.label, seed, len(points)))
+        off = lambda p: np.log(p["inner_lr"] / 0.03) ** 2 + 0.1 * np.log(p["outer_lr"] / (0.04 * seed)) ** 2
+        own = {"label": self.contender.label, "seed": seed}
+        return [own | p | {"score": off(p) + 0.3 * p.get("neumann_terms", 0)} for p in points]
+
+    monkeypatch.setattr(search._Grid, "_try", score)
+    found = search.search(one, tmp_path, None, print)
+    whole, count = (tmp_path / "grid.csv").read_text(), len(batches)
+    rows = pandas.read_csv(tmp_path / "grid.csv")
+    mine = rows[(rows["label"] == "FedNest") & (rows["seed"] == 10)]
+    tried = mine[["neumann_terms", *low]].to_dict("records")
+    top = tried[int(mine["score"].argmin())]
+    assert (top["inner_lr"], top["outer_lr"]) == (pytest.approx(0.032), 0.5)
+    assert search.neighbours(top, tried, low) == []  # all of them were tried, and are no better
+    assert found["FedNest"] in tried
+    assert [entry for entry in batches if entry[1] == 11] == [("another", 11, 2), ("FedNest", 11, 2)]
+    assert found == search.search(one, tmp_path, None, print)
+    assert len(batches) == count  # everything was kept
+    for room[0] in range(count):  # interrupted before each batch
+        (tmp_path / "grid.csv").unlink()
+        batches.clear()
+        with pytest.raises(KeyboardInterrupt):
+            search.search(one, tmp_path, None, print)
+        room[0], done = 1000, len(batches)
+        assert search.search(one, tmp_path, None, print) == found
+        assert len(batches) == count > done
+        assert (tmp_path / "grid.csv").read_text() == whole
 
 
 def test_a_run_that_blew_up_is_drawn_to_the_end():
@@ -315,9 +337,13 @@ def test_checked_in_step_sizes_are_points_of_the_grid():
         rates = catalogue.found(file.stem)
         for contender in full.contenders:
             chosen, steps = rates[contender.label], full.rates(contender)
-            if full.beyond:  # the steps may lie beyond those that the grid began with
+            if full.beyond:  # the steps may lie beyond those that the grid began with, by its ratios
                 assert {name: value for name, value in chosen.items() if name not in steps} in contender.variants
-                assert set(steps) <= set(chosen)
+                for name, values in steps.items():
+                    on = list(values)
+                    for _ in range(full.beyond if len(values) > 1 else 0):
+                        on = [on[0] ** 2 / on[1], *on, on[-1] ** 2 / on[-2]]
+                    assert np.isclose(chosen[name], on, rtol=1e-4).any(), (file.stem, contender.label, name)
             else:
                 assert chosen in full.candidates(contender)
             contender.build(chosen)

@@ -2,9 +2,10 @@
 
 Regularisation tuning with all clients and all rows; hyper-representation on MNIST and loss tuning on imbalanced digits with
 cohorts and minibatches (ridge tuning is theory's `stationarity`). On each task every algorithm has the same local work
-(local steps, rows of a minibatch) and the same grid: its steps of y and v, and how far x may move an iteration, that is
-outer_lr times the steps of x that the algorithm takes in one. The grid goes on from the best point until none of its
-neighbours is better. What is peculiar to an algorithm is tried at two values at most.
+(local steps, rows of a minibatch) and the same grid: its step of y, of v (in regularisation tuning; one value for all on the
+other tasks), and how far x may move an iteration, that is outer_lr times the steps of x that the algorithm takes in one. The
+grid goes on from the best point until none of its neighbours is better, and a second look on other seeds chooses among the
+best few. What is peculiar to an algorithm is tried at two values at most.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A point of the grid is judged by the first round at which the median of five con
 that never gets there, or is not there at the end, by how far it is from it at the end. The end is the grid's budget, or
 twice the round at which the first point was at the goal. A contender is judged by the mean over the grid's seeds.
 
-A study may let the grid go on: from the best point to its neighbours that were not tried, until none is better. So a
-contender whose best steps lie at an end of the values that all begin with is not held there.
+A study may let the grid go on: from the best point to its neighbours that were not tried, until none is better. So the
+values that all begin with hold nobody back. (What a second look then chooses of the best few may have neighbours untried.)
 
 The soonest points are often on the edge of stability. A study may therefore run its best few once more, on a seed of its
 own and for the whole budget of the final runs, and take the best of those.

@@ -162,11 +162,13 @@ def _spent_text(table) -> tuple[list[str], list[list[str]]]:
 def settings_table(study: Study, folder: Path):
     """What the grid chose for every contender, as a table and in words.
 
-    (e): at an edge of the values that it tried; of a grid that goes on from its best point, (b): beyond those that it
-    began with.
+    (e): at an edge of the values that it tried (of a grid that went on from its best point, only the folder where it ran
+    knows them); (b): beyond those that it began with.
     """
     import pandas
 
+    file = folder / "grid.csv"
+    went_on = pandas.read_csv(file) if study.beyond and file.is_file() else None
     chosen = tomllib.loads((folder / "settings.toml").read_text())
     names = list(dict.fromkeys(name for found in chosen.values() for name in found))
     table = pandas.DataFrame([{"algorithm": label, **found} for label, found in chosen.items()])
@@ -179,9 +181,12 @@ def settings_table(study: Study, folder: Path):
             if mine is None:
                 cells.append("-")
                 continue
-            edge = not study.beyond and len(values) > 2 and mine in (values[0], values[-1])
             beyond = not values[0] <= mine <= values[-1]
-            cells.append(f"{mine:g}" + (" (e)" if edge else " (b)" if beyond else ""))
+            if went_on is not None:
+                values = sorted(set(went_on.loc[went_on["label"] == contender.label, name]))
+            edge = len(values) > 2 and (mine <= values[0] or mine >= values[-1])
+            known = went_on is not None or not study.beyond
+            cells.append(f"{mine:g}" + (" (b)" if beyond else "") + (" (e)" if edge and known else ""))
         rows.append([contender.label, *cells])
     return table, (["algorithm", *(name.replace("_", " ") for name in names)], rows)
 
