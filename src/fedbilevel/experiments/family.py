@@ -121,7 +121,7 @@ REGULARISATION = Study(
     "regularisation", Options(dataset="breast-cancer", partition="dirichlet", clients=10), None,
     everybody(Work((1, 5), 5, 5, None, (5.0, 15.0, 50.0, 150.0))),
     {"inner_lr": (0.1, 0.3), "hessian_lr": (0.1, 0.3)},
-    grid_rounds=200, grid_seeds=GRID_SEEDS, beyond=BEYOND, shortlist=8, shortlist_seeds=tuple(range(11, 21)), rounds=400,
+    grid_rounds=200, grid_seeds=GRID_SEEDS, beyond=BEYOND, shortlist=16, shortlist_seeds=tuple(range(11, 21)), rounds=400,
     seeds=(0, 1, 2, 3, 4), metric="validation_loss", levels=(0.15, 0.12, 0.10, 0.08, 0.07), goal=0.10, shares=0,
 )  # fmt: skip
 
