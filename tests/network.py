@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +83,21 @@ def wait_for(condition, seconds=120.0):
 
 def rounds_so_far(out: Path) -> int:
     return len(lines(out / "rounds.csv")) if (out / "rounds.csv").is_file() else 0
+
+
+def wait_for_round(process: subprocess.Popen, out: Path, rounds: int, seconds=400.0) -> None:
+    """Wait until a run has had so many rounds; where it does not get there, end it and say what it told last."""
+    until = time.monotonic() + seconds
+    while rounds_so_far(out) < rounds:
+        ended, late = process.poll() is not None, time.monotonic() > until
+        if ended or late:
+            process.send_signal(signal.SIGINT)  # it ends what it has started, in up to 40 s
+            printed = process.communicate(timeout=120)[0]
+            kept = [(out / name) for name in ("rounds.csv", "outcome.json", "nvflare.log")]
+            told = [f"{file.name}:\n{file.read_text(errors='replace')[-3000:]}" for file in kept if file.is_file()]
+            why = f"ended with {process.returncode}" if ended else f"was not there after {seconds:g} s"
+            raise AssertionError("\n".join([f"{rounds} rounds: the run {why}", printed[-2000:], *told]))
+        time.sleep(0.05)
 
 
 def worker_of(out: Path, site: str) -> int:
