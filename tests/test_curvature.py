@@ -208,6 +208,7 @@ def test_every_algorithm_measures_alike_in_both_engines(kind):
     assert 0.1 < curvature < 100
 
 
+@pytest.mark.slow
 def test_the_conformance_suite_passes():
     assert fb.testing.check_algorithm(fb.AggITD(inner_rounds=2, hessian_lr="auto")).passed
 

@@ -270,6 +270,7 @@ def test_both_engines_agree(options):
         assert list(one.history.column(name)) == list(other.history.column(name))
 
 
+@pytest.mark.slow
 def test_the_conformance_suite_passes_all_of_them_together():
     busy = fb.AggITD(inner_rounds=2, local_steps=2, batch_size=2, truncation="full", **CHOICES[-1])
     accurate = fb.AggITD(

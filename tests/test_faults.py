@@ -70,7 +70,7 @@ def failing(who, when=lambda request: True):
 
 
 @pytest.mark.parametrize("name", ["aggitd", "lockstep", "one-round"])
-@pytest.mark.parametrize("cohort", [None, 5])
+@pytest.mark.parametrize("cohort", [pytest.param(None, marks=pytest.mark.slow), 5])
 def test_dropping_out_is_the_same_in_both_engines(name, cohort):
     runs = [cases.run(name, engine(cohort, dropout=0.4)) for engine in (fb.Simulation, fb.Loopback)]
     np.testing.assert_allclose(runs[0][0], runs[1][0], rtol=0, atol=1e-12 * np.abs(runs[0][0]).max())
