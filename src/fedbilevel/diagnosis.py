@@ -12,7 +12,7 @@ import optax.tree
 
 from .engines.base import Carry, Execution
 
-_LEAST, _MOST = 50, 200  # iterations repeated
+LEAST, _MOST = 50, 200  # iterations repeated
 _UNSETTLED = 10.0  # how much the steps of y grow, at least, where the lower rounds diverge (noise keeps them alike)
 _STRETCHED = 1.05  # a Hessian factor with a usable step never stretches; the margin is for rounding and minibatches
 
@@ -46,7 +46,7 @@ def diagnose(execution: Execution, algorithm: Any, healthy: Carry, failed: Carry
     if "outer_lr" not in steps or not execution.replays:
         more = "" if execution.replays else " (a simulation says which)"
         return f"{what}; lower its step sizes{more}: {', '.join(f'{k} = {v:g}' for k, v in steps.items())}."
-    length = min(max(failed.iteration - healthy.iteration, _LEAST), _MOST)
+    length = min(max(failed.iteration - healthy.iteration, LEAST), _MOST)
     frozen = _with(
         algorithm, "outer_lr", 1e-30
     )  # x stays where it is, and what is measured relative to the step is finite
@@ -61,13 +61,15 @@ def diagnose(execution: Execution, algorithm: Any, healthy: Carry, failed: Carry
             f"{what}; the Hessian factors (I - hessian_lr H) stretch their vector {stretch:.3g}-fold: "
             f"{advice('hessian_lr')} {bound}."
         )
-    if "hessian_lr" in steps and stretch == 0:  # not measured: see which step, ten times lower, helps
+    if stretch == 0:  # not measured: see which step, ten times lower, helps
         helps = lambda step: (
             execution.advance(_with(algorithm, step, steps[step] / 10), healthy, length, limit)[1].finite
         )
-        if helps("hessian_lr") and not helps("outer_lr"):
-            cure = "ten times lower, hessian_lr keeps everything finite and outer_lr does not"
-            return f"{what}; {cure}: {advice('hessian_lr')} {bound}."
+        cure = next((step for step in ("hessian_lr", "inner_lr") if step in steps and helps(step)), None)
+        if cure is not None and not helps("outer_lr"):
+            until = f" {bound}" if cure == "hessian_lr" else ""
+            reason = f"ten times lower, {cure} keeps everything finite and outer_lr does not"
+            return f"{what}; {reason}: {advice(cure)}{until}."
     return f"{what}; with x held fixed everything stays finite: {advice('outer_lr')}."
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Key, PyTree
 
 from .callbacks.checkpoint import checksum, load
-from .diagnosis import diagnose, largest
+from .diagnosis import LEAST, diagnose, largest
 from .engines.base import Carry, Engine, Execution
 from .engines.simulation import Simulation
 from .errors import Diverged, InputError, check
@@ -81,6 +81,7 @@ class Run:
         self.rounds = self.bytes_down = self.bytes_up = 0
         self.seconds = 0.0
         self._limit = _BLOWN_UP * max(1.0, largest(state))
+        self._first: Carry | None = self.carry  # for as long as a run that blows up is repeated from there
         self._healthy = self.carry
         self._pace: float | None = None
         self._last_info: Any = None
@@ -185,6 +186,8 @@ class Run:
         self._account(before.iteration, record)
         if largest((after.state.x, after.state.y)) <= 10 * (1 + self._limit / _BLOWN_UP):
             self._healthy = after
+        if after.iteration > LEAST:
+            self._first = None
         return True
 
     def _account(self, first: int, record) -> None:
@@ -211,7 +214,9 @@ class Run:
         self._account(before.iteration, record)
         if self.history[-1]["iteration"] < self.iteration:
             self._record([self._row(self._last_info)])
-        raise Diverged(diagnose(self._execution, self.algorithm, self._healthy, after, self._limit), self._result())
+        # the first step may be the one that goes too far: what follows it looks healthy and is not
+        healthy = self._first if self._first is not None and after.iteration <= LEAST else self._healthy
+        raise Diverged(diagnose(self._execution, self.algorithm, healthy, after, self._limit), self._result())
 
     # Rows -----------------------------------------------------------------------------------------------------------
 
