@@ -278,6 +278,29 @@ def test_a_grid_goes_on_until_no_neighbour_is_better(tmp_path, monkeypatch):
         assert (tmp_path / "grid.csv").read_text() == whole
 
 
+@pytest.mark.parametrize(("unstable", "looked_at", "chosen"), [(0, 2, 0), (1, 2, 1), (3, 4, 3), (6, 6, 0)])
+def test_a_second_look_goes_on_until_a_point_holds(tmp_path, monkeypatch, unstable, looked_at, chosen):
+    # the soonest come first, and blow up on one of the other seeds
+    rates = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06)
+    alone = dataclasses.replace(SMALL.contenders[1], variants=({},))
+    one = dataclasses.replace(
+        SMALL, contenders=(alone,), grid={"inner_lr": rates, "hessian_lr": (0.05,), "outer_lr": (1.0,)},
+        beyond=0, shortlist=2, shortlist_seeds=(11, 12),
+    )  # fmt: skip
+    again = set()
+
+    def score(self, points, seed, rounds, soonest, whole):
+        if whole:
+            again.update(point["inner_lr"] for point in points)
+        blown = lambda p: whole and seed == 12 and rates.index(p["inner_lr"]) < unstable
+        own = {"label": self.contender.label, "seed": seed}
+        return [own | p | {"score": 11.0 * rounds if blown(p) else 100 * p["inner_lr"]} for p in points]
+
+    monkeypatch.setattr(search._Grid, "_try", score)
+    found = search.search(one, tmp_path, None, print)[one.contenders[0].label]
+    assert (len(again), found["inner_lr"]) == (looked_at, rates[chosen])
+
+
 def test_a_run_that_blew_up_is_drawn_to_the_end():
     good = {"iteration": range(9), "rounds": range(0, 90, 10), "test_accuracy": 0.9, "seed": 0, "failure": None}
     bad = {"iteration": range(6), "rounds": range(0, 60, 10), "test_accuracy": 0.8, "seed": 1, "failure": "blew up"}

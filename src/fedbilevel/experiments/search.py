@@ -8,7 +8,8 @@ A study may let the grid go on: from the best point to its neighbours that were 
 values that all begin with hold nobody back. (What a second look then chooses of the best few may have neighbours untried.)
 
 The soonest points are often on the edge of stability. A study may therefore run its best few once more, on a seed of its
-own and for the whole budget of the final runs, and take the best of those.
+own and for the whole budget of the final runs, and take the best of those. Where each of them blows up on some seed,
+as many more are looked at: else a contender whose soonest points are unstable would be held to less than the others.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .study import Contender, Study
 from .sweep import Curve, sweep
 
 Telling = Callable[[str], None]
+_FAR = 9.0  # goals off at the end: as good as blown up
 
 
 def search(study: Study, folder: Path, data_dir: Any, say: Telling) -> dict[str, dict[str, Any]]:
@@ -45,12 +47,21 @@ def search(study: Study, folder: Path, data_dir: Any, say: Telling) -> dict[str,
             if ranked[0] == before:
                 break
         if study.shortlist_seeds:
-            few = ranked[: study.shortlist]
-            ranked = grid.rank(few, study.shortlist_seeds, contender.rounds or study.rounds, whole=True)
+            ranked = _second_look(grid, ranked, contender.rounds or study.rounds)
         best[contender.label] = ranked[0]
         release()
         say(f"{contender.label}: best {best[contender.label]}")
     return best
+
+
+def _second_look(grid: _Grid, ranked: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
+    """The best few from best to worst; as many more are looked at until one held on all seeds."""
+    study = grid.study
+    for count in range(study.shortlist, len(ranked) + study.shortlist, study.shortlist):
+        few = grid.rank(ranked[:count], study.shortlist_seeds, rounds, whole=True)
+        if any(grid.held(point, study.shortlist_seeds, rounds) for point in few):
+            break
+    return few
 
 
 def neighbours(best: Mapping[str, Any], tried: list[dict[str, Any]], rates: Iterable[str]) -> list[dict[str, Any]]:
@@ -105,6 +116,10 @@ class _Grid:
                 beside.replace(self.file)
         mean = lambda point: sum(self._score(point, seed) or 0.0 for seed in seeds) / len(seeds)
         return sorted(points, key=mean)
+
+    def held(self, point: Mapping[str, Any], seeds: tuple[int, ...], rounds: int) -> bool:
+        """Whether a point that was tried on the seeds blew up on none."""
+        return all((self._score(point, seed) or 0.0) < (1 + _FAR) * rounds for seed in seeds)
 
     def _score(self, point: Mapping[str, Any], seed: int) -> float | None:
         """Of the point's row, if it was tried on the seed; a number read from a file may be off by its last digit."""
@@ -162,7 +177,7 @@ def judge(study: Study, rounds: np.ndarray, values: np.ndarray, budget: int) -> 
     short = sign * (study.goal - running_median(values)[-1])
     if short <= 0:
         return reached, reached
-    missed = min(short / max(abs(study.goal), 1e-12), 9.0) if np.isfinite(short) else 10.0  # worst of all: it blew up
+    missed = min(short / max(abs(study.goal), 1e-12), _FAR) if np.isfinite(short) else 10.0  # worst of all: it blew up
     return reached, budget * (1 + float(missed))
 
 

@@ -62,7 +62,8 @@ class Study:
         grid: step sizes to try, equal for all but for those of a contender's own.
         grid_rounds, grid_seeds: the budget of a grid run, and the seeds it is judged on.
         beyond: how many times the grid goes on from its best point to that one's neighbours.
-        shortlist, shortlist_seeds: how many of its best points are run again, for `rounds`, and on which seeds.
+        shortlist, shortlist_seeds: how many of its best points are run again, for `rounds`, and on which seeds; as many more
+            where none of them holds on all.
         rounds, seeds: of the final runs.
         metric, levels, goal: what is measured, the levels that tables name, and the one that judges the grid.
         pairs: (one, other) labels whose rounds are compared seed by seed.
