@@ -32,9 +32,9 @@ PIP := $(BIN)/python -m pip install --quiet
 
 # What the tests compile is kept: a second run starts with it. The flag takes a third off the compilation of many small
 # programs, which is most of what the tests do; the slow tests and the demo run without it. A worker that dies ends the run:
-# started again, it may leave the other waiting for ever.
+# started again, it may leave the other waiting for ever. Whoever is done takes tests from the end of what the other has left.
 TESTS := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.venv/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest -n 2 --dist worksteal --max-worker-restart 0
 
 help: ## this list
 	@awk -F ' *## ' '/^[a-z-]+:.*##/ { sub(/:.*/, "", $$1); printf "make %-10s %s\n", $$1, $$2 }' Makefile

@@ -49,8 +49,8 @@ def run(*words: str, cwd: Path) -> None:
 
 
 def speed(page: Path) -> list[pytest.MarkDecorator]:
-    """The pages of algorithms are many, and alike: slow tests."""
-    return [pytest.mark.slow] if page.parent.name == "algorithms" else []
+    """The pages of the API and of its algorithms are many: slow tests."""
+    return [pytest.mark.slow] if "api" in page.relative_to(ROOT).parts else []
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,15 @@ def test_the_python_of_a_page_runs(page, tmp_path):
     run(str(file), cwd=tmp_path)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page.read_text())], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.stem == "cost" else [])
+        for page in PAGES
+        if commands(page.read_text())
+    ],
+    ids=lambda page: page.stem,
+)
 def test_the_commands_of_a_page_run(page, tmp_path):
     for words in commands(page.read_text()):
         run("-m", "fedbilevel", *words, cwd=tmp_path)

@@ -41,7 +41,9 @@ def test_all_that_move_x_to_a_mean_take_one():
     assert takers == set(ALGORITHMS)
 
 
-@pytest.mark.parametrize("name", ["aggitd", "lfednest", "fedmbo", "fedf2sa"])
+@pytest.mark.parametrize(
+    "name", ["aggitd", "lfednest", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedmbo", "fedf2sa"))]
+)
 def test_descent_with_a_rate_of_one_is_the_mean(name):
     plain = solve(ALGORITHMS[name], 4)
     np.testing.assert_allclose(solve(using(name, "sgd:1.0"), 4).x, plain.x, rtol=0, atol=1e-14)

@@ -44,12 +44,14 @@ def test_a_sweep_gives_what_single_runs_give(cohort):
     grid = points({"inner_lr": (0.02, 0.05), "outer_lr": (0.03, 0.1)})
     algorithm = fb.AggITD(inner_rounds=2, local_steps=2, outer_steps=2, batch_size=2, hessian_lr=0.1)
     common = {"key": jax.random.key(3), "engine": fb.Simulation(cohort=cohort), "metrics": metrics}
+    single = lambda settings: fb.solve(
+        problem, data, dataclasses.replace(algorithm, **settings), x, y, rounds=30, evaluate_every=2, **common
+    )
+    histories = [single(settings).history for settings in grid]
     for at_once in (4, 3):
         curves = sweep(problem, data, algorithm, grid, x, y, rounds=30, at_once=at_once, evaluate_every=2, **common)
         assert [curve.settings for curve in curves] == grid
-        for curve in curves:
-            alone = dataclasses.replace(algorithm, **curve.settings)
-            history = fb.solve(problem, data, alone, x, y, rounds=30, evaluate_every=2, **common).history
+        for curve, history in zip(curves, histories, strict=True):
             assert curve.rounds.tolist() == history.column("rounds").tolist()
             for name in metrics:
                 assert distance(history.column(name), curve.metrics[name]) < 1e-12
