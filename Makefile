@@ -30,11 +30,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-# What the tests compile is kept: a second run starts with it. The flag takes a third off the compilation of many small
-# programs, which is most of what the tests do; the slow tests and the demo run without it. A worker that dies ends the run:
-# started again, it may leave the other waiting for ever. Whoever is done takes tests from the end of what the other has left.
+# What the tests compile is kept: a second run starts with it. FASTER takes half off the compilation of many small programs;
+# the slow tests and the demo run without it. A worker that dies ends the run: started again, it may leave the other waiting
+# for ever. Whoever is done takes tests from the end of what the other has left.
 TESTS := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.venv/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	$(BIN)/python -m pytest -n 2 --dist worksteal --max-worker-restart 0
+FASTER := --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0
 
 help: ## this list
 	@awk -F ' *## ' '/^[a-z-]+:.*##/ { sub(/:.*/, "", $$1); printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -43,7 +44,7 @@ demo: .venv/core ## AggITD against FedNest on handwritten digits, three seeds: t
 	$(BIN)/$(DEMO)
 
 test: .venv/core .venv/test ## the tests, but for the slow ones
-	XLA_FLAGS="--xla_cpu_use_fusion_emitters=false $$XLA_FLAGS" $(TESTS) -m "not slow and not network" $(ARGS)
+	XLA_FLAGS="$(FASTER) $$XLA_FLAGS" $(TESTS) -m "not slow and not network" $(ARGS)
 
 test-slow: .venv/core .venv/test ## the slow tests
 	$(TESTS) -m "slow and not network" $(ARGS) || { code=$$?; [ $$code -eq 5 ] && echo "There are no slow tests." || exit $$code; }

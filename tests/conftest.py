@@ -1,5 +1,6 @@
 """Tests run in float64, with the strictest rules JAX has on shapes and dtypes."""
 
+import gc
 import sys
 
 import jax
@@ -11,6 +12,8 @@ from fedbilevel.experiments.memory import release
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+gc.set_threshold(200_000, 50, 100)  # tracing makes millions of small objects, and a look at them all takes its time
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ def agree(one, other):
     np.testing.assert_array_equal(one[1], other[1])
 
 
-FIRST = ("aggitd", "fednest", "lfednest", "lockstep", "one-round", "fedmsa", "fedbioacc-local")
+FIRST = ("aggitd", "fednest", "lockstep", "one-round", "fedbioacc-local")
 EACH = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in CASES]
 
 
@@ -54,18 +54,19 @@ def test_loopback_is_the_simulation(simulated, name):
         np.testing.assert_allclose(cases.run(name, fb.Simulation(cohort=4), seed=1)[0], expected[0], rtol=0, atol=1e-6)
 
 
-def test_four_devices_are_one(simulated, tmp_path):
+@pytest.mark.parametrize("group", ["each kind of exchange", pytest.param("others", marks=pytest.mark.slow)])
+def test_four_devices_are_one(group, simulated, tmp_path):
     path = tmp_path / "mesh.npz"
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"  # the latter compiles faster
     source = str(HERE.parent / "src")
     path_of_it = f"{source}{os.pathsep}{HERE}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path_of_it}
-    command = [sys.executable, str(HERE / "cases.py"), str(path)]
+    command = [sys.executable, str(HERE / "cases.py"), str(path), group]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     mesh = np.load(path)
     assert mesh["devices"] == 4
-    for name, cohort in cases.ON_DEVICES:
+    for name, cohort in cases.ON_DEVICES[group]:
         agree((mesh[f"{name}/{cohort}/numbers"], mesh[f"{name}/{cohort}/ledger"]), simulated(name, cohort))
 
 
