@@ -30,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-# What the tests compile is kept: a second run starts with it. FASTER takes half off the compilation of many small programs;
+# What the tests compile is kept: a second run starts with it. FASTER makes it cheaper to compile many small programs;
 # the slow tests and the demo run without it. A worker that dies ends the run: started again, it may leave the other waiting
 # for ever. Whoever is done takes tests from the end of what the other has left.
 TESTS := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.venv/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
