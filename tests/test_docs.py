@@ -49,7 +49,7 @@ def run(*words: str, cwd: Path) -> None:
 
 
 def speed(page: Path) -> list[pytest.MarkDecorator]:
-    """The pages of the API and of its algorithms are many: slow tests."""
+    """The pages of the API are many: slow tests."""
     return [pytest.mark.slow] if "api" in page.relative_to(ROOT).parts else []
 
 

@@ -54,7 +54,7 @@ def test_loopback_is_the_simulation(simulated, name):
         np.testing.assert_allclose(cases.run(name, fb.Simulation(cohort=4), seed=1)[0], expected[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("group", ["each kind of exchange", pytest.param("others", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("group", ["first", pytest.param("others", marks=pytest.mark.slow)])
 def test_four_devices_are_one(group, simulated, tmp_path):
     path = tmp_path / "mesh.npz"
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"  # the latter compiles faster
