@@ -1,4 +1,4 @@
-"""Studies: the sweep equals single runs, grids are judged by hand-made curves, an interrupted study goes on."""
+"""Studies: the sweep equals single runs, an interrupted study goes on, tables are written as the runs were."""
 
 import dataclasses
 import json
@@ -9,32 +9,14 @@ import jax
 import numpy as np
 import pandas
 import pytest
+from small_study import SMALL
 
 import fedbilevel as fb
-from fedbilevel import solve
-from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.errors import InputError
-from fedbilevel.experiments import catalogue, family, memory, search, stages, study, summary, tables
+from fedbilevel.experiments import catalogue, memory, search, stages, tables
 from fedbilevel.experiments.oracles import oracle_calls
 from fedbilevel.experiments.sweep import points, sweep
-from fedbilevel.tasks import TASKS, Options
 from fedbilevel.testing import distance, heterogeneous
-
-SMALL = study.Study(
-    "small", "A small study", "ridge", Options(dataset="diabetes", clients=4), None,
-    (
-        study.Contender("AggITD, full", "aggitd", {"inner_rounds": 2, "truncation": "full"}),
-        study.Contender(
-            "FedNest", "fednest", {"inner_rounds": 2, "truncation": "full"},
-            variants=({"neumann_terms": 1}, {"neumann_terms": 2}),
-        ),
-        study.Contender("still", "aggitd", {"inner_rounds": 2, "truncation": "full"}, "frozen"),
-        study.Contender("pooled", "aggitd", {"inner_rounds": 2, "truncation": "full"}, "pooled"),
-    ),
-    {"inner_lr": (0.01, 0.1), "hessian_lr": (0.05,), "outer_lr": (0.1, 1.0)},
-    grid_rounds=30, grid_seeds=(10,), rounds=60, seeds=(0, 1), metric="test_error", levels=(0.8, 0.6), goal=0.7,
-    pairs=(("AggITD, full", "FedNest"),), shares=3, shortlist=2, shortlist_seeds=(11,),
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("cohort", [pytest.param(None, marks=pytest.mark.slow), 4])
@@ -66,18 +48,6 @@ def test_a_point_that_blows_up_leaves_the_others_alone():
                       metrics={"s": lambda x, y: y["deep"]["s"]})  # fmt: skip
     assert np.isfinite(good.metrics["s"]).all()
     assert np.isnan(bad.metrics["s"][-1])
-
-
-def test_runs_are_judged_by_the_median_of_five():
-    rounds = np.arange(8) * 10
-    falling = np.array([1.0, 0.9, 0.6, 0.9, 0.69, 0.69, 0.69, 0.5])
-    assert search.judge(SMALL, rounds, falling, 30) == (50.0, 50.0)  # one lucky evaluation does not count
-    at, score = search.judge(SMALL, rounds, np.array([0.6] * 5 + [0.9] * 3), 30)  # nor does a run that falls back
-    assert (at, score) == (40.0, pytest.approx(30 * (1 + 0.2 / 0.7)))
-    at, score = search.judge(SMALL, rounds, falling + 0.7, 30)
-    assert at == np.inf
-    assert score == pytest.approx(30 * (1 + 0.69 / 0.7))  # how far the last median, 1.39, is from the goal
-    assert search.judge(SMALL, rounds, np.full(8, np.nan), 30)[1] > score
 
 
 def test_oracle_calls_are_those_counted_by_hand():
@@ -229,80 +199,6 @@ def test_a_choice_at_the_edge_of_its_grid_is_marked(tmp_path):
     assert (cells["inner lr"], cells["outer lr"]) == ("0.3 (b)", "1")
 
 
-def test_the_neighbours_of_a_point():
-    tried = points({"inner_lr": (0.1, 0.3), "outer_lr": (1 / 3, 1.0, 2.0), "hessian_lr": (0.05,)})
-    best = {"inner_lr": 0.3, "outer_lr": 1 / 3, "hessian_lr": 0.05}
-    beyond = [best | {"inner_lr": 0.9}, best | {"outer_lr": 0.111111}]  # by the ratio of the last two
-    assert search.neighbours(best, tried, best) == beyond
-    found = search.neighbours(beyond[0], [*tried, *beyond], best)  # beside it nothing but the old best was tried
-    assert [point["inner_lr"] for point in found] == [2.7, 0.9, 0.9]
-    assert [point["outer_lr"] for point in found] == [1 / 3, 0.111111, 1.0]
-
-
-def test_a_grid_goes_on_until_no_neighbour_is_better(tmp_path, monkeypatch):
-    low = {"inner_lr": (0.001, 0.002), "hessian_lr": (0.05,), "outer_lr": (0.5, 2.0)}
-    first = dataclasses.replace(
-        SMALL.contenders[0], label="another", variants=({"inner_rounds": 1}, {"inner_rounds": 3})
-    )
-    one = dataclasses.replace(SMALL, contenders=(first, SMALL.contenders[1]), grid=low, beyond=9)
-    batches, room = [], [1000]  # what was tried, and how often more may be tried
-
-    def score(self, points, seed, rounds, soonest, whole):
-        """A valley whose bottom is far from where the grid begins, and moves with the seed and the variant."""
-        if len(batches) == room[0]:
-            raise KeyboardInterrupt
-        batches.append((self.contender.label, seed, len(points)))
-        off = lambda p: np.log(p["inner_lr"] / 0.03) ** 2 + 0.1 * np.log(p["outer_lr"] / (0.04 * seed)) ** 2
-        own = {"label": self.contender.label, "seed": seed}
-        return [own | p | {"score": off(p) + 0.3 * p.get("neumann_terms", 0)} for p in points]
-
-    monkeypatch.setattr(search._Grid, "_try", score)
-    found = search.search(one, tmp_path, None, print)
-    whole, count = (tmp_path / "grid.csv").read_text(), len(batches)
-    rows = pandas.read_csv(tmp_path / "grid.csv")
-    mine = rows[(rows["label"] == "FedNest") & (rows["seed"] == 10)]
-    tried = mine[["neumann_terms", *low]].to_dict("records")
-    top = tried[int(mine["score"].argmin())]
-    assert (top["inner_lr"], top["outer_lr"]) == (pytest.approx(0.032), 0.5)
-    assert search.neighbours(top, tried, low) == []  # all of them were tried, and are no better
-    assert found["FedNest"] in tried
-    assert [entry for entry in batches if entry[1] == 11] == [("another", 11, 2), ("FedNest", 11, 2)]
-    assert found == search.search(one, tmp_path, None, print)
-    assert len(batches) == count  # everything was kept
-    for room[0] in range(count):  # interrupted before each batch
-        (tmp_path / "grid.csv").unlink()
-        batches.clear()
-        with pytest.raises(KeyboardInterrupt):
-            search.search(one, tmp_path, None, print)
-        room[0], done = 1000, len(batches)
-        assert search.search(one, tmp_path, None, print) == found
-        assert len(batches) == count > done
-        assert (tmp_path / "grid.csv").read_text() == whole
-
-
-@pytest.mark.parametrize(("unstable", "looked_at", "chosen"), [(0, 2, 0), (1, 2, 1), (3, 4, 3), (6, 6, 0)])
-def test_a_second_look_goes_on_until_a_point_holds(tmp_path, monkeypatch, unstable, looked_at, chosen):
-    # the soonest come first, and blow up on one of the other seeds
-    rates = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06)
-    alone = dataclasses.replace(SMALL.contenders[1], variants=({},))
-    one = dataclasses.replace(
-        SMALL, contenders=(alone,), grid={"inner_lr": rates, "hessian_lr": (0.05,), "outer_lr": (1.0,)},
-        beyond=0, shortlist=2, shortlist_seeds=(11, 12),
-    )  # fmt: skip
-    again = set()
-
-    def score(self, points, seed, rounds, soonest, whole):
-        if whole:
-            again.update(point["inner_lr"] for point in points)
-        blown = lambda p: whole and seed == 12 and rates.index(p["inner_lr"]) < unstable
-        own = {"label": self.contender.label, "seed": seed}
-        return [own | p | {"score": 11.0 * rounds if blown(p) else 100 * p["inner_lr"]} for p in points]
-
-    monkeypatch.setattr(search._Grid, "_try", score)
-    found = search.search(one, tmp_path, None, print)[one.contenders[0].label]
-    assert (len(again), found["inner_lr"]) == (looked_at, rates[chosen])
-
-
 def test_a_run_that_blew_up_is_drawn_to_the_end():
     good = {"iteration": range(9), "rounds": range(0, 90, 10), "test_accuracy": 0.9, "seed": 0, "failure": None}
     bad = {"iteration": range(6), "rounds": range(0, 60, 10), "test_accuracy": 0.8, "seed": 1, "failure": "blew up"}
@@ -376,103 +272,11 @@ def test_checked_in_step_sizes_are_points_of_the_grid():
         catalogue.found("another-study")
 
 
-def test_the_family_s_studies_leave_nobody_out_and_let_x_move_as_far():
-    for each in family.PARTS:
-        assert {c.algorithm for c in each.contenders} == set(ALGORITHMS) - {"shrofbo"}  # which is simfbo there
-        work = {}
-        for contender in each.contenders:
-            one = contender.build(each.candidates(contender)[0])
-            # FedF2SA and FedMBO step once, those with a round of their own for x `outer_steps` times, else x moves with y
-            apart = contender.algorithm in ("fedf2sa", "fedmbo")
-            steps = 1 if apart else getattr(one, "outer_steps", one.local_steps)
-            work[contender.label] = [round(rate * steps, 9) for rate in each.rates(contender)["outer_lr"]]
-            assert (one.local_steps, one.batch_size) == (each.contenders[0].settings["local_steps"],
-                                                         each.contenders[0].settings["batch_size"])  # fmt: skip
-        moves = {tuple(tried) for tried in work.values()}
-        assert len(moves) == 1 or each.name == "family-hyper-representation"  # whose local methods begin lower
-        assert len(moves) <= 2
-        assert set.intersection(*map(set, moves))  # and meet the others' grid
-
-
-def test_shrofbo_with_equal_steps_is_simfbo():
-    """Which is why the family's studies run it once."""
-    task = TASKS["quadratic"]()
-    ends = [
-        solve(task.problem, task.data, ALGORITHMS[name](local_steps=3), task.x, task.y, 5, key=task.key).x
-        for name in ("simfbo", "shrofbo")
-    ]
-    np.testing.assert_allclose(*map(np.asarray, ends), rtol=1e-10)
-
-
-def test_the_family_s_summary_says_what_each_goal_took(tmp_path):
-    ran = []
-
-    def run(name, folder):
-        ran.append((name, folder))
-        if name not in studies:
-            return
-        folder.mkdir(parents=True)
-        # all seeds; most of them; fewer than half; none, of a run that was short, and of a whole one
-        rows = [spent("Lockstep (ours)", 3, 10.0), spent("FedNest, full", 2, 11.0), spent("FedMSA", 1, np.inf)]
-        rows += [spent("SimFBO", 0, np.inf, np.inf), spent("LFedNest", 0, np.inf, np.inf)]
-        pandas.DataFrame(rows).to_csv(folder / "spent.csv", index=False)
-
-    def spent(label, reached, median, least=8.0):
-        row = {"algorithm": label, "seeds": 3, "reached": reached}
-        for axis in ("rounds", "megabytes_up", "oracle_calls"):
-            row |= {axis: median, f"{axis}_least": least, f"{axis}_most": 12.0 if reached == 3 else np.inf}
-        return row
-
-    studies = {each.name: each for each in family.PARTS}
-    files = summary.family(tmp_path, run, studies)
-    assert ran == [(name, tmp_path / name) for name in summary.STUDIES]
-    assert [file.name for file in files] == ["family.csv", "family.md", "family.tex", "family.png"]
-    rows = (tmp_path / "family" / "family.md").read_text().splitlines()
-    assert rows[0].count("rounds") == 3
-    assert "hyper-representation: test accuracy 90 %" in rows[0]
-    assert rows[2].startswith("| Lockstep (ours) | 10 | 10 | 10 |")
-    assert rows[3].startswith("| FedNest, full | 11 (2 of 3 seeds) | 11 | 11 |")
-    assert rows[4].startswith("| FedMSA | 1 of 3 seeds | - | - |")
-    assert rows[5].startswith("| SimFBO | never | - | - | not in 240 | - | - | never | - | - |")
-    assert rows[6].startswith("| LFedNest | never | - | - | never | - | - | never | - | - |")
-
-
-def test_the_family_s_figure_is_drawn_when_nobody_arrives(tmp_path):
-    small = {each.name: catalogue.quick(each) for each in family.PARTS}
-    nothing = {"seeds": 2, "reached": 0, "level": 1} | {
-        f"{axis}{end}": np.inf for axis in tables.AXES for end in ("", "_least", "_most")
-    }
-
-    def run(name, folder):
-        if name in small:
-            folder.mkdir()
-            rows = [{"algorithm": c.label, **nothing} for c in small[name].contenders]
-            pandas.DataFrame(rows).to_csv(folder / "spent.csv", index=False)
-
-    assert summary.family(tmp_path, run, small)[-1].stat().st_size > 0
-
-
-def test_the_family_refuses_before_it_begins(tmp_path):
-    (tmp_path / "family-regularisation").mkdir()
-    (tmp_path / "family-regularisation" / "study.json").write_text("{}")
-    with pytest.raises(InputError, match="holds another study"):
-        catalogue.reproduce("family", tmp_path, small=True, data_dir=None, checked_in=False)
-    with pytest.raises(InputError, match="leave --quick or --checked-in out"):
-        catalogue.reproduce("family", tmp_path / "new", small=True, data_dir=None, checked_in=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["family-regularisation"]
-
-
 def test_where_a_study_is_kept():
     out = Path("out")
     assert catalogue.folder_of("equal-n5", out, several=True) == out / "equal-n5"
     assert catalogue.folder_of("equal-n5", out, several=False) == out
     assert catalogue.folder_of("family", out, several=True) == out  # its parts lie beside the others
-
-
-def test_the_family_asks_for_its_data_before_it_begins(tmp_path):
-    with pytest.raises(InputError, match="nowhere"):
-        catalogue.reproduce("family", tmp_path / "x", small=False, data_dir="nowhere", checked_in=False)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are counted on Linux alone")
