@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 
@@ -29,6 +33,22 @@ class Diverged(RunError):
 
 class ClientError(RunError):
     """A client's method failed; the message names the client, the method and the shapes it was sent."""
+
+
+class FedbilevelWarning(UserWarning):
+    """Something runs, and may not mean what it seems to; the message says what, and what to do about it."""
+
+
+_OURS = str(Path(__file__).parent)
+
+
+def warn(message: str) -> None:
+    """Warn in one sentence, with the place of the user's own call: the nearest frame outside this package."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, FedbilevelWarning, stacklevel=level)
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
