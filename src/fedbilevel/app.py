@@ -27,7 +27,7 @@ from .data import FederatedData
 from .engines.faults import Faults
 from .errors import InputError, check
 from .federation import check_cohort
-from .problem import Problem
+from .problem import Problem, trainable
 
 MODULE = "fedbilevel_app"
 
@@ -84,10 +84,16 @@ class App:
             check_cohort(self.cohort, 2**31)
 
     def begin(self) -> tuple[PyTree, PyTree]:
-        """(x, y) to start from."""
+        """(x, y) to start from.
+
+        Raises:
+            InputError: `start` returned something else, or x or y cannot be optimised.
+        """
         both = self.start()
         good = isinstance(both, tuple) and len(both) == 2
         check(good, f"start() of the app must return (x, y); it returned {type(both).__name__}.")
+        for name, variable in zip("xy", both, strict=True):
+            trainable(variable, name)
         return both
 
     def rows(self, site: str) -> tuple[PyTree, PyTree]:

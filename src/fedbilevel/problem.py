@@ -16,6 +16,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .errors import InputError, check
@@ -160,8 +161,9 @@ def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
     """Split x or y into its floating-point arrays and the rest; Python and numpy numbers become arrays.
 
     Raises:
-        InputError: no leaf is a floating-point array, or one is not finite.
+        InputError: no leaf is a floating-point array, or one is complex or not finite.
     """
+    _check_real(variable, name)
     variable = strong(jax.tree.map(_as_array, variable))
     arrays, rest = eqx.partition(variable, eqx.is_inexact_array)
     leaves = jax.tree.leaves(arrays)
@@ -172,6 +174,22 @@ def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
             f"the start point {name}{jax.tree_util.keystr(path)} holds NaN or infinite values: start from finite numbers.",
         )
     return arrays, rest
+
+
+def _check_real(variable: PyTree, name: str) -> None:
+    """Refuse complex leaves: steps along -`jax.grad`, the conjugate, do not go downhill."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(variable)[0]:
+        kind = f"{getattr(leaf, 'dtype', 'number')}{list(np.shape(leaf)) or ''}" if _is_complex(leaf) else ""
+        check(
+            not _is_complex(leaf),
+            f"{name}{jax.tree_util.keystr(path)} is complex ({kind}), and only real variables are "
+            f"optimised: pass its real and imaginary parts as two real arrays, and put them "
+            f"together in the loss with jax.lax.complex (the rows themselves may be complex).",
+        )
+
+
+def _is_complex(leaf: Any) -> bool:
+    return isinstance(leaf, complex) or jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.complexfloating)
 
 
 def strong(tree: PyTree) -> PyTree:
@@ -218,6 +236,11 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
                 phi = (_features_shape(problem, x, data[:1]),)
             out = _shape_of(loss, (x, y), (*data, *phi), f"{level} loss")
         takes = "a batch" if problem.batched else "one example"
+        check(
+            not _is_complex(out),
+            f"the {level} loss must be real; for {takes} it returned {getattr(out, 'dtype', out)}: take "
+            f"jnp.abs(...) ** 2, or jnp.real(...) of it.",
+        )
         check(
             isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating),
             f"the {level} loss must return a floating-point scalar for {takes}; it returned {describe(out)}.",

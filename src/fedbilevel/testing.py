@@ -22,7 +22,7 @@ from . import reference
 from .algorithm import Algorithm
 from .data import FederatedData
 from .engines import Engine, Loopback, Simulation
-from .problem import Problem, Rows, bind, trainable
+from .problem import Problem, Rows, bind, check_losses, trainable
 from .protocol import protocol
 from .solve import estimate_hypergradient, solve
 
@@ -233,14 +233,17 @@ def check_problem(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, t
         tolerance: relative.
 
     Raises:
+        InputError: x or y cannot be used, or a loss does not return a real floating-point scalar.
         CheckFailed: with the table of what holds and what does not.
     """
     report = Report("problem: oracles against central differences")
     with jax.enable_x64(True):
         wide = lambda tree: jax.tree.map(_widen, tree)
-        x, x_rest = trainable(wide(x), "x")
-        y, y_rest = trainable(wide(y), "y")
-        bound, data = bind(problem, x_rest, y_rest), wide(data)
+        x, x_rest = trainable(x, "x")
+        y, y_rest = trainable(y, "y")
+        bound = bind(problem, x_rest, y_rest)
+        x, y, data = wide((x, y, data))
+        check_losses(bound, x, y, data.inner.client(0).all(), data.outer.client(0).all())
         keys = jax.random.split(jax.random.key(0), 3)
         dx, dy, v = _direction(keys[0], x), _direction(keys[1], y), _direction(keys[2], y)
         for i in range(min(data.clients, 3)):
@@ -287,8 +290,10 @@ def _comparisons(problem, x, y, dx, dy, v, inner: Rows, outer: Rows):
 
 
 def _widen(leaf):
-    wide = isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.asarray(leaf, jnp.float64) if wide else leaf
+    if not isinstance(leaf, (jax.Array, np.ndarray)) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    return jnp.asarray(leaf, jnp.complex128 if is_complex else jnp.float64)
 
 
 def _direction(key, like: PyTree) -> PyTree:
