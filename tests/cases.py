@@ -43,8 +43,7 @@ class OneRound(fb.Algorithm):
 
     def step(self, fed, state):
         moved, news, own = fed.average(self.turn, state.x, state.y, state.c)
-        share = fed.cohort_size / fed.clients
-        c = own if self.stalling else optax.tree.add_scale(state.c, share, news)
+        c = own if self.stalling else optax.tree.add_scale(state.c, fed.share, news)
         return Controlled(state.x, optax.tree.add(state.y, moved), c), {"moved": optax.tree.norm(moved)}
 
     def turn(self, client, x, y, c):

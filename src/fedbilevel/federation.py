@@ -130,15 +130,28 @@ class Federation(abc.ABC):
     cohort_size: int
     weighted: bool
     _asked: int  # how many clients the exchange just made asked
-    _replied: Any = None  # how many of them answered, where that may be fewer
+    _share: Any  # what `share` is; None: it is not defined
 
     @property
     def share(self) -> Any:
-        """The share of ALL clients that answered the exchange just made: what moves a mean over all of them.
+        """The share of ALL clients, by weight, that answered the exchange just made: what moves a mean over all of them.
 
-        Less than the share that was asked where clients drop out.
+        A mean c = sum_i p_i c_i of what clients keep, of whom S answered and changed theirs by d_i, moves by
+
+            sum over S of p_i d_i   =   share * (the mean that `average` returns of the d_i)
+
+        It is the sum of the p_i over S where everyone was asked, and n / m where n of m clients that count alike answered.
+
+        Raises:
+            InputError: clients of unequal weights were asked, and not all of them. They are drawn in proportion to their
+                weights, some twice, and the plain mean of such draws is no multiple of the sum above.
         """
-        return (self._asked if self._replied is None else self._replied) / self.clients
+        check(
+            self._share is not None,
+            "fed.share is not known for a cohort of clients that are drawn in proportion to unequal weights: no number "
+            "times the mean of their replies moves a mean over all clients. Ask everyone (leave cohort= out).",
+        )
+        return self._share
 
     def average(
         self,
@@ -163,7 +176,8 @@ class Federation(abc.ABC):
         Returns:
             The mean of the replies over the cohort: plain, and with weighted clients and full participation weighted.
             (With weighted clients and a smaller cohort, the clients are drawn in proportion to their weights.)
-            Where clients drop out, the mean of those who answered, their weights scaled to sum to one.
+            Where clients drop out, the mean of those who answered, their weights scaled to sum to one: biased towards
+            light clients where weights differ (`Simulation`).
         """
         return self.ask(method, message, "mean", replies, cohort, beside)
 
@@ -253,8 +267,35 @@ def sample_cohort(
     return jnp.sort(jax.lax.fori_loop(0, size, place, jnp.full((size,), -1, jnp.int32)))
 
 
+def answered(
+    weights: Float[Array, " m"] | None, cohort: Int[Array, " n"] | int, present: Bool[Array, " n"] | None, clients: int
+) -> Any:
+    """`Federation.share` of an exchange.
+
+    Args:
+        weights: the clients' p_i; None if they count alike.
+        cohort: the clients asked, or if all of them answered how many they are.
+        present: which of them answered; None: all.
+
+    Returns:
+        A float, or a () array of the widest float there is (a whole number through another would be 32 bits wide).
+        None where it is not defined.
+    """
+    size = cohort if isinstance(cohort, int) else cohort.shape[0]
+    if weights is not None and size < clients:
+        return None
+    if present is None:
+        return size / clients
+    if weights is None:
+        return jnp.sum(present, dtype=jnp.result_type(float)) / clients
+    return jnp.sum(jnp.where(present, weights[cohort], 0.0))
+
+
 def stays(key: Key[Array, ""], cohort: Int[Array, " n"], dropout: float) -> Bool[Array, " n"]:
-    """Which clients of a cohort answer an exchange when each drops out with probability `dropout`; one always stays."""
+    """Which clients of a cohort answer an exchange when each drops out with probability `dropout`; one always stays.
+
+    A client that was drawn twice answers for both or for neither, as it would over a network.
+    """
     own = jax.vmap(lambda i: jax.random.fold_in(client_key(key, i), _COHORT))(cohort)
     luck = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(own)
     return (luck >= dropout) | (luck == luck.max())

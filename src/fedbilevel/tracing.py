@@ -19,7 +19,16 @@ from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Key, PyTree
 
 from .errors import InputError, check
-from .federation import Combine, Federation, When, check_cohort, client_method, exchange_key, sample_cohort
+from .federation import (
+    Combine,
+    Federation,
+    When,
+    answered,
+    check_cohort,
+    client_method,
+    exchange_key,
+    sample_cohort,
+)
 from .problem import describe
 
 Path = tuple[int, ...]
@@ -102,6 +111,7 @@ class TracedFederation(Federation):
     """
 
     drops = False  # whether clients may drop out; the counts then have a second row, of replies
+    _replied: Any = None  # how many clients answered the exchange just made, where that may be fewer than were asked
 
     def __init__(
         self,
@@ -139,6 +149,7 @@ class TracedFederation(Federation):
         key = exchange_key(self._key, self._counter)
         cohort = check_given(cohort, self.clients)
         self._asked = self.cohort_size if cohort is None else cohort.shape[0]
+        self._share = answered(self._weights, self._asked, None, self.clients)
         shapes, reply = self.exchange(name, method, message, combine, wanted, key, cohort)
         check_beside(beside, path, self.sites)
         self.sites[path] = site(path, name, message, shapes, sent, wanted, self._asked, not beside)

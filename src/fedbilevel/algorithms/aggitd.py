@@ -37,7 +37,7 @@ v* as y follows y*. One dy more down. The largest gain known. `vector_growth` is
 
     corrected   a_i = d_y g_i(x, y^t);  y_i = y^t, then steps y_i -= inner_lr [d_y g_i(x, y_i) - c_i + c]
                 up y_i - y^t, a_i - c_i and r_i;  c_i <- a_i
-                y^{t+1} = y^t + mean (y_i - y^t),  c += n/m mean (a_i - c_i)   with n of m clients answering
+                y^{t+1} = y^t + mean (y_i - y^t),  c += sum of p_i (a_i - c_i) over those who answered
 
 y* is still the fixed point, with cohorts too. The gradient at y^t is a_i and the first local step, on the same rows. In the
 loop down N (dx + 2 dy) and up 2 N dy, and r as above; in all, down (N+4) dx + (3N-Q+5) dy, up 2N dy + (N-Q+1) dy + 2 dx.

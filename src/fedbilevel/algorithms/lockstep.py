@@ -14,7 +14,7 @@ all of them, and v, are 0 at first. One iteration, one round, with a fresh cohor
                v_i = v - hessian_lr [a_i - c_i + c]
                x_i = x, `outer_steps` times   x_i -= outer_lr [d_x f_i(x_i, y) - d2_xy g_i(x_i, y) v - c_i + c]
                up z_i - z and a_i - c_i;  c_i <- a_i
-    server     z += mean (z_i - z),   c += n/m mean (a_i - c_i)   with n of m clients answering
+    server     z += mean (z_i - z),   c += sum of p_i (a_i - c_i) over those who answered
 
 (c_i and c stand for their part of z.) The first local step is along a_i, on the same rows. Within an iteration x, y and v do
 not see each other's steps: local steps on x along a client's own y_i would follow its own classes, not everybody's.

@@ -88,7 +88,10 @@ def tracked_descent(
 
 
 def moved_mean(mean: PyTree, share: Any, change: PyTree) -> PyTree:
-    """The mean over all clients of what each keeps, when a share of them changed it by `change` on average."""
+    """The mean over all clients of what each keeps, when a share of them changed it by `change` on average.
+
+    `share` is `Federation.share`: by weight.
+    """
     return jax.tree.map(lambda c, d: c + jnp.asarray(share, d.dtype) * d, mean, change)
 
 

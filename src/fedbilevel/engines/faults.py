@@ -24,6 +24,8 @@ class StateLost(RunError):
 class Faults:
     """What to do when clients do not answer, or answer nonsense. Those who did answer are averaged, as in a drop-out.
 
+    Their weights are scaled to sum to one: where weights differ, that mean is biased towards light clients (`Simulation`).
+
     Args:
         minimum: how many replies an exchange needs; None: half of the cohort, rounded up.
         deadline: seconds within which a reply must be there.

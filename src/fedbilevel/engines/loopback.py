@@ -30,7 +30,8 @@ class Loopback(Engine):
         cohort: how many clients each exchange asks; None for all.
         jit: compile the client methods; False runs them line by line, for a debugger or `print`.
         shuffle: seed of the order in which clients are asked and replies arrive (it must not matter).
-        dropout: the probability with which a client's answer goes missing, as in `Simulation(dropout=)`.
+        dropout: the probability with which a client's answer goes missing, as in `Simulation(dropout=)`, and with the
+            same bias where clients' weights differ.
         faults: what to do when a client fails; by default the run ends with its error.
     """
 

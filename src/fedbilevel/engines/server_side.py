@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import RunError, check
 from ..federation import (
     Federation,
+    answered,
     check_cohort,
     check_dropout,
     client_method,
@@ -145,11 +146,14 @@ class MessageFederation(Federation):
         arrived = [answers[int(index[slot])] for slot in slots]
         stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *arrived)
         stacked = stacked[0] if len(wanted) == 1 else stacked
-        weights = full_weights(self._run.data.weights, jnp.asarray(index), self.clients)
-        if weights is not None and len(slots) < len(index):
-            weights = weights[jnp.asarray(slots)]
-            weights = weights / weights.sum()
-        self._replied = len(slots)
+        everyone, asked = self._run.data.weights, jnp.asarray(index)
+        weights = full_weights(everyone, asked, self.clients)
+        present = None
+        if len(slots) < len(index):
+            present = jnp.zeros(len(index), bool).at[jnp.asarray(slots)].set(True)
+            weights = None if weights is None else weights[jnp.asarray(slots)]
+            weights = None if weights is None else weights / weights.sum()
+        self._share = answered(everyone, asked, present, self.clients)
         return mask_reply(combine_replies(combine, stacked, weights), wanted)
 
     def _until_enough(self, exchange, cohort):

@@ -19,6 +19,7 @@ from ..errors import check
 from ..federation import (
     Client,
     Reply,
+    answered,
     check_cohort,
     check_dropout,
     client_key,
@@ -43,7 +44,9 @@ class Simulation(Engine):
         cohort: how many clients each exchange asks, drawn anew for every exchange; None for all.
         client_batch: run at most this many clients of the cohort at a time, to bound memory; None for all at once.
         dropout: the probability with which a client that is asked does not answer, in each exchange anew (one always
-            does): its reply is missing from the mean, whose weights are scaled to sum to one, and its state stays.
+            does): its reply is missing from the mean, whose weights are scaled to sum to one, and its state stays. Where
+            clients' weights differ, that mean is biased towards light ones: of two that count 0.9 and 0.1, the first
+            weighs 0.70 on average with a dropout of 0.3.
         mesh: a `jax.make_mesh((devices,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))`: the cohort is
             spread over its first axis, rows too; several processes or hosts after `jax.distributed.initialize()`.
     """
@@ -243,6 +246,7 @@ class _SimulatedFederation(TracedFederation):
         if self.drops:
             present = stays(key, index[:size], self._dropout)
             self._replied = jnp.sum(present, dtype=jnp.int32)
+            self._share = answered(self._data.weights, index[:size], present, self.clients)
 
         def one(slot):
             i, phi = slot
