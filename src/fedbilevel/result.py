@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from . import arrays
 from .errors import check
 from .exchanges import Protocol
+
+EMPTY = float("nan")  # what was not taken: this very object, so that a file can leave the place empty
 
 
 class History(list):
     """The rows of a run, dicts of iteration, rounds, bytes_down, bytes_up, seconds, metrics, diagnostics.
 
     Row 0 is the start. rounds and bytes are cumulative; seconds leave out compilation and evaluation.
+    All rows have the same columns; NaN is where one was not taken (a run that was resumed with
+    other metrics, say).
     """
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns' names, in order."""
+        return list(dict.fromkeys(name for row in self for name in row))
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows; columns that are new, or that they lack, are empty where they were not taken."""
+        rows, known = list(rows), dict.fromkeys(self[-1] if self else ())  # all rows have the same
+        columns = list(known | dict.fromkeys(name for row in rows for name in row))
+        behind = [*self, *rows] if len(columns) > len(known) else rows
+        for row in behind:
+            if len(row) < len(columns):
+                row.update({name: EMPTY for name in columns if name not in row})
+        self.extend(rows)
 
     def to_dataframe(self):
         """The rows as a pandas DataFrame."""
         import pandas
 
-        return pandas.DataFrame(list(self))
+        return pandas.DataFrame(list(self), columns=self.columns)
 
     def column(self, name: str) -> np.ndarray:
         """One column as an array."""
-        check(self and name in self[-1], f"the history has no column {name!r}.")
+        check(any(name in row for row in self), f"the history has no column {name!r}.")
         return np.array([row.get(name, np.nan) for row in self])
 
 
@@ -51,12 +72,20 @@ class Result:
     state: Any
     iteration: int
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of computation so far, without compilation and evaluation, a resumed run's with those before."""
+        return self.history[-1]["seconds"] if self.history else 0.0
+
 
 def save_variables(result: Result, path: str | os.PathLike[str]) -> None:
-    """Write x and y to a numpy file: one array for each leaf, named by its path, as in `x['weight']`."""
-    arrays = {}
+    """Write x and y to a numpy file: one array for each leaf, named by its path, as in `x['weight']`.
+
+    Read it with `np.load`; where a leaf is bfloat16, float8, int4 or the like, once jax is imported.
+    """
+    found = {}
     for name, tree in (("x", result.x), ("y", result.y)):
         for place, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            if hasattr(leaf, "dtype"):
-                arrays[name + jax.tree_util.keystr(place)] = np.asarray(leaf)
-    np.savez(path, allow_pickle=False, **arrays)
+            if hasattr(leaf, "dtype") and not getattr(leaf.dtype, "hasobject", False):
+                found[name + jax.tree_util.keystr(place)] = arrays.numbers(leaf)
+    arrays.write_named(path, found)

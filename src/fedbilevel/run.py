@@ -18,7 +18,7 @@ from .engines.simulation import Simulation
 from .errors import Diverged, InputError, check
 from .problem import bind, describe, trainable
 from .protocol import check_kinds
-from .result import History, Result
+from .result import EMPTY, History, Result
 
 _STRETCH = 0.5  # seconds between looks at a run: progress, Ctrl-C, checkpoints
 _BLOWN_UP = 1e10  # how far beyond the start's size an iterate counts as diverged
@@ -88,9 +88,11 @@ class Run:
         self._last_row: dict[str, Any] | None = None
         if resume is not None:
             self.carry, totals, rows = load(resume, self.carry, self.fingerprint())
-            off_grid = rows[-1]["iteration"] % evaluate_every != 0  # a last row: the uninterrupted run may not have it
+            off_grid = (
+                rows and rows[-1]["iteration"] % evaluate_every
+            )  # a last row: the uninterrupted run may have none
             self._last_row = rows.pop() if off_grid else None
-            self.history.extend(rows)
+            self.history.add(rows)
             for name, value in totals.items():
                 setattr(self, name, value)
 
@@ -141,8 +143,7 @@ class Run:
                 for callback in self._callbacks:
                     callback.advance(self)
             if self.history[-1]["iteration"] < self.iteration:
-                restored = self._last_row if self._last_row and self._last_row["iteration"] == self.iteration else None
-                self._record([restored or self._row(self._last_info)])
+                self._record([self._row(self._last_info) | self._restored()])
         except BaseException as failure:
             error = failure
             raise
@@ -221,7 +222,7 @@ class Run:
     # Rows -----------------------------------------------------------------------------------------------------------
 
     def _record(self, rows: list[dict[str, Any]]) -> None:
-        self.history.extend(rows)
+        self.history.add(rows)
         for callback in self._callbacks:
             callback.record(self, rows)
 
@@ -238,6 +239,12 @@ class Run:
         named = _fields(self.protocol.info)
         scalars = [name for name, value in named.items() if np.shape(value) == ()]
         return {name: float("nan") if info is None else float(_fields(info)[name]) for name in scalars}
+
+    def _restored(self) -> dict[str, Any]:
+        """What the checkpoint's last row says of this iteration, if it is of this iteration."""
+        last = self._last_row
+        here = last is not None and last["iteration"] == self.iteration
+        return {name: value for name, value in last.items() if value is not EMPTY} if last and here else {}
 
     def _variables(self) -> tuple[PyTree, PyTree]:
         state = self.carry.state

@@ -7,17 +7,19 @@ import os
 import time
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import numpy as np
 
+from .. import arrays
 from ..engines.base import Carry
 from ..errors import InputError, check
+from ..result import EMPTY
 from .base import Callback
 
 FILE = "checkpoint.eqx"
+FORMAT = 2  # 1, which had no number: the state and the clients' states, and nothing that told which arrays were whose
 
 
 class Checkpoint(Callback):
@@ -57,12 +59,47 @@ def save(
     path: Path, carry: Carry, totals: dict[str, Any], history: list[dict[str, Any]], fingerprint: dict[str, Any]
 ) -> None:
     """Write a checkpoint, beside the old one and then in its place."""
-    head = {"iteration": carry.iteration, "totals": totals, "history": history, "fingerprint": fingerprint}
+    rows = [{name: None if value is EMPTY else value for name, value in row.items()} for row in history]
+    head = {"iteration": carry.iteration, "totals": totals, "history": rows, "fingerprint": fingerprint}
+    write(path, head, {"state": carry.state, "client_state": carry.client_state})
+
+
+def write(path: Path, head: dict[str, Any], parts: dict[str, Any]) -> None:
+    """A line of JSON, `head` with the format's number and what follows, and the parts' arrays one after the other."""
     beside = path.with_suffix(".new")
     with beside.open("wb") as file:
-        file.write((json.dumps(head) + "\n").encode())
-        eqx.tree_serialise_leaves(file, (carry.state, carry.client_state))
+        count = {name: len(arrays.leaves_of(part)) for name, part in parts.items()}
+        file.write((json.dumps({"format": FORMAT, **head, "parts": count}) + "\n").encode())
+        for part in parts.values():
+            arrays.write_leaves(file, part)
     os.replace(beside, path)
+
+
+class Saved(NamedTuple):
+    """What a file holds: its head, and each part's arrays. Parts that a reader does not know are no harm."""
+
+    head: dict[str, Any]
+    parts: dict[str, list[np.ndarray]]
+
+
+def read(path: Path, like: dict[str, Any]) -> Saved:
+    """A checkpoint of this or an earlier format.
+
+    Args:
+        like: by name, pytrees like the parts: a file of the first format does not say how long they are.
+
+    Raises:
+        InputError: it is of a later format.
+    """
+    with path.open("rb") as file:
+        head = json.loads(file.readline())
+        number = head.get("format", 1)
+        check(
+            number <= FORMAT,
+            f"{path} is of format {number}, and this version of fedbilevel reads up to {FORMAT}: update it.",
+        )
+        count = head["parts"] if number > 1 else {name: len(arrays.leaves_of(part)) for name, part in like.items()}
+        return Saved(head, {name: arrays.read_leaves(file, length) for name, length in count.items()})
 
 
 def load(folder: str | os.PathLike[str], start: Carry, fingerprint: dict[str, Any]) -> tuple[Carry, dict, list]:
@@ -73,26 +110,23 @@ def load(folder: str | os.PathLike[str], start: Carry, fingerprint: dict[str, An
     """
     path = Path(folder) / FILE
     check(path.is_file(), f"there is no checkpoint in {folder}: nothing to resume. Start without resuming.")
+    like = {"state": start.state, "client_state": start.client_state}
     try:
-        with path.open("rb") as file:
-            head = json.loads(file.readline())
-            other = differences(head["fingerprint"], fingerprint)
-            check(
-                not other,
-                f"the checkpoint in {folder} is of another run: {other}. Use the same settings, or another folder.",
-            )
-            like = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if eqx.is_array(a) else a,
-                (start.state, start.client_state),
-            )
-            state, client_state = eqx.tree_deserialise_leaves(file, like)
+        head, parts = read(path, like)
+        other = differences(head["fingerprint"], fingerprint)
+        check(
+            not other,
+            f"the checkpoint in {folder} is of another run: {other}. Use the same settings, or another folder.",
+        )
+        carry = Carry(*(arrays.restore(tree, parts[name]) for name, tree in like.items()), int(head["iteration"]))
+        rows = [{name: EMPTY if value is None else value for name, value in row.items()} for row in head["history"]]
     except InputError:
         raise
     except Exception as error:  # truncated, or not a checkpoint at all
         raise InputError(
             f"{path} cannot be read as a checkpoint: start without resuming. ({type(error).__name__}: {error})"
         ) from error
-    return Carry(state, client_state, int(head["iteration"])), head["totals"], head["history"]
+    return carry, head["totals"], rows
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
@@ -106,5 +140,5 @@ def checksum(tree: Any) -> str:
     """A short digest of a pytree's numbers."""
     value = 0
     for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(np.asarray(leaf).tobytes(), value)
+        value = zlib.crc32(arrays.numbers(leaf).tobytes(), value)
     return f"{value:08x}"

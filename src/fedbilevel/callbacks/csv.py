@@ -8,36 +8,55 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..result import EMPTY
 from .base import Callback
 
 
 class CSV(Callback):
     """Writes each history row as it appears, so that a run that fails leaves all there was.
 
+    Columns that appear later (a run resumed with other metrics has new ones) come last, and the
+    file is then written again, whole, in one step. A place where nothing was taken is empty.
+
     Args:
-        path: the file; it is replaced at the start (a resumed run rewrites its restored rows first).
+        path: the file; it is replaced at the start (a resumed run writes its restored rows first).
         extra: constant columns to put first, for example `{"algorithm": "aggitd", "seed": 0}`.
     """
 
     def __init__(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None):
         self.path, self.extra = Path(path), dict(extra or {})
         self._file: Any = None
-        self._writer: Any = None
+        self._columns: list[str] = []
 
     def start(self, run) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w", newline="")
-        self._writer = None
-        self.record(run, run.history)
+        self._whole(run)
 
     def record(self, run, rows) -> None:
-        for row in rows:
-            row = {**self.extra, **row}
-            if self._writer is None:
-                self._writer = csv.DictWriter(self._file, fieldnames=list(row))
-                self._writer.writeheader()
-            self._writer.writerow(row)
-        self._file.flush()
+        if set().union(*rows) - set(self._columns):
+            self._whole(run)
+            return
+        self._write(rows)
 
     def finish(self, run, error) -> None:
         self._file.close()
+
+    def _whole(self, run) -> None:
+        """All rows, beside the file and then in its place."""
+        if self._file is not None:
+            self._file.close()
+        beside = self.path.with_name(self.path.name + ".new")
+        self._columns = run.history.columns
+        with beside.open("w", newline="") as self._file:
+            if self._columns:
+                csv.writer(self._file).writerow([*self.extra, *self._columns])
+            self._write(run.history)
+        os.replace(beside, self.path)
+        self._file = self.path.open("a", newline="")
+
+    def _write(self, rows) -> None:
+        shown = lambda value: "" if value is EMPTY or value is None else value
+        constant = list(self.extra.values())
+        lines = [[shown(row.get(name)) for name in self._columns] for row in rows]
+        csv.writer(self._file).writerows(constant + line for line in lines)
+        self._file.flush()

@@ -114,7 +114,7 @@ def _show(folder: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    number = lambda text: int(text) if text.lstrip("-").isdigit() else float(text)
+    number = lambda text: int(text) if text.lstrip("-").isdigit() else float(text) if text else None
     last: dict[str, Any] = {name: number(text) for name, text in _lines(folder / "history.csv")[-1].items()}
     rounds = folder / "rounds.csv"
     if rounds.is_file():
@@ -126,7 +126,8 @@ def _show(folder: Path, as_json: bool) -> None:
         return
     table = Table("", "at the end")
     for name, value in last.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}")
+        shown = "not taken" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        table.add_row(name, shown)
     Console().print(table)
     print(f"Written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir() if file.is_file()))}")
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from ..clock import spent_compiling
 from ..data import ClientRows
 from ..errors import ClientError, InputError, RunError, check
 from ..exchanges import Protocol
@@ -122,22 +123,21 @@ class Methods:
     """Runs client methods, each compiled once for its shapes.
 
     Attributes:
-        compiling: seconds spent in calls that compiled.
         traced: how often each method was traced, and so compiled, in this process.
     """
 
     traced: ClassVar[collections.Counter[str]] = collections.Counter()
 
     def __init__(self, jit: bool = True):
-        self.jit, self.compiling = jit, 0.0
+        self.jit = jit
 
     def __call__(self, algorithm: Any, name: str, client: Client, message: tuple) -> Any:
         if not self.jit:
             return getattr(algorithm, name)(client, *message)
         begin, before = time.perf_counter(), self.traced.total()
         out = jax.block_until_ready(_call(algorithm, name, client, message))
-        if self.traced.total() > before:
-            self.compiling += time.perf_counter() - begin
+        if self.traced.total() > before:  # all of the call: what JAX calls compiling is not all there is to it
+            spent_compiling(begin, time.perf_counter())
         return out
 
 

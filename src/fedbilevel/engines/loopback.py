@@ -91,9 +91,6 @@ class _Looped(Messaging):
             record = dataclasses.replace(record, last=holding(record.last))
         return holding(carry), record
 
-    def compiled(self):
-        return self.methods.compiling
-
 
 class InProcess(Transport):
     """Clients in this process, asked one after the other in an order that is shuffled."""

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..clock import Stopwatch
 from ..errors import RunError, check
 from ..federation import (
     Federation,
@@ -83,7 +84,7 @@ class Messaging(Execution):
     def advance(self, algorithm, carry, iterations, limit):
         algorithm = as_leaves(algorithm)
         rounds, down, up, infos, finite, last, rebuilt = [], [], [], [], True, carry, 0
-        begin, compiling = time.perf_counter(), self.compiled()
+        watch, compiling = Stopwatch(), self.compiled()
         while len(rounds) < iterations and finite:
             try:
                 fed = MessageFederation(self, algorithm, carry)
@@ -103,11 +104,11 @@ class Messaging(Execution):
                 down.append(fed.bytes_down)
                 up.append(fed.bytes_up)
         info = jax.tree.map(lambda *leaves: np.stack(leaves), *infos) if infos else None
-        seconds = time.perf_counter() - begin - (self.compiled() - compiling)
+        seconds = max(0.0, watch.seconds() - (self.compiled() - compiling))
         return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, None if finite else last)
 
     def compiled(self) -> float:
-        """Seconds spent so far in calls that compiled, where that is known."""
+        """Seconds spent so far in calls that compiled elsewhere, where that is known."""
         return 0.0
 
     def _rebuild(self, algorithm, carry, lost):

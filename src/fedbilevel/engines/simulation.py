@@ -7,7 +7,6 @@ compiled loops, and the program runs in chunks of iterations between which progr
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any
 
 import equinox as eqx
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..clock import Stopwatch
 from ..errors import check
 from ..federation import (
     Client,
@@ -96,9 +96,9 @@ class _Simulated(Execution):
         self._compile(algorithm, carry, limit)
         while left > 0 and finite:
             asked = min(left, _CAPACITY)
-            begin = time.perf_counter()
+            watch = Stopwatch()
             (state, client_state), counts, info, done = jax.block_until_ready(self._run(algorithm, carry, asked, limit))
-            seconds += time.perf_counter() - begin
+            seconds += watch.seconds()
             done, left = int(done), left - asked
             finite = done == asked
             carry = Carry(state, client_state, carry.iteration + done + (not finite))

@@ -180,7 +180,8 @@ def _figure_of(path: Path, frame, metric: str, matplotlib) -> Path:
 
 def curves_of(runs, axis: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """(grid, one curve per seed), interpolated up to where every seed has values."""
-    seeds = [seed.sort_values("iteration") for _, seed in runs.groupby("seed")]
+    taken = runs[runs[metric].notna()] if runs[metric].notna().any() else runs  # a run resumed with other metrics
+    seeds = [seed.sort_values("iteration") for _, seed in taken.groupby("seed")]
     end = min(seed[axis].max() for seed in seeds)
     grid = np.linspace(0, end, 400) if end > 0 else np.zeros(1)  # a run that blew up at once has its start only
     return grid, np.stack([np.interp(grid, seed[axis], seed[metric]) for seed in seeds])

@@ -172,24 +172,25 @@ class _Inside:
         inner, outer = own.inner.alone(0), own.outer.alone(0)
         if scale is not None:
             outer = eqx.tree_at(lambda rows: rows.scale, outer, jnp.asarray(scale, outer.scale.dtype))
-        first, self.methods = client_state(app.algorithm, state), Methods()
+        first = client_state(app.algorithm, state)
         self.side = ClientSide(
-            problem, (inner, outer), as_leaves(app.algorithm), derived, jax.random.key(seed), index, first, self.methods
+            problem, (inner, outer), as_leaves(app.algorithm), derived, jax.random.key(seed), index, first, Methods()
         )
         self._store(resume)
         return {}, b""
 
     def answer(self, payload, *, place, tag, sent, wanted, counted, kept) -> tuple[dict, bytes]:
         """Answer a request."""
+        from ...clock import compiling
         from ..client_side import Methods
         from ..transport import Request
 
         request = Request(place, tuple(tag), tuple(sent), tuple(wanted), tuple(counted), tuple(kept), payload)
-        before = self.methods.compiling
+        before = compiling()
         numbers = self.side.answer(request)
         if self.side.keeps:
             self._save()
-        return {"traced": dict(Methods.traced), "compiling": self.methods.compiling - before}, numbers
+        return {"traced": dict(Methods.traced), "compiling": compiling() - before}, numbers
 
     def restart(self, payload) -> tuple[dict, bytes]:
         """Begin anew with the state `client_init(x, y)`; the message has x and y."""
@@ -219,21 +220,20 @@ class _Inside:
             self._save()
 
     def _save(self) -> None:
-        import equinox as eqx
+        from ...arrays import write_leaves
 
         beside = self._file.with_suffix(".new")
         with beside.open("wb") as file:
             file.write((json.dumps(list(self.side.states)) + "\n").encode())
-            eqx.tree_serialise_leaves(file, list(self.side.states.values()))
+            write_leaves(file, list(self.side.states.values()))
         os.replace(beside, self._file)
 
     def _load(self) -> None:
-        import equinox as eqx
-
+        from ...arrays import leaves_of, read_leaves, restore
         from ..transport import START
 
         like = self.side.states[START]
         with self._file.open("rb") as file:
             tags = [tuple(tag) for tag in json.loads(file.readline())]
-            states = eqx.tree_deserialise_leaves(file, [like] * len(tags))
+            states = restore([like] * len(tags), read_leaves(file, len(leaves_of(like)) * len(tags)))
         self.side.states = dict(zip(tags, states, strict=True))

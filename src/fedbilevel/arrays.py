@@ -1,0 +1,98 @@
+"""Arrays on disk, bit for bit: numpy's format, and in it the names of types that numpy does not know.
+
+`np.save` writes bfloat16, float8, int4 and their like as void bytes. Here the header of an array
+names its type (`'descr': 'bfloat16'`), which `np.load` understands once jax (or ml_dtypes) is
+imported. Random keys are written as the numbers that they are made of.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from numpy.lib import format as npy
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a `jax.random.key`, or several."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def numbers(leaf: Any) -> np.ndarray:
+    """An array (or a random key) as a numpy array."""
+    return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+
+
+def write(file: Any, array: np.ndarray) -> None:
+    """One array, as `np.save` does, but with the name of a type that numpy does not know."""
+    array = np.ascontiguousarray(array).reshape(array.shape)  # the former makes () to (1,)
+    if array.dtype.isbuiltin != 2:  # numpy's own
+        npy.write_array(file, array, allow_pickle=False)
+        return
+    shape = {"descr": array.dtype.name, "fortran_order": False, "shape": array.shape}
+    npy.write_array_header_1_0(file, shape)
+    file.write(array.tobytes())
+
+
+def write_named(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Arrays by name in one file, for `np.load`: as `np.savez`."""
+    with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                write(file, array)
+
+
+def leaves_of(tree: PyTree) -> list[Any]:
+    """The arrays among a pytree's leaves: what `write_leaves` writes."""
+    return [leaf for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
+
+
+def write_leaves(file: BinaryIO, tree: PyTree) -> None:
+    """The arrays among a pytree's leaves, one after the other."""
+    for leaf in leaves_of(tree):
+        write(file, numbers(leaf))
+
+
+def read_leaves(file: BinaryIO, count: int) -> list[np.ndarray]:
+    """So many arrays."""
+    return [npy.read_array(file, allow_pickle=False) for _ in range(count)]
+
+
+def restore(like: PyTree, found: Sequence[np.ndarray]) -> PyTree:
+    """A pytree like `like`, with the arrays that `write_leaves` wrote in place of its own.
+
+    Raises:
+        ValueError: they are other arrays than those of `like`, by number, shape or dtype.
+    """
+    leaves, structure = jax.tree.flatten(like)
+    expected = sum(map(_is_array, leaves))
+    if expected != len(found):
+        raise ValueError(f"{len(found)} arrays where {expected} belong")
+    left = iter(found)
+    back = [_like(leaf, next(left)) if _is_array(leaf) else leaf for leaf in leaves]
+    return jax.tree.unflatten(structure, back)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _like(leaf: Any, found: np.ndarray) -> Any:
+    wanted = numbers(leaf)
+    if found.dtype.kind == "V" and found.dtype.itemsize == wanted.dtype.itemsize:
+        found = found.view(wanted.dtype)  # as earlier versions wrote what numpy does not know
+    if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+        raise ValueError(f"{_shown(found)} where {_shown(wanted)} belongs")
+    if is_key(leaf):
+        return jax.random.wrap_key_data(found, impl=jax.random.key_impl(leaf))
+    return jnp.asarray(found) if isinstance(leaf, jax.Array) else found
+
+
+def _shown(array: np.ndarray) -> str:
+    return f"{array.dtype}{list(array.shape)}"
