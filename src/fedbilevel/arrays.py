@@ -90,7 +90,7 @@ def _like(leaf: Any, found: np.ndarray) -> Any:
     if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
         raise ValueError(f"{_shown(found)} where {_shown(wanted)} belongs")
     if is_key(leaf):
-        return jax.random.wrap_key_data(found, impl=jax.random.key_impl(leaf))
+        return jax.random.wrap_key_data(jnp.asarray(found), impl=jax.random.key_impl(leaf))
     return jnp.asarray(found) if isinstance(leaf, jax.Array) else found
 
 

@@ -55,10 +55,10 @@ class _Compiled(threading.local):
 _own = _Compiled()
 
 
-def _listen(event: str, seconds: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith(_COMPILING):
         now = time.perf_counter()
-        spent_compiling(now - seconds, now)
+        spent_compiling(now - duration_secs, now)
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)

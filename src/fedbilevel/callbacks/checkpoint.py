@@ -118,7 +118,7 @@ def load(folder: str | os.PathLike[str], start: Carry, fingerprint: dict[str, An
             not other,
             f"the checkpoint in {folder} is of another run: {other}. Use the same settings, or another folder.",
         )
-        carry = Carry(*(arrays.restore(tree, parts[name]) for name, tree in like.items()), int(head["iteration"]))
+        state, client_state = (arrays.restore(tree, parts[name]) for name, tree in like.items())
         rows = [{name: EMPTY if value is None else value for name, value in row.items()} for row in head["history"]]
     except InputError:
         raise
@@ -126,7 +126,7 @@ def load(folder: str | os.PathLike[str], start: Carry, fingerprint: dict[str, An
         raise InputError(
             f"{path} cannot be read as a checkpoint: start without resuming. ({type(error).__name__}: {error})"
         ) from error
-    return carry, head["totals"], rows
+    return Carry(state, client_state, int(head["iteration"])), head["totals"], rows
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
