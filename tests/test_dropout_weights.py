@@ -150,7 +150,7 @@ def test_the_share_is_the_weight_of_those_who_answered(engine, weights, cohort):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_of_a_cohort_drawn_by_weight_there_is_no_share(engine):
     q = problem()
-    with pytest.raises(fb.InputError, match="fed.share is not known for a cohort"):
+    with pytest.raises(fb.InputError, match=r"fed\.share is not known for a cohort"):
         fb.solve(q.problem, q.data, Counting(), q.x, q.y, 1, key=KEY, engine=engine(3))
 
 
