@@ -99,6 +99,18 @@ class Algorithm(eqx.Module):
         """The state every client starts with and keeps between exchanges (control variates, say); None if it keeps none."""
         return None
 
+    def own_lower(self, state: PyTree) -> PyTree:
+        """The lower variable of a client's own, like y, in the state that this client keeps; None: one y is everybody's.
+
+        Where it is not None, `solve` returns every client's and takes their mean for y.
+        """
+        return None
+
+    @property
+    def shares_lower(self) -> bool:
+        """Whether the state's y is known to the server: everybody's, or the mean of what is the clients' own."""
+        return True
+
     @abc.abstractmethod
     def step(self, fed: Federation, state: Any) -> tuple[Any, Any]:
         """One outer iteration at the server: (the next state, the iteration's diagnostics).

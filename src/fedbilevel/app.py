@@ -27,6 +27,7 @@ from .data import FederatedData
 from .engines.faults import Faults
 from .errors import InputError, check
 from .federation import check_cohort
+from .metrics import checked_metrics
 from .problem import Problem, trainable
 
 MODULE = "fedbilevel_app"
@@ -80,6 +81,7 @@ class App:
         check(self.precision in (32, 64), f"App(precision=...) is 32 or 64; got {self.precision!r}.")
         good = isinstance(self.name, str) and self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
         check(good, f"App(name=...) is letters, digits, dots, dashes and underscores; got {self.name!r}.")
+        checked_metrics(self.metrics)
         if self.cohort is not None:
             check_cohort(self.cohort, 2**31)
 

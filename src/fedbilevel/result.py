@@ -58,11 +58,15 @@ class Result:
     """What `solve` returns.
 
     Attributes:
-        x, y: the last upper and lower variable, structured like the start.
+        x, y: the last upper and lower variable, structured like the start. y is None where it stays with the clients (see
+            `FedBiOAccLocal`).
         history: the `History`.
         protocol: the `Protocol` of one iteration.
         state: the algorithm's whole last state.
         iteration: how many iterations were done.
+        clients_y: where every client has a lower variable of its own (`FedBiOAccLocal`), all of them: like y, each array
+            with a leading axis of clients, in their order; a client that was never asked has the start. y is then their
+            mean, by the clients' weights. None for other algorithms, and over a network, where they stay at the sites.
     """
 
     x: PyTree
@@ -71,6 +75,7 @@ class Result:
     protocol: Protocol
     state: Any
     iteration: int
+    clients_y: PyTree = None
 
     @property
     def seconds(self) -> float:
@@ -79,12 +84,17 @@ class Result:
 
 
 def save_variables(result: Result, path: str | os.PathLike[str]) -> None:
-    """Write x and y to a numpy file: one array for each leaf, named by its path, as in `x['weight']`.
+    """Write x, y and clients_y, where there are, to a numpy file: one array a leaf, as `x['weight']`.
 
     Read it with `np.load`; where a leaf is bfloat16, float8, int4 or the like, once jax is imported.
     """
+    save_arrays({"x": result.x, "y": result.y, "clients_y": result.clients_y}, path)
+
+
+def save_arrays(trees: dict[str, PyTree], path: str | os.PathLike[str]) -> None:
+    """Write the arrays of pytrees to a numpy file, each named by its tree and its path in it."""
     found = {}
-    for name, tree in (("x", result.x), ("y", result.y)):
+    for name, tree in trees.items():
         for place, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             if hasattr(leaf, "dtype") and not getattr(leaf.dtype, "hasobject", False):
                 found[name + jax.tree_util.keystr(place)] = arrays.numbers(leaf)

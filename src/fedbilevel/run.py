@@ -16,6 +16,8 @@ from .diagnosis import LEAST, diagnose, largest
 from .engines.base import Carry, Engine, Execution
 from .engines.simulation import Simulation
 from .errors import Diverged, InputError, check
+from .metrics import checked_metrics
+from .own_lower import Away, Lower
 from .problem import bind, describe, trainable
 from .protocol import check_kinds
 from .result import EMPTY, History, Result
@@ -60,7 +62,7 @@ class Run:
                 isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
             )
             check(whole, f"{name}= is a whole number of at least 1; got {value!r}.")
-        self.algorithm, self.metrics = algorithm, dict(metrics or {})
+        self.algorithm, self.metrics = algorithm, checked_metrics(metrics)
         self._x, self._x_rest = trainable(x, "x")
         self._y, self._y_rest = trainable(y, "y")
         state = algorithm.init(self._x, self._y)
@@ -68,6 +70,8 @@ class Run:
         self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
         self._data, self._key, self._every, self._callbacks = data, key, evaluate_every, list(callbacks)
         self.protocol = self._execution.protocol
+        checked_metrics(metrics, _fields(self.protocol.info))
+        self._lower = Lower(self._execution, algorithm, state, self._y_rest)
         self._most_iterations, self._budget = iterations, rounds
         if rounds is not None:
             least = self.protocol.rounds_most
@@ -135,6 +139,7 @@ class Run:
             for callback in self._callbacks:
                 callback.start(self)
                 started.append(callback)
+            self._lower.tell()
             if not self.history:
                 self._record([self._row(None)])
             while (length := self._next_stretch()) > 0:
@@ -230,7 +235,8 @@ class Run:
         row = {"iteration": self.iteration if iteration is None else iteration, **self.totals()}
         row["seconds"] = round(row["seconds"], 6)
         if self.metrics:
-            x, y = self._variables()
+            x, y = self.variables()
+            y = Away() if self._lower.away else y
             row.update({name: _number(name, metric, x, y) for name, metric in self.metrics.items()})
         return row | self._diagnostics(info)
 
@@ -246,16 +252,19 @@ class Run:
         here = last is not None and last["iteration"] == self.iteration
         return {name: value for name, value in last.items() if value is not EMPTY} if last and here else {}
 
-    def _variables(self) -> tuple[PyTree, PyTree]:
-        state = self.carry.state
-        return eqx.combine(state.x, self._x_rest), eqx.combine(state.y, self._y_rest)
+    def variables(self) -> tuple[PyTree, PyTree]:
+        """(x, y) as they stand, structured like the start; y is None where it stays with the clients."""
+        return eqx.combine(self.carry.state.x, self._x_rest), self._lower.one(self.carry)
 
     def _result(self) -> Result:
-        x, y = self._variables()
-        return Result(x, y, self.history, self.protocol, self.carry.state, self.iteration)
+        x, y = self.variables()
+        own = self._lower.everybody(self.carry)
+        return Result(x, y, self.history, self.protocol, self.carry.state, self.iteration, own)
 
 
 def _number(name: str, metric: Callable, x: PyTree, y: PyTree) -> float:
+    if isinstance(y, Away):
+        return y.number(name, metric, x)
     value = metric(x, y)
     check(np.shape(value) == (), f"the metric {name!r} must return a scalar; it returned {value!r}.")
     return float(value)

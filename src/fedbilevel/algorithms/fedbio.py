@@ -13,8 +13,15 @@ FedBiOAccLocal solves ANOTHER problem, that of a lower level within each client:
     min_x mean_i f_i(x, y_i*(x)),   y_i*(x) = argmin_y g_i(x, y)
 
 y_i, v_i and their estimates stay at the client; x and its estimate are averaged. Here the clients' own hypergradients are
-exact, and so is their mean. The y of the state is the clients' y_i averaged, if `share_lower` has them sent (dy more up),
-for metrics; else it stays at its start. Floats: down 2 dx + 1, up 2 dx.
+exact, and so is their mean. Floats: down 2 dx + 1, up 2 dx.
+
+`solve` returns every client's y_i (`result.clients_y`), and as y their mean by the clients' weights.
+Over a network y_i stay at the sites: each writes its own to `lower.npz` in its folder, and their mean
+is known only where `share_lower` has clients send how far y_i went (dy more up, in the same round):
+y <- y + share * mean of these moves, with the share of all clients that answered. So the state's y
+follows the mean over ALL clients, exactly. (Where cohorts are drawn in proportion to unequal weights no
+share does that, and `share_lower` is refused.) Without it the state's y stays at its start, which is no
+result.
 """
 
 from __future__ import annotations
@@ -26,10 +33,11 @@ import optax.tree
 from jaxtyping import PyTree
 
 from ..algorithm import option
+from ..errors import check
 from ..federation import Client, Reply
 from .curvature import keeping
 from .simultaneous import LocalRounds, along, told
-from .steps import tracked_descent
+from .steps import moved_mean, tracked_descent
 from .tracking import Tracking
 
 
@@ -70,12 +78,20 @@ class FedBiOAccLocal(FedBiOAcc):
     """FedBiOAccLocal (NeurIPS 2023; equations remembered): each client has a lower level of its own; only x is shared.
 
     Args:
-        share_lower: send y_i too, whose mean becomes the state's y, for metrics.
+        share_lower: send how y_i moves too: so a network's server knows the mean of all y_i, for
+            metrics and the result.
 
     The other arguments are `FedBiOAcc`'s.
     """
 
     share_lower: bool = option(False)
+
+    def own_lower(self, state):
+        return state["lower"][0]
+
+    @property
+    def shares_lower(self):
+        return self.share_lower
 
     def keeps(self, x, y):
         kept = super().keeps(x, y)
@@ -87,11 +103,18 @@ class FedBiOAccLocal(FedBiOAcc):
         return {"lower": lower, "estimate": optax.tree.zeros_like(lower), "time": jnp.zeros((), jnp.int32)}
 
     def step(self, fed, state):
+        known = not self.share_lower or not fed.weighted or fed.cohort_size == fed.clients
+        check(
+            known,
+            "FedBiOAccLocal(share_lower=True) cannot follow the mean of all clients' y where cohorts are drawn in "
+            "proportion to unequal weights: ask everyone, or leave it out (a simulation knows every client's y anyway).",
+        )
         lam, kept = self.hessian_step(fed, state)
         t = kept["time"]
         moved, e, *lower = fed.average(self.own_moves, state.x, kept["estimate"], t, lam)
         after = {**kept, "estimate": e, "time": t + self.local_steps}
-        x, y = optax.tree.add(state.x, moved), lower[0] if lower else state.y
+        y = moved_mean(state.y, fed.share, lower[0]) if lower else state.y
+        x = optax.tree.add(state.x, moved)
         return keeping(x, y, after), told(moved, self.outer_lr * self.local_steps)
 
     def own_moves(self, client: Client, x: PyTree, e: PyTree, t: Any, lam: Any) -> Reply:
@@ -111,4 +134,4 @@ class FedBiOAccLocal(FedBiOAcc):
         (end, *lower), (e, *rest) = tracked_descent(z, estimate, move, look, self.local_steps)
         state = {"lower": tuple(lower), "estimate": tuple(rest), "time": own["time"] + self.local_steps}
         reply = optax.tree.sub(end, x), e
-        return Reply((*reply, lower[0]) if self.share_lower else reply, state)
+        return Reply((*reply, optax.tree.sub(lower[0], own["lower"][0])) if self.share_lower else reply, state)

@@ -57,6 +57,7 @@ class Execution(abc.ABC):
 
     longest: int | None = None  # the most iterations between two looks at a run
     replays = True  # whether a stretch can be repeated with other settings, to find out what blew up
+    holds_clients = True  # whether the clients' states are in this process
 
     def __init__(
         self,
@@ -77,6 +78,10 @@ class Execution(abc.ABC):
     @abc.abstractmethod
     def advance(self, algorithm: Any, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         """Run `iterations` more, or until a number in the state exceeds `limit` or is not finite."""
+
+    def client_states(self, carry: Carry) -> PyTree:
+        """The clients' states, leaves (clients, ...); None if they keep none."""
+        return carry.client_state
 
     def keep(self, carry: Carry) -> None:
         """Hear that the run will not come back to anything before `carry` (an engine may then forget it)."""

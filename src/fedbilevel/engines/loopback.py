@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..federation import check_cohort, check_dropout
@@ -54,6 +56,8 @@ class Loopback(Engine):
 class _Looped(Messaging):
     """Its carry holds the clients' states themselves, so that any carry can be gone on from."""
 
+    holds_clients = True
+
     def __init__(self, engine, problem, data, *parts):
         self.methods, self.clients = Methods(engine.jit), InProcess(engine.shuffle)
         super().__init__(
@@ -90,6 +94,10 @@ class _Looped(Messaging):
         if record.last is not None:
             record = dataclasses.replace(record, last=holding(record.last))
         return holding(carry), record
+
+    def client_states(self, carry):
+        states = carry.client_state
+        return None if states is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 class InProcess(Transport):

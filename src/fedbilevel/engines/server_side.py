@@ -59,6 +59,8 @@ class Messaging(Execution):
         watch: hears of every `Round`.
     """
 
+    holds_clients = False
+
     def __init__(
         self, *parts, transport: Transport, faults: Faults | None, dropout: float, watch: Callable | None = None
     ):

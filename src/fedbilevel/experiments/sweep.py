@@ -19,6 +19,7 @@ from ..data import FederatedData
 from ..engines.base import Carry
 from ..engines.simulation import Simulation
 from ..errors import check
+from ..own_lower import Lower
 from ..problem import Problem, bind, strong, trainable
 
 _ROOM = 1.5e9  # bytes that the rows and hidden values of one exchange may take, over all points at once
@@ -87,7 +88,7 @@ def sweep(
     check(iterations >= 1, f"{rounds} rounds are too few for one iteration of {type(algorithm).__name__}.")
     size = at_once or _fitting(data, algorithm, execution.protocol.cohort, inner_y)
     curves: list[Curve] = []
-    start = execution.start(algorithm, state)
+    start, lower = execution.start(algorithm, state), Lower(execution, algorithm, state, y_rest)
     limit = _BLOWN_UP * max([1.0, *(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves((inner_x, inner_y)))])
     evaluate = lambda x, y: {
         name: float(fn(eqx.combine(x, x_rest), eqx.combine(y, y_rest))) for name, fn in metrics.items()
@@ -114,7 +115,8 @@ def sweep(
             for k in range(len(part)):
                 spent[k].append(spent[k][-1] + int(sum(used[k])))
                 lane = lambda tree, k=k: jax.tree.map(lambda leaf: leaf[k], tree)
-                numbers = evaluate(lane(carry.state.x), lane(carry.state.y)) if alive[k] else {}
+                own = Carry(lane(carry.state), lane(carry.client_state), carry.iteration)
+                numbers = evaluate(own.state.x, lower.one(own)) if alive[k] else {}
                 seen[k].append({name: numbers.get(name, np.nan) for name in metrics})
             end = min([end, *(2 * arrived(of(k)) for k in range(len(part)) if alive[k])])
             done = (len(curves) + len(part) * carry.iteration / iterations) / len(grid)

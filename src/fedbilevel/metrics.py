@@ -1,0 +1,36 @@
+"""A user's metrics, and the columns of the history that they may not be named after."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .algorithm import Info
+from .errors import check
+
+COLUMNS = ("iteration", "rounds", "bytes_down", "bytes_up", "seconds")
+_BESIDE = ("algorithm", "seed", "halvings", "median_round_seconds", "rounds_with_failures")  # in tables beside them
+
+
+def checked_metrics(metrics: Any, diagnostics: Iterable[str] = ()) -> dict[str, Callable]:
+    """The metrics by name.
+
+    Args:
+        diagnostics: the names of what the algorithm tells of an iteration.
+
+    Raises:
+        InputError: one is no function, or its name is no text or that of another column.
+    """
+    if metrics is None:
+        return {}
+    check(isinstance(metrics, Mapping), f"metrics= maps names to functions of (x, y); got {metrics!r}.")
+    taken = {*COLUMNS, *_BESIDE, *(field.name for field in dataclasses.fields(Info)), *diagnostics}
+    for name, metric in metrics.items():
+        check(isinstance(name, str) and name, f"a metric's name is a text, not empty; got {name!r}.")
+        check(callable(metric), f"the metric {name!r} is a function of (x, y); got {metric!r}.")
+        check(
+            name not in taken,
+            f"a metric cannot be named {name!r}, for the history has a column of that name: name it otherwise.",
+        )
+    return dict(metrics)
