@@ -10,15 +10,16 @@ too large after four). Then lam = 1/(1.2 L):
 - cohorts or minibatches are sampled: every factor then has another Hessian, and the mean one says little (clients with
   H_i = 6 e_i e_i' have a mean with L = 1, yet lam = 1 makes the factors grow). In each of five rounds (one, between the
   twenties) a fresh cohort measures its clients' own curvatures by five local Lanczos steps on one batch (down x, y; up one
-  number); L is the largest of them all, and never less than 0.9 of what it was before. The same where factors are the
-  clients' own (LFedNest): in one round if everyone takes part with all rows.
+  number); L is the largest of them all, and never less than 0.9 of what it was before. The same where single clients'
+  factors act between two averages (`local_factors`: LFedNest and its kin, FedMBO, and whatever takes two or more local
+  steps on v): in one round if everyone takes part with all rows.
 
 In either case the step travels with each message that a Hessian factor needs: one number more.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -56,7 +57,6 @@ class AutoStep(Algorithm):
 
     hessian_lr: eqx.AbstractVar[Any]
     batch_size: eqx.AbstractVar[int | None]
-    local_factors: ClassVar[bool] = False  # whether factors are products of one client's own, never averaged
 
     def init(self, x: PyTree, y: PyTree) -> Any:
         return keeping(x, y, self.keeps(x, y))
@@ -72,6 +72,11 @@ class AutoStep(Algorithm):
     def measures_curvature(self) -> bool:
         """Whether the step is found while running."""
         return isinstance(self.hessian_lr, str)
+
+    @property
+    def local_factors(self) -> bool:
+        """Whether several factors of a single client's own act before the next average, or one client's alone."""
+        return False
 
     def hessian_step(self, fed: Federation, state: State) -> tuple[Any, dict[str, PyTree]]:
         """(lam as it travels in messages: None if it is configured; what the state keeps)."""

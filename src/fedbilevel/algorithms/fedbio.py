@@ -64,6 +64,10 @@ class FedBiOAcc(Tracking):
         slow_after: after how many local steps the steps have fallen to 0.79 (2^{-1/3}).
     """
 
+    @property
+    def local_factors(self):
+        return self.local_steps > 1
+
     def point(self, state, kept):
         return state.x, state.y, kept["v"]
 
@@ -88,6 +92,10 @@ class FedBiOAccLocal(FedBiOAcc):
 
     def own_lower(self, state):
         return state["lower"][0]
+
+    @property
+    def local_factors(self):
+        return True
 
     @property
     def shares_lower(self):

@@ -71,6 +71,10 @@ class FedMBO(LocalLower, NeumannSeries):
         check(not self.truncation.full, "FedMBO's chains end at random: truncation= is 'uniform' or a whole number.")
         resolve(self.outer_optimizer, "FedMBO")
 
+    @property
+    def local_factors(self):
+        return True
+
     def keeps(self, x, y):
         return super().keeps(x, y) | begin(self.outer_optimizer, x)
 

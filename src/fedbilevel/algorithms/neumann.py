@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -36,7 +36,9 @@ class LocalNeumann(NeumannSeries):
     the mean of J_i H_i^{-1} d_y f_i is not J H^{-1} d_y f when clients differ, and no number of terms removes the bias.
     """
 
-    local_factors: ClassVar[bool] = True
+    @property
+    def local_factors(self):
+        return True
 
     def local_hypergradient(self, client: Client, x: PyTree, y: PyTree, lam: Any, draw: Any = 0) -> PyTree:
         """h_i with the client's own Hessian; `draw` numbers the local step, so that all its rows are fresh."""

@@ -74,6 +74,10 @@ class SimFBO(LocalRounds):
         )
 
     @property
+    def local_factors(self):
+        return max(self.client_steps or (self.local_steps,)) > 1
+
+    @property
     def mean_steps(self):
         return self.local_steps if self.client_steps is None else sum(self.client_steps) / len(self.client_steps)
 

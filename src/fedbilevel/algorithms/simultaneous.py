@@ -36,6 +36,10 @@ class Simultaneous(AutoStep):
     def keeps(self, x, y):
         return super().keeps(x, y) | {"v": optax.tree.zeros_like(y)}
 
+    @property
+    def local_factors(self):
+        return self.local_steps > 1
+
     def rates(self, lam: Any) -> tuple[Any, Any, Any]:
         """The local steps of x, y and v."""
         return self.outer_lr, self.inner_lr, self.lam(lam)

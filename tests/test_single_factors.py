@@ -1,0 +1,100 @@
+"""`hessian_lr="auto"` where several factors of one client's own act between two averages: its curvature sets the step.
+
+H_i = 6 e_i e_i' + I/20: the mean has the largest curvature 1.05, every client has 6.05. Everyone is asked, with all rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fedbilevel as fb
+
+KEY = jax.random.key(0)
+DIM = 6
+GOAL = np.arange(1.0, DIM + 1)
+HESSIANS = 6 * np.einsum("ij,ik->ijk", np.eye(DIM), np.eye(DIM)) + 0.05 * np.eye(DIM)
+MEAN, SINGLE = 1.05, 6.05
+PROBLEM = fb.Problem(
+    lambda x, y, e: 0.5 * (y - x) @ e["H"] @ (y - x),
+    lambda x, y, e: 0.5 * jnp.sum((y - GOAL) ** 2),
+)
+ROWS = [{"H": H[None]} for H in HESSIANS]
+DATA = fb.FederatedData.stack(ROWS, ROWS)
+STEPS = {"inner_lr": 0.05, "outer_lr": 0.02, "local_steps": 5}
+LOCAL: dict[str, Any] = {
+    "simfbo": fb.SimFBO, "shrofbo": fb.ShroFBO, "memfbo": fb.MemFBO, "fedbio": fb.FedBiO, "fedbioacc": fb.FedBiOAcc,
+    "fedbioacc-local": fb.FedBiOAccLocal, "fedmsa": fb.FedMSA,
+}  # fmt: skip
+FAST = ("simfbo", "fedmsa", "fedbioacc", "fedbioacc-local")
+
+
+def start():
+    return jnp.zeros(DIM), jnp.zeros(DIM)
+
+
+def solve(algorithm, iterations, engine=None):
+    return fb.solve(PROBLEM, DATA, algorithm, *start(), iterations, key=KEY, engine=engine, evaluate_every=iterations)
+
+
+def largest(algorithm):
+    """The curvature that is measured."""
+    return float(solve(algorithm, 1).state.kept["curvature"]["largest"])
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LOCAL])
+def test_local_steps_on_the_vector_take_single_clients_curvature(name):
+    end = solve(LOCAL[name](hessian_lr="auto", **STEPS), 300)
+    assert np.abs(end.x - GOAL).max() < 0.6 * GOAL.max()
+    assert float(end.state.kept["curvature"]["largest"]) == pytest.approx(SINGLE)
+
+    class MeanStep(LOCAL[name]):
+        """As it was: the mean Hessian's step."""
+
+        local_factors = False
+
+    with pytest.raises(fb.Diverged):
+        solve(MeanStep(hessian_lr=1 / (1.2 * MEAN), **STEPS), 300)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        (fb.SimFBO(hessian_lr="auto", local_steps=1), MEAN),
+        (fb.SimFBO(hessian_lr="auto", client_steps=(1,) * DIM), MEAN),
+        (fb.SimFBO(hessian_lr="auto", local_steps=1, client_steps=(1, 1, 1, 1, 1, 2)), SINGLE),
+        (fb.FedMSA(hessian_lr="auto", local_steps=1), MEAN),
+        (fb.FedBiOAcc(hessian_lr="auto", local_steps=1), MEAN),
+        (fb.FedBiOAccLocal(hessian_lr="auto", local_steps=1), SINGLE),
+        (fb.FedMBO(hessian_lr="auto"), SINGLE),
+        (fb.LFedNest(hessian_lr="auto"), SINGLE),
+        (fb.LocalBSGVRM(hessian_lr="auto"), SINGLE),
+        (fb.Lockstep(hessian_lr="auto"), MEAN),  # one factor of each client's, then the average
+        (fb.AggITD(hessian_lr="auto"), MEAN),
+        (fb.FedNest(hessian_lr="auto"), MEAN),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, fb.Algorithm) else "",
+)
+def test_whose_curvature_counts(algorithm, expected):
+    """What is asked for says it: products with the mean Hessian, or each client's own largest curvature."""
+    asked = {site.name for site in fb.protocol(algorithm, PROBLEM, DATA, *start()).sites.values()}
+    own, mean = "largest_curvature" in asked, "curvature_product" in asked
+    assert (own, mean) == (expected == SINGLE, expected == MEAN)
+
+
+def test_the_chains_of_fedmbo_do_not_stretch():
+    """Four terms, all at one client each: the deviation of an estimate is what a chain's factors make of d_y f."""
+
+    def deviation(lam):
+        algorithm = fb.FedMBO(hessian_lr=lam, neumann_terms=5, inner_rounds=1, truncation=4)
+        estimate = lambda seed: fb.estimate_hypergradient(PROBLEM, DATA, algorithm, *start(), key=jax.random.key(seed))[
+            0
+        ]
+        return np.std([estimate(seed) for seed in range(5)], axis=0).mean()
+
+    auto, single, mean = map(deviation, ("auto", 1 / (1.2 * SINGLE), 1 / (1.2 * MEAN)))
+    assert auto < 2 * single < 0.05 * mean
