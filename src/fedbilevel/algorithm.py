@@ -30,16 +30,23 @@ class State(eqx.Module):
 
 
 class Info(eqx.Module):
-    """Diagnostics of one iteration; every scalar becomes a column of the history.
+    """Diagnostics of one iteration; every scalar becomes a column of the history, empty where it is None.
+
+    They are made of what travels anyway. None: not measured, for the algorithm does not send it.
 
     Attributes:
         hypergradient_norm: Euclidean norm of the iteration's hypergradient estimate.
         vector_growth: how much the Hessian factors (I - hessian_lr H) stretched the vector they were applied to;
             above one the Hessian step is too large. Zero where an algorithm does not measure it.
+        vector_residual: |H v - d_y f| / |d_y f|, how far v is from H^{-1} d_y f. Where only the difference travels,
+            the |d_y f| is that of the first iteration, in which v = 0.
+        lower_gradient_norm: |d_y g|, how far y is from y*(x).
     """
 
     hypergradient_norm: Float[Array, ""]
     vector_growth: Float[Array, ""]
+    vector_residual: Float[Array, ""] | None = None
+    lower_gradient_norm: Float[Array, ""] | None = None
 
 
 def rate(default: float | None, *words: str) -> Any:

@@ -10,7 +10,14 @@ from .algorithm import Info
 from .errors import check
 
 COLUMNS = ("iteration", "rounds", "bytes_down", "bytes_up", "seconds")
-_BESIDE = ("algorithm", "seed", "halvings", "median_round_seconds", "rounds_with_failures")  # in tables beside them
+_BESIDE = (
+    "algorithm",
+    "seed",
+    "halvings",
+    "turn",
+    "median_round_seconds",
+    "rounds_with_failures",
+)  # in tables beside them
 
 
 def checked_metrics(metrics: Any, diagnostics: Iterable[str] = ()) -> dict[str, Callable]:

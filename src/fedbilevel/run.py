@@ -21,6 +21,8 @@ from .own_lower import Away, Lower
 from .problem import bind, describe, trainable
 from .protocol import check_kinds
 from .result import EMPTY, History, Result
+from .swing import Trail
+from .watch import precision
 
 _STRETCH = 0.5  # seconds between looks at a run: progress, Ctrl-C, checkpoints
 _BLOWN_UP = 1e10  # how far beyond the start's size an iterate counts as diverged
@@ -89,6 +91,7 @@ class Run:
         self._healthy = self.carry
         self._pace: float | None = None
         self._last_info: Any = None
+        self._trail, self._last_turn = Trail(), EMPTY
         self._last_row: dict[str, Any] | None = None
         if resume is not None:
             self.carry, totals, rows = load(resume, self.carry, self.fingerprint())
@@ -97,6 +100,8 @@ class Run:
             )  # a last row: the uninterrupted run may have none
             self._last_row = rows.pop() if off_grid else None
             self.history.add(rows)
+            if "trail" in totals:
+                self._trail.restore(totals.pop("trail"))
             for name, value in totals.items():
                 setattr(self, name, value)
 
@@ -111,7 +116,10 @@ class Run:
         return self.iteration if self._budget is None else self.rounds
 
     def totals(self) -> dict[str, Any]:
-        """The cumulative figures, for a checkpoint."""
+        """The cumulative figures, for a checkpoint, and how x moved."""
+        return self._figures() | {"trail": self._trail.saved()}
+
+    def _figures(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("rounds", "bytes_down", "bytes_up", "seconds")}
 
     def keep(self, carry: Carry) -> None:
@@ -198,7 +206,9 @@ class Run:
 
     def _account(self, first: int, record) -> None:
         rows = []
+        turns = self._trail.add(record.seen, record.done, precision(self._x)) if record.done else []
         for k in range(record.done):
+            self._last_turn = EMPTY if np.isnan(turns[k]) else float(turns[k])
             self.rounds += record.rounds[k]
             self.bytes_down += record.bytes_down[k]
             self.bytes_up += record.bytes_up[k]
@@ -232,19 +242,21 @@ class Run:
             callback.record(self, rows)
 
     def _row(self, info: Any, iteration: int | None = None) -> dict[str, Any]:
-        row = {"iteration": self.iteration if iteration is None else iteration, **self.totals()}
+        row = {"iteration": self.iteration if iteration is None else iteration, **self._figures()}
         row["seconds"] = round(row["seconds"], 6)
         if self.metrics:
             x, y = self.variables()
             y = Away() if self._lower.away else y
             row.update({name: _number(name, metric, x, y) for name, metric in self.metrics.items()})
-        return row | self._diagnostics(info)
+        return row | self._diagnostics(info) | {"turn": EMPTY if info is None else self._last_turn}
 
     def _diagnostics(self, info: Any) -> dict[str, float]:
         """Scalars of the algorithm's diagnostics as columns; NaN at the start, where there are none yet."""
         named = _fields(self.protocol.info)
         scalars = [name for name, value in named.items() if np.shape(value) == ()]
-        return {name: float("nan") if info is None else float(_fields(info)[name]) for name in scalars}
+        told = {} if info is None else _fields(info)
+        number = lambda name: float("nan") if info is None else float(told[name])
+        return {name: EMPTY if named[name] is None else number(name) for name in scalars}
 
     def _restored(self) -> dict[str, Any]:
         """What the checkpoint's last row says of this iteration, if it is of this iteration."""

@@ -60,7 +60,7 @@ from jaxtyping import PyTree
 from ..algorithm import option
 from ..errors import check
 from ..federation import Client, Reply, When
-from .curvature import keeping
+from .curvature import keeping, residual
 from .directions import hessian_factor, inner_gradient
 from .parts import CorrectedLower, CorrectedUpper, one_cohort
 from .steps import controlled_descent, growth, moved_mean, norm
@@ -100,7 +100,8 @@ class AggITD(CorrectedUpper, CorrectedLower):
 
     def keeps(self, x, y):
         zeros = {"v": self.warm_start_v, "control": self.one_round}
-        return super().keeps(x, y) | {name: optax.tree.zeros_like(y) for name, used in zeros.items() if used}
+        kept = super().keeps(x, y) | {name: optax.tree.zeros_like(y) for name, used in zeros.items() if used}
+        return kept | ({"pull": jnp.zeros_like(norm(y))} if self.warm_start_v else {})
 
     def client_init(self, x, y):
         return optax.tree.zeros_like(y) if self.one_round else None
@@ -116,28 +117,35 @@ class AggITD(CorrectedUpper, CorrectedLower):
         exists = lambda t: True if self.warm_start_v else t > Q  # r^{t-1}; and r^t from Q on
 
         def turn(t, loop):
-            y, control, r, last, first = loop
-            moved, control, new = self._turn(fed, x, y, control, fed.when(exists(t), r), t >= Q, lam, cohort)
+            y, control, r, last, first, _ = loop
+            moved, control, new, slope = self._turn(fed, x, y, control, fed.when(exists(t), r), t >= Q, lam, cohort)
             last, first = self._measure(r, new, last, first, t == Q)
-            return moved, control, new, last, first
+            return moved, control, new, last, first, slope
 
         zero = jnp.zeros_like(norm(state.y))
         r = kept["v"] if self.warm_start_v else optax.tree.zeros_like(state.y)
-        loop = (state.y, kept.get("control"), r, zero, zero)
-        y, control, r, last, first = fed.repeat(N, turn, loop)
+        loop = (state.y, kept.get("control"), r, zero, zero, zero)
+        y, control, r, last, first, slope = fed.repeat(N, turn, loop)
         new = fed.average(self.vector, x, y, fed.when(exists(N), r), lam, cohort=cohort)
         last, first = self._measure(r, new, last, first, jnp.asarray(N) == Q)
         v = new if full else optax.tree.scale(self.lam(lam) * (N + 1), new)
         h = fed.average(self.hypergradient, x, y, v, cohort=cohort)
-        # a warm start's increments begin near zero: their growth would tell nothing
-        stretched = jnp.zeros_like(zero) if self.warm_start_v else growth(last, first)
         kept = {**kept} | ({"v": v} if self.warm_start_v else {}) | ({"control": control} if self.one_round else {})
-        return h, v, stretched, keeping(x, y, kept), cohort
+        if self.warm_start_v:  # its increments begin near zero: their growth would tell nothing
+            stretched = jnp.zeros_like(zero)
+            step = self.lam(lam)
+            lag, kept = residual(kept, last / step, first / step)
+        else:  # Horner's increments are -lam (H z - d_y f); a random term has no residual
+            stretched = growth(last, first)
+            lag = stretched if full else None
+        told = {"vector_growth": stretched, "vector_residual": lag, "lower_gradient_norm": slope}
+        return h, v, told, keeping(x, y, kept), cohort
 
     def _turn(self, fed, x, y, control, r, now, lam, cohort):
-        """One turn of the lower loop: (the next y, the next control variate, r^t if `now`)."""
+        """One turn of the lower loop: (the next y, the next control variate, r^t if `now`, |d_y g|)."""
         apart = lambda: fed.average(self.vector_apart, fed.when(now, (x, y)), r, lam, replies=(now,), beside=True)
         if self.one_round:
+            before = control
             if self.independent_cohorts:
                 step, change = fed.average(self.corrected, x, y, control, cohort=cohort)
                 control = moved_mean(control, fed.share, change)
@@ -147,12 +155,12 @@ class AggITD(CorrectedUpper, CorrectedLower):
                 sent = (True, True, now)
                 step, change, new = fed.average(self.corrected_anchor, *message, replies=sent, cohort=cohort)
                 control = moved_mean(control, fed.share, change)
-            return optax.tree.add(y, step), control, new
+            return optax.tree.add(y, step), control, new, norm(optax.tree.add(before, change))
         if self.independent_cohorts:
             q, new = fed.average(self.gradient, x, y, cohort=cohort), apart()
         else:
             q, new = fed.average(self.anchor, x, y, r, lam, replies=(True, now), cohort=cohort)
-        return self.lower_round(fed, x, y, q, cohort), control, new
+        return self.lower_round(fed, x, y, q, cohort), control, new, norm(q)
 
     def _measure(self, r, new, last, first, starting):
         """Norms of the latest and of the first vector that Hessian factors act on ("full": of Horner's increments)."""

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..algorithm import Algorithm, State
 from ..federation import Client, Federation
+from .steps import growth
 
 EVERY = 20  # iterations between measurements
 STEPS = 5  # of Lanczos; also the rounds of a measurement
@@ -50,6 +51,15 @@ def kept_in(state: State) -> dict[str, PyTree]:
 def keeping(x: PyTree, y: PyTree, kept: dict[str, PyTree]) -> State:
     """The state of x, y and what else is kept."""
     return Keeping(x, y, kept) if kept else State(x, y)
+
+
+def residual(kept: dict[str, PyTree], now: Any, first: Any = None) -> tuple[Any, dict[str, PyTree]]:
+    """(|H v - d_y f| against |d_y f|, what is kept), from the former.
+
+    The latter is known in the first iteration, where v = 0: it is `first`, or `now`, and is kept as "pull".
+    """
+    pull = jnp.where(kept["pull"] > 0, kept["pull"], now if first is None else first).astype(kept["pull"].dtype)
+    return growth(now, pull), {**kept, "pull": pull}
 
 
 class AutoStep(Algorithm):

@@ -68,14 +68,14 @@ class FedF2SA(Algorithm):
         return optax.tree.zeros_like((y, y))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
-        h, y, kept = self._estimate(fed, state)
+        h, y, kept, slope = self._estimate(fed, state)
         growth = 0 if self.penalty_growth is None else self.penalty_growth
         kept = {**kept, "penalty": kept["penalty"] + jnp.asarray(growth, kept["penalty"].dtype)}
         x, kept = outer_step(self.outer_optimizer, state.x, descend(state.x, self.outer_lr, h), kept)
-        return keeping(x, y, kept), Info(norm(h), jnp.zeros_like(norm(h)))
+        return keeping(x, y, kept), Info(norm(h), jnp.zeros_like(norm(h)), None, slope)
 
     def estimate(self, fed, x, y):
-        h, y, _ = self._estimate(fed, self.init(x, y))
+        h, y, *_ = self._estimate(fed, self.init(x, y))
         return h, y
 
     def _estimate(self, fed, state):
@@ -85,13 +85,14 @@ class FedF2SA(Algorithm):
         p = kept["penalty"]
 
         def turn(t, loop):
-            lower, c = loop
+            lower, c, _ = loop
             moved, change = fed.average(self.lower, x, *lower, c, p)
-            return optax.tree.add(lower, moved), moved_mean(c, fed.share, change)
+            slope = norm(optax.tree.add(c[0], change[0]))  # of d_y g, as the control variates know it
+            return optax.tree.add(lower, moved), moved_mean(c, fed.share, change), slope
 
-        start = (state.y, kept["u"]), kept["control"]
-        (y, u), c = fed.repeat(self.inner_rounds, turn, start)
-        return fed.average(self.hypergradient, x, y, u, p), y, {**kept, "u": u, "control": c}
+        start = (state.y, kept["u"]), kept["control"], jnp.zeros_like(norm(state.y))
+        (y, u), c, slope = fed.repeat(self.inner_rounds, turn, start)
+        return fed.average(self.hypergradient, x, y, u, p), y, {**kept, "u": u, "control": c}, slope
 
     def lower(self, client: Client, x: PyTree, y: PyTree, u: PyTree, c: PyTree, p: Any) -> Reply:
         """How far the client's steps go from (y, u), and a_i - c_i; it keeps a_i, its gradients there."""

@@ -80,16 +80,16 @@ class FedMBO(LocalLower, NeumannSeries):
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         lam, kept = self.hessian_step(fed, state)
-        h, y = self._estimate(fed, state.x, state.y, lam)
+        h, y, slope = self._estimate(fed, state.x, state.y, lam)
         x, kept = outer_step(self.outer_optimizer, state.x, descend(state.x, self.outer_lr, h), kept)
-        return keeping(x, y, kept), Info(norm(h), jnp.zeros_like(norm(h)))
+        return keeping(x, y, kept), Info(norm(h), jnp.zeros_like(norm(h)), None, slope)
 
     def estimate(self, fed, x, y):
         lam, _ = self.hessian_step(fed, self.init(x, y))
-        return self._estimate(fed, x, y, lam)
+        return self._estimate(fed, x, y, lam)[:2]
 
     def _estimate(self, fed, x, y, lam):
-        y = self.lower_loop(fed, x, y)
+        y, slope = self.lower_rounds(fed, x, y)
         cuts = [self.truncation.draw(fed, self.neumann_terms - 1) for _ in range(self.chains)]
         one = lambda s, method, *message, **flags: fed.average(
             method, *message, cohort=fed.draw_cohort(1), beside=s > 0, **flags
@@ -107,7 +107,7 @@ class FedMBO(LocalLower, NeumannSeries):
         vectors = fed.repeat(jnp.max(jnp.stack(cuts)), turn, vectors, most=max(1, self.neumann_terms - 1))
         ends = [self.cut(p, p, self.lam(lam)) for p in vectors]
         hs = [one(s, self.hypergradient, x, y, v) for s, v in enumerate(ends)]
-        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *hs), y
+        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *hs), y, slope
 
     def vector_start(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """d_y f_i."""

@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 from ..algorithm import Info, rate
 from ..errors import check
 from ..federation import Client, Federation
-from .curvature import keeping
+from .curvature import keeping, residual
 from .simultaneous import Simultaneous, along
 from .steps import descend, norm, storm, tracked_descent
 
@@ -61,7 +61,8 @@ class FedMSA(Simultaneous):
         e = fed.average(self.look, z, kept["before"], kept["estimate"], forget, cohort=everyone)
         x, y, v = optax.tree.add(z, fed.average(self.move, z, e, lam))
         after = {**kept, "v": v, "before": z, "estimate": e, "done": kept["done"] + 1}
-        return keeping(x, y, after), Info(norm(e[0]), jnp.zeros_like(norm(y)))
+        lag, after = residual(after, norm(e[2]))
+        return keeping(x, y, after), Info(norm(e[0]), jnp.zeros_like(norm(y)), lag, norm(e[1]))
 
     def look(self, client: Client, z: PyTree, before: PyTree, e: PyTree, forget: Any) -> PyTree:
         """e_i at z."""

@@ -42,7 +42,8 @@ class _NeumannHypergradient(NeumannFields, CorrectedUpper):
 
     def estimate_parts(self, fed, state):
         lam, kept = self.hessian_step(fed, state)
-        x, y = state.x, self.lower_loop(fed, state.x, state.y)
+        x = state.x
+        y, slope = self.lower_rounds(fed, x, state.y)
         N, full = self.neumann_terms, self.truncation.full
         factors = N if full else self.truncation.draw(fed, N - 1)
         cohort = one_cohort(fed, self.same_cohort)
@@ -56,7 +57,14 @@ class _NeumannHypergradient(NeumannFields, CorrectedUpper):
         p, total = fed.repeat(factors, turn, (start, start), most=N)
         v = self.cut(total, p, self.lam(lam))
         h = fed.average(self.hypergradient, x, y, v, cohort=cohort)
-        return h, v, growth(norm(p), norm(start)), keeping(x, y, kept), cohort
+        stretched = growth(norm(p), norm(start))
+        # H lam sum_{n<N} p_n = p_0 - p_N: the residual but for the last term; a random term has none
+        told = {
+            "vector_growth": stretched,
+            "vector_residual": stretched if full else None,
+            "lower_gradient_norm": slope,
+        }
+        return h, v, told, keeping(x, y, kept), cohort
 
     def vector_start(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """d_y f_i."""

@@ -37,11 +37,12 @@ class _LocalHypergradient(NeumannFields, LocalNeumann):
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         lam, kept = self.hessian_step(fed, state)
-        y = self.lower_loop(fed, state.x, state.y)
+        y, slope = self.lower_rounds(fed, state.x, state.y)
         mean = fed.average(self.upper, state.x, y, lam)
         moved = norm(optax.tree.sub(mean, state.x))
         x, kept = outer_step(self.outer_optimizer, state.x, mean, kept)
-        return keeping(x, y, kept), Info(moved / (self.outer_lr * self.outer_steps), jnp.zeros_like(moved))
+        info = Info(moved / (self.outer_lr * self.outer_steps), jnp.zeros_like(moved), lower_gradient_norm=slope)
+        return keeping(x, y, kept), info
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         lam, _ = self.hessian_step(fed, self.init(x, y))

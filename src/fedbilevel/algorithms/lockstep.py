@@ -39,7 +39,7 @@ from jaxtyping import PyTree
 from ..algorithm import Info, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
-from .curvature import AutoStep, keeping
+from .curvature import AutoStep, keeping, residual
 from .directions import hypergradient, inner_gradient
 from .steps import controlled_descent, descend, moved_mean, norm
 
@@ -65,7 +65,8 @@ class Lockstep(AutoStep):
     batch_size: int | None = count(None)
 
     def keeps(self, x, y):
-        return super().keeps(x, y) | {"v": optax.tree.zeros_like(y), "control": optax.tree.zeros_like((x, y, y))}
+        own = {"v": optax.tree.zeros_like(y), "control": optax.tree.zeros_like((x, y, y))}
+        return super().keeps(x, y) | own | {"pull": jnp.zeros_like(norm(y))}
 
     def client_init(self, x, y):
         return optax.tree.zeros_like((x, y, y))
@@ -79,7 +80,9 @@ class Lockstep(AutoStep):
         x, y, v = optax.tree.add((x, y, v), moved)
         direction = optax.tree.add(c, change)  # an estimate of D at the old point
         c = moved_mean(c, fed.share, change)
-        return keeping(x, y, {**kept, "v": v, "control": c}), Info(norm(direction[0]), jnp.zeros_like(norm(y)))
+        lag, kept = residual(kept, norm(direction[2]))
+        info = Info(norm(direction[0]), jnp.zeros_like(norm(y)), lag, norm(direction[1]))
+        return keeping(x, y, {**kept, "v": v, "control": c}), info
 
     def moves(self, client: Client, x: PyTree, y: PyTree, v: PyTree, c: PyTree, lam: Any) -> Reply:
         """How far the client's steps go from (x, y, v), and a_i - c_i; it keeps a_i = D_i(x, y, v)."""

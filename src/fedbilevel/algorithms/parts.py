@@ -6,6 +6,8 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
+import optax.tree
 from jaxtyping import PyTree
 
 from ..algorithm import Algorithm, Info, State, Truncation, choice, count, option, rate
@@ -48,8 +50,12 @@ class LowerLoop(Algorithm):
     """An algorithm whose iteration begins with rounds on the lower variable alone."""
 
     @abc.abstractmethod
+    def lower_rounds(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, Any]:
+        """(y after the lower level's rounds, |d_y g| as the last of them saw it)."""
+
     def lower_loop(self, fed: Federation, x: PyTree, y: PyTree) -> PyTree:
         """y after the lower level's rounds."""
+        return self.lower_rounds(fed, x, y)[0]
 
 
 class CorrectedLower(LowerLoop):
@@ -81,15 +87,16 @@ class CorrectedLower(LowerLoop):
         """d_y g_i."""
         return client.problem.inner_gradient(x, y, client.batch("inner", self.batch_size))
 
-    def lower_loop(self, fed: Federation, x: PyTree, y: PyTree) -> PyTree:
+    def lower_rounds(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, Any]:
         """`inner_rounds` times an anchor round and a round of local steps."""
 
-        def turn(t, y):
+        def turn(t, loop):
+            y, _ = loop
             cohort = one_cohort(fed, self.same_cohort)
             q = fed.average(self.gradient, x, y, cohort=cohort)
-            return self.lower_round(fed, x, y, q, cohort)
+            return self.lower_round(fed, x, y, q, cohort), norm(q)
 
-        return fed.repeat(self.inner_rounds, turn, y)
+        return fed.repeat(self.inner_rounds, turn, (y, jnp.zeros_like(norm(y))))
 
 
 class LocalLower(LowerLoop):
@@ -105,24 +112,30 @@ class LocalLower(LowerLoop):
         rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
         return local_descent(lambda s: inner_gradient(client.problem, x, rows(s)), y, self.inner_lr, self.local_steps)
 
-    def lower_loop(self, fed: Federation, x: PyTree, y: PyTree) -> PyTree:
+    def lower_rounds(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, Any]:
         """`inner_rounds` rounds of local steps."""
-        return fed.repeat(self.inner_rounds, lambda t, y: fed.average(self.lower, x, y), y)
+
+        def turn(t, loop):
+            before, _ = loop
+            after = fed.average(self.lower, x, before)
+            return after, norm(optax.tree.sub(after, before)) / (self.inner_lr * self.local_steps)
+
+        return fed.repeat(self.inner_rounds, turn, (y, jnp.zeros_like(norm(y))))
 
 
 class CorrectedUpper(Settings):
     """The upper level: an estimate of the hypergradient, then with v fixed FedSVRG steps on x around it, in one round."""
 
     @abc.abstractmethod
-    def estimate_parts(self, fed: Federation, state: State) -> tuple[PyTree, PyTree, Any, State, Any]:
-        """(h, v such that h = d_x f - d2_xy g v, how much the Hessian factors stretched, the state but for a new x,
-        and the clients of the upper round, None for fresh ones)."""
+    def estimate_parts(self, fed: Federation, state: State) -> tuple[PyTree, PyTree, dict[str, Any], State, Any]:
+        """(h, v such that h = d_x f - d2_xy g v, the rest of `Info` by name, the state but for a new x, and the clients
+        of the upper round, None for fresh ones)."""
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
-        h, v, stretched, after, cohort = self.estimate_parts(fed, state)
+        h, v, told, after, cohort = self.estimate_parts(fed, state)
         mean = self.upper_round(fed, state.x, after.y, v, h, cohort)
         x, kept = outer_step(self.outer_optimizer, state.x, mean, kept_in(after))
-        return keeping(x, after.y, kept), Info(norm(h), stretched)
+        return keeping(x, after.y, kept), Info(norm(h), **told)
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         h, _, _, after, _ = self.estimate_parts(fed, self.init(x, y))

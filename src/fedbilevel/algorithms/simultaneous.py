@@ -19,7 +19,7 @@ from jaxtyping import Array, Int, PyTree
 from ..algorithm import Info, State, count, rate
 from ..federation import Client, Federation
 from ..problem import Problem, Rows
-from .curvature import AutoStep, keeping
+from .curvature import AutoStep, keeping, residual
 from .directions import direction
 from .steps import Gradient, local_descent, norm
 
@@ -34,7 +34,7 @@ class Simultaneous(AutoStep):
     batch_size: int | None = count(None)
 
     def keeps(self, x, y):
-        return super().keeps(x, y) | {"v": optax.tree.zeros_like(y)}
+        return super().keeps(x, y) | {"v": optax.tree.zeros_like(y), "pull": jnp.zeros_like(norm(y))}
 
     @property
     def local_factors(self):
@@ -69,7 +69,10 @@ class LocalRounds(Simultaneous):
         z = state.x, state.y, kept["v"]
         moved = self.moved(fed, z, lam)
         x, y, v = self.arrive(z, moved)
-        return keeping(x, y, {**kept, "v": v}), told(moved[0], self.outer_lr * self.mean_steps)
+        # the mean directions, from the steps that all the local steps make
+        h, q, w = (norm(part) / (rate * self.mean_steps) for part, rate in zip(moved, self.rates(lam), strict=True))
+        lag, kept = residual(kept, w)
+        return keeping(x, y, {**kept, "v": v}), Info(h, jnp.zeros_like(h), lag, q)
 
     def direction(self, problem: Problem, z: PyTree, inner: Rows, outer: Rows) -> PyTree:
         """D_i(z) on the rows."""

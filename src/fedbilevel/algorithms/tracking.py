@@ -17,6 +17,7 @@ the steps times b. Floats per client and round: down 2 |z| + 1, up 2 |z|.
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -27,9 +28,9 @@ from jaxtyping import PyTree
 from ..algorithm import Info, State, count, rate
 from ..errors import check
 from ..federation import Client, Federation
-from .curvature import AutoStep, keeping
+from .curvature import AutoStep, keeping, residual
 from .simultaneous import told
-from .steps import Gradient, descend, storm, tracked_descent
+from .steps import Gradient, descend, norm, storm, tracked_descent
 
 
 class Tracking(AutoStep):
@@ -65,7 +66,7 @@ class Tracking(AutoStep):
     def keeps(self, x, y):
         z = self.point(State(x, y), {"v": optax.tree.zeros_like(y)})
         own = {"estimate": optax.tree.zeros_like(z), "time": jnp.zeros((), jnp.int32)}
-        return super().keeps(x, y) | own | ({"v": z[2]} if len(z) > 2 else {})
+        return super().keeps(x, y) | own | ({"v": z[2], "pull": jnp.zeros_like(norm(y))} if len(z) > 2 else {})
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         lam, kept = self.hessian_step(fed, state)
@@ -73,8 +74,11 @@ class Tracking(AutoStep):
         moved, e = fed.average(self.moves, z, kept["estimate"], t, lam, self.scales(kept))
         x, y, *rest = optax.tree.add(z, moved)
         after = self.renewed({**kept, "estimate": e, "time": t + self.local_steps})
-        after |= {"v": rest[0]} if rest else {}
-        return keeping(x, y, after), told(moved[0], self.outer_lr * self.local_steps)
+        info = told(moved[0], self.outer_lr * self.local_steps)
+        lag = None
+        if rest:
+            lag, after = residual({**after, "v": rest[0]}, norm(e[2]))
+        return keeping(x, y, after), dataclasses.replace(info, vector_residual=lag, lower_gradient_norm=norm(e[1]))
 
     def moves(self, client: Client, z: PyTree, e: PyTree, t: Any, lam: Any, scales: PyTree) -> tuple[PyTree, PyTree]:
         """How far the client's steps go from z, and its estimate there."""

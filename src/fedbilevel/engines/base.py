@@ -18,6 +18,7 @@ from ..exchanges import Protocol, bytes_of
 from ..problem import Problem
 from ..protocol import step as iteration
 from ..protocol import trace
+from ..watch import Seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Record:
         finite: False if the iteration after the last good one blew up (the carry then holds its state).
         seconds: wall-clock time, without compilation.
         last: where it blew up, the carry after the last good iteration, if the engine has kept it.
+        seen: what was seen of the server's state, leaves as those of `info`; None if no iteration was run.
     """
 
     done: int
@@ -50,6 +52,7 @@ class Record:
     finite: bool
     seconds: float
     last: Carry | None = None
+    seen: Seen | None = None
 
 
 class Execution(abc.ABC):

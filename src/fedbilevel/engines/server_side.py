@@ -42,6 +42,7 @@ from ..tracing import (
     reply_parts,
     wanted_flags,
 )
+from ..watch import observe
 from ..wire import decode, encode, message_schema
 from .base import Carry, Execution, Record, within
 from .faults import REBUILD, Faults, Roster, StateLost, TooFewReplies
@@ -99,15 +100,15 @@ class Messaging(Execution):
                 continue
             rebuilt = 0
             last, carry = carry, Carry(state, fed.client_state, carry.iteration + 1)
-            infos.append(jax.tree.map(np.asarray, info))
+            infos.append(jax.tree.map(np.asarray, (info, observe(last.state, state, np))))
             finite = bool(within(state, info, jnp.asarray(limit, jnp.result_type(float))))
             if finite:
                 rounds.append(fed.rounds)
                 down.append(fed.bytes_down)
                 up.append(fed.bytes_up)
-        info = jax.tree.map(lambda *leaves: np.stack(leaves), *infos) if infos else None
+        info, seen = jax.tree.map(lambda *leaves: np.stack(leaves), *infos) if infos else (None, None)
         seconds = max(0.0, watch.seconds() - (self.compiled() - compiling))
-        return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, None if finite else last)
+        return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, None if finite else last, seen)
 
     def compiled(self) -> float:
         """Seconds spent so far in calls that compiled elsewhere, where that is known."""

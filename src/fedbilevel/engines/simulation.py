@@ -31,6 +31,7 @@ from ..problem import strong
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
 from ..tracing import TracedFederation
+from ..watch import observe
 from .base import Carry, Engine, Execution, Record, plan, within
 
 _CAPACITY = 256  # the most iterations of one compiled chunk: bounds its buffers of diagnostics
@@ -105,8 +106,8 @@ class _Simulated(Execution):
             for total, new in zip((rounds, down, up), self.ledger(counts, done), strict=True):
                 total += new
             infos.append(jax.tree.map(lambda leaf, n=done + (not finite): np.asarray(leaf)[:n], info))
-        info = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos) if infos else None
-        return carry, Record(len(rounds), rounds, down, up, info, finite, seconds)
+        info, seen = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos) if infos else (None, None)
+        return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, seen=seen)
 
     def advance_many(self, algorithms, carry, iterations, limit):
         """As `advance`, for several algorithms in one program that draw the same cohorts, rows and numbers.
@@ -172,7 +173,7 @@ def _chunk(static, problem, data, algorithm, states, key, first, iterations, lim
             static, problem, data, algorithm, jax.random.fold_in(key, first + k), *states, dropout=dropout
         )
         state, info = static.program(algorithm, fed, states[0])
-        return (state, fed.client_state), fed.counts, info
+        return (state, fed.client_state), fed.counts, (info, observe(states[0], state))
 
     shapes = eqx.filter_eval_shape(one, first, states)[1:]
     buffers = jax.tree.map(lambda s: jnp.zeros((_CAPACITY, *s.shape), s.dtype), shapes)
@@ -185,7 +186,7 @@ def _chunk(static, problem, data, algorithm, states, key, first, iterations, lim
         k, _, states, buffers = loop
         states, *out = one(k, states)
         buffers = jax.tree.map(lambda b, new: b.at[k].set(new), buffers, tuple(out))
-        return k + 1, within(states[0], out[1], limit), states, buffers
+        return k + 1, within(states[0], out[1][0], limit), states, buffers
 
     start = (jnp.zeros((), jnp.int32), jnp.asarray(True), states, buffers)
     k, fine, states, (counts, info) = jax.lax.while_loop(going, body, start)

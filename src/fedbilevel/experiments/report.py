@@ -14,7 +14,7 @@ LEVELS = (0.80, 0.85, 0.88, 0.90)  # test accuracies whose first round the summa
 AXES = {"rounds": "communication rounds", "megabytes": "payload, MB (down and up)", "seconds": "seconds of computation"}
 LOGARITHMIC = ("stationarity", "distance")
 FIXED = ("algorithm", "seed", "iteration", "rounds", "bytes_down", "bytes_up", "seconds")
-DIAGNOSTICS = ("hypergradient_norm", "vector_growth")
+DIAGNOSTICS = ("hypergradient_norm", "vector_growth", "vector_residual", "lower_gradient_norm", "turn")
 DERIVED = ("megabytes", "megabytes_up", "oracle_calls")
 
 

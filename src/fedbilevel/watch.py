@@ -1,0 +1,86 @@
+"""What an iteration did to the server's state, measured there from the state before and the state after.
+
+Nothing travels for it, and no algorithm knows of it: every engine calls `observe` once an iteration. How large each part
+of the state is, and how far it moved, tells what blew up first; a sketch of the move of x tells whether x swings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+BUCKETS = 32  # numbers of a sketch; an x of no more numbers is sketched without loss
+
+
+class Seen(eqx.Module):
+    """What was seen of an iteration; of several, with a leading axis.
+
+    Attributes:
+        sizes: by the name of a part of the state, the largest absolute value after the iteration.
+        moves: the same of the difference to what was before it.
+        sketch: (32,) the move of x, its numbers summed with fixed random signs in 32 places: angles between moves are kept,
+            exactly where x has at most 32 numbers, about within 1/sqrt(32) beyond.
+    """
+
+    sizes: dict[str, Float[Array, ""]]
+    moves: dict[str, Float[Array, ""]]
+    sketch: Float[Array, " 32"]
+
+
+def parts(state: Any) -> dict[str, PyTree]:
+    """The parts of a state by name: x, y, and what else it holds, each entry of a dict and of a tuple on its own."""
+    if dataclasses.is_dataclass(state):
+        named = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    else:
+        named = state._asdict() if hasattr(state, "_asdict") else {"x": state.x, "y": state.y}
+    found: dict[str, PyTree] = {}
+    for name, value in named.items():
+        beside = value if isinstance(value, dict) and name not in ("x", "y") else {name: value}
+        for part, tree in beside.items():
+            plain = type(tree) is tuple and part not in ("x", "y") and len(tree) > 1
+            found |= {f"{part}.{k}": piece for k, piece in enumerate(tree)} if plain else {str(part): tree}
+    return {name: tree for name, tree in found.items() if any(map(eqx.is_inexact_array, jax.tree.leaves(tree)))}
+
+
+def observe(before: Any, after: Any, xp: Any = jnp) -> Seen:
+    """What an iteration did. `xp` is `jnp` inside compiled programs, `np` outside them."""
+    old, new = parts(before), parts(after)
+    sizes = {name: _largest(_numbers(tree, xp), xp) for name, tree in new.items()}
+    pairs = {name: zip(_numbers(tree, xp), _numbers(old[name], xp), strict=True) for name, tree in new.items()}
+    changes = {name: [b - a for b, a in pair] for name, pair in pairs.items()}
+    moves = {name: _largest(change, xp) for name, change in changes.items()}
+    return Seen(sizes, moves, _sketch(changes["x"], xp))
+
+
+def _numbers(tree: PyTree, xp: Any) -> list[Any]:
+    """The inexact leaves, flat, as ordinary floats."""
+    wide = jax.dtypes.canonicalize_dtype(float)
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    return [xp.asarray(leaf).real.astype(wide).reshape(-1) for leaf in leaves]
+
+
+def _largest(vectors: list[Any], xp: Any) -> Any:
+    zero = xp.zeros((1,), jax.dtypes.canonicalize_dtype(float))
+    return xp.max(xp.stack([xp.max(xp.abs(xp.concatenate([vector, zero]))) for vector in (*vectors, zero)]))
+
+
+def _sketch(vectors: list[Any], xp: Any) -> Any:
+    flat = xp.concatenate(vectors)
+    place = xp.arange(flat.shape[0], dtype=np.uint32)
+    mixed = place * np.uint32(2654435761)
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(2246822519)
+    signed = xp.where((mixed >> np.uint32(13)) & np.uint32(1) == np.uint32(1), flat, -flat)
+    padded = xp.concatenate([signed, xp.zeros((-flat.shape[0] % BUCKETS,), flat.dtype)])
+    return xp.sum(padded.reshape(-1, BUCKETS), axis=0)
+
+
+def precision(x: PyTree) -> float:
+    """How far the number after one lies from one, in the coarsest of the dtypes in x."""
+    leaves = [leaf for leaf in jax.tree.leaves(x) if eqx.is_inexact_array(leaf)]
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
