@@ -118,8 +118,9 @@ class AggITD(CorrectedUpper, CorrectedLower):
 
         def turn(t, loop):
             y, control, r, last, first, _ = loop
-            moved, control, new, slope = self._turn(fed, x, y, control, fed.when(exists(t), r), t >= Q, lam, cohort)
+            moved, control, new = self._turn(fed, x, y, control, fed.when(exists(t), r), t >= Q, lam, cohort)
             last, first = self._measure(r, new, last, first, t == Q)
+            slope = norm(optax.tree.sub(moved, y)) / (self.inner_lr * self.local_steps)
             return moved, control, new, last, first, slope
 
         zero = jnp.zeros_like(norm(state.y))
@@ -142,10 +143,9 @@ class AggITD(CorrectedUpper, CorrectedLower):
         return h, v, told, keeping(x, y, kept), cohort
 
     def _turn(self, fed, x, y, control, r, now, lam, cohort):
-        """One turn of the lower loop: (the next y, the next control variate, r^t if `now`, |d_y g|)."""
+        """One turn of the lower loop: (the next y, the next control variate, r^t if `now`)."""
         apart = lambda: fed.average(self.vector_apart, fed.when(now, (x, y)), r, lam, replies=(now,), beside=True)
         if self.one_round:
-            before = control
             if self.independent_cohorts:
                 step, change = fed.average(self.corrected, x, y, control, cohort=cohort)
                 control = moved_mean(control, fed.share, change)
@@ -155,12 +155,12 @@ class AggITD(CorrectedUpper, CorrectedLower):
                 sent = (True, True, now)
                 step, change, new = fed.average(self.corrected_anchor, *message, replies=sent, cohort=cohort)
                 control = moved_mean(control, fed.share, change)
-            return optax.tree.add(y, step), control, new, norm(optax.tree.add(before, change))
+            return optax.tree.add(y, step), control, new
         if self.independent_cohorts:
             q, new = fed.average(self.gradient, x, y, cohort=cohort), apart()
         else:
             q, new = fed.average(self.anchor, x, y, r, lam, replies=(True, now), cohort=cohort)
-        return self.lower_round(fed, x, y, q, cohort), control, new, norm(q)
+        return self.lower_round(fed, x, y, q, cohort), control, new
 
     def _measure(self, r, new, last, first, starting):
         """Norms of the latest and of the first vector that Hessian factors act on ("full": of Horner's increments)."""

@@ -56,8 +56,11 @@ def keeping(x: PyTree, y: PyTree, kept: dict[str, PyTree]) -> State:
 def residual(kept: dict[str, PyTree], now: Any, first: Any = None) -> tuple[Any, dict[str, PyTree]]:
     """(|H v - d_y f| against |d_y f|, what is kept), from the former.
 
-    The latter is known in the first iteration, where v = 0: it is `first`, or `now`, and is kept as "pull".
+    The latter is known in the first iteration, where v = 0: it is `first`, or `now`, and is kept as "pull". A state
+    that was not begun at v = 0 has none: None.
     """
+    if "pull" not in kept:
+        return None, kept
     pull = jnp.where(kept["pull"] > 0, kept["pull"], now if first is None else first).astype(kept["pull"].dtype)
     return growth(now, pull), {**kept, "pull": pull}
 
