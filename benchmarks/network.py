@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from nvflare.collab import CollabRecipe, collab
 
-from fedbilevel.app import digest, load_app
+from fedbilevel.app import load_app
 from fedbilevel.engines.nvflare.server import Server, federate
 from fedbilevel.engines.nvflare.site import Site
 
@@ -59,7 +59,7 @@ class Both(Server):
         y = np.ones(app.begin()[1].shape, np.float32)
         for block in range(BLOCKS):
             (folder := out / str(block)).mkdir(parents=True)
-            federate(app, digest(self.app), folder, False)
+            federate(app, folder, False)
             for kind, message in (("array", y), ("bytes", y.tobytes())):
                 for _ in range(ROUNDS):
                     begin = time.perf_counter()

@@ -8,14 +8,11 @@ site runs it for itself.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.util
 import json
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +20,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .algorithm import Algorithm
+from .bundle import Bundle, Modules, bundle, checked_patterns, declared_files
 from .data import FederatedData
 from .engines.faults import Faults
 from .errors import InputError, check
 from .federation import check_cohort
 from .metrics import checked_metrics
 from .problem import Problem, trainable
-
-MODULE = "fedbilevel_app"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +47,14 @@ class App:
         precision: 32 or 64 bits.
         faults: what to do when sites fail.
         name: what results are filed under; letters, digits, dots, dashes and underscores.
+        files: data files that the app reads, the same wherever it runs (not a site's rows): names relative to its folder, or
+            patterns such as "weights/*.npy". They travel with it. It opens them as `Path(__file__).parent / name`.
+
+    Attributes:
+        origin: the file that defines it and the modules that it has loaded, if `load_app` has read it.
     """
+
+    origin: ClassVar[tuple[Path, Modules] | None] = None
 
     problem: Problem
     algorithm: Algorithm
@@ -67,6 +70,7 @@ class App:
     precision: int = 32
     faults: Faults = Faults()
     name: str = "app"
+    files: Sequence[str] = ()
 
     def __post_init__(self):
         check(isinstance(self.problem, Problem), f"App(problem=...) is a fedbilevel.Problem; got {self.problem!r}.")
@@ -82,6 +86,7 @@ class App:
         good = isinstance(self.name, str) and self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
         check(good, f"App(name=...) is letters, digits, dots, dashes and underscores; got {self.name!r}.")
         checked_metrics(self.metrics)
+        checked_patterns(self.files)
         if self.cohort is not None:
             check_cohort(self.cohort, 2**31)
 
@@ -133,7 +138,19 @@ class App:
         changes = {name: value for name, value in changes.items() if value is not None}
         if "iterations" in changes or "rounds" in changes:
             changes = {"iterations": None, "rounds": None} | changes
-        return dataclasses.replace(self, **changes)
+        new = dataclasses.replace(self, **changes)
+        object.__setattr__(new, "origin", self.origin)
+        return new
+
+    def bundle(self) -> Bundle:
+        """What has to be the same wherever it runs: modules, declared files, versions of packages.
+
+        Raises:
+            InputError: it was not read from a file, or something can be neither shipped nor compared.
+        """
+        check(self.origin is not None, "an app is run elsewhere by its file: read it with load_app.")
+        assert self.origin is not None
+        return bundle(*self.origin, self.files)
 
 
 def load_app(path: str | os.PathLike[str]) -> App:
@@ -144,16 +161,10 @@ def load_app(path: str | os.PathLike[str]) -> App:
     """
     file = Path(path)
     check(file.is_file(), f"there is no file {file}: name the Python file that defines app = fedbilevel.App(...).")
-    spec = importlib.util.spec_from_file_location(MODULE, file)
-    check(spec is not None and spec.loader is not None, f"{file} is not a Python file: its name must end in .py.")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    folder = str(file.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # so that it can import what lies beside it
-    sys.modules[MODULE] = module
+    check(file.suffix == ".py", f"{file} is not a Python file: its name must end in .py.")
+    modules = Modules(file.resolve().parent)
     try:
-        spec.loader.exec_module(module)
+        module = modules.load(file)
     except InputError:
         raise
     except Exception as error:  # whatever the user's file raises
@@ -162,12 +173,9 @@ def load_app(path: str | os.PathLike[str]) -> App:
     found = "it defines no app" if app is None else f"its app is {app!r}"
     check(isinstance(app, App), f"{file} must define app = fedbilevel.App(...); {found}.")
     assert isinstance(app, App)
+    declared_files(modules.folder, app.files)
+    object.__setattr__(app, "origin", (file.absolute(), modules))
     return app
-
-
-def digest(path: str | os.PathLike[str]) -> str:
-    """What tells one version of a file from another."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 # What a site tells of its rows: shapes, never rows -------------------------------------------------------------------

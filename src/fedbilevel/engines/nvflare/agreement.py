@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import PurePosixPath
+from typing import Any
 
 import jax
 import numpy as np
 
-from ...app import App, placeholder
+from ...app import App, apart, placeholder
+from ...bundle import Bundle
 from ...data import FederatedData
+from ...errors import RunError, check
 from ...exchanges import Protocol
 from ...problem import Problem, bind, strong, trainable
 from ...protocol import trace
@@ -51,3 +55,90 @@ def shares(counts: list[list[int]]) -> tuple[list[float], list[float]]:
     inner, outer = np.asarray(counts, float).T
     p = inner / inner.sum()
     return p.tolist(), (outer / outer.sum() / p).tolist()
+
+
+# What sites say of themselves, before a run begins ------------------------------------------------------------------------
+
+_MOST = 100_000  # files or packages of an app
+
+
+def checked_hello(name: str, said: Any, counted: bool) -> dict[str, Any]:
+    """A site's answer to `hello`, if it is one.
+
+    Args:
+        counted: whether it has to say how many rows it has.
+
+    Raises:
+        RunError: it is something else.
+    """
+    text, names = (lambda value: isinstance(value, str)), ("files", "packages", "optional")
+    version = lambda value: value is None or text(value)
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0
+    pair = lambda value, good: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(good, value))
+    table = lambda value: isinstance(value, dict) and len(value) < _MOST and all(map(text, value))
+    fine = (
+        all(table(said.get(part)) for part in names)
+        and all(text(sha) and _inside(file) for file, sha in said["files"].items())
+        and all(version(value) for part in names[1:] for value in said[part].values())
+        and pair(said.get("rows"), text)
+        and (pair(said.get("counts"), whole) if counted else said.get("counts") is None)
+        and whole(said.get("worker"))
+    )
+    if not fine:
+        raise RunError(f"site {name} described itself in a way that cannot be read: has it the same fedbilevel?")
+    return said
+
+
+def _inside(file: str) -> bool:
+    parts = PurePosixPath(file).parts
+    return bool(parts) and not file.startswith("/") and ".." not in parts and "\0" not in file
+
+
+def check_same(name: str, said: dict[str, Any], mine: Bundle) -> None:
+    """Refuse a site whose app is not the server's.
+
+    Raises:
+        InputError: with the files and packages that differ.
+    """
+    files = said["files"]
+    known = {file: mine.sha(file) for file in {*mine.files, *files}}
+    other = [_apart(file, files.get(file), known[file], "another") for file in sorted(known)]
+    check(
+        not any(other),
+        f"site {name} does not run the server's app: {_some(other)}. Deploy the job anew, to all alike.",
+    )
+    always, within = (said["packages"], mine.packages), (said["optional"], mine.optional)
+    both = {package: (always[0].get(package), always[1].get(package)) for package in {**always[0], **always[1]}}
+    both |= {package: (within[0][package], within[1][package]) for package in set(within[0]) & set(within[1])}
+    versions = [_apart(package, theirs, ours) for package, (theirs, ours) in sorted(both.items())]
+    check(
+        not any(versions),
+        f"site {name} has other packages than the server: {_some(versions)}. Install the same versions at both.",
+    )
+
+
+def _apart(what: str, theirs: str | None, mine: str | None, word: str = "") -> str:
+    """What differs, in words; empty if nothing does."""
+    if theirs == mine:
+        return ""
+    if theirs is None or mine is None:
+        has = "it lacks" if theirs is None else "only it has"
+        version = "" if word else f" {theirs or mine}"
+        return f"{has} {what}{version}"
+    return f"it has {word} {what}" if word else f"{what} {theirs}, where the server has {mine}"
+
+
+def _some(words: list[str]) -> str:
+    """The first few of those that are not empty."""
+    words = [each for each in words if each]
+    return "; ".join(words[:3]) + (f"; and {len(words) - 3} more" if len(words) > 3 else "")
+
+
+def check_rows(name: str, rows: list[str], first: str, others: list[str]) -> None:
+    """Refuse a site whose rows are made up otherwise than the first site's."""
+    for level, mine, theirs in zip(("inner", "outer"), rows, others, strict=True):
+        check(
+            mine == theirs,
+            f"{name} has other {level} rows than {first}: {apart(mine, theirs)}. load() has to return rows of the same "
+            "structure, shapes and dtypes at every site.",
+        )

@@ -8,25 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ...app import load_app
+from ...app import App, load_app
 from ...errors import check
 from .server import Server
 from .site import Site
 
 
-def recipe(app: str | Path, settings: dict[str, Any], sites: int, *, out: str = "", resume: bool = False) -> Any:
-    """The nvflare recipe of an application.
-
-    Args:
-        settings: what to change of the app: iterations, rounds, cohort, seed.
-        sites: how many have to be connected before it starts.
-        out: where the server writes its results, on this machine: the sites then read the app where it lies. "": in the
-            server's workspace, under fedbilevel/NAME, and the app travels with the job.
-        resume: go on from where server and sites stand.
-    """
+def _recipe(file: Path, loaded: App, settings: dict[str, Any], sites: int, out: str, resume: bool) -> Any:
+    """The nvflare recipe of an application."""
     from nvflare.collab import CollabRecipe
 
-    file, loaded = Path(app), load_app(app).with_(**settings)
     name = str(file.resolve()) if out else file.name
     made = CollabRecipe(
         job_name=loaded.name,
@@ -41,18 +32,34 @@ def recipe(app: str | Path, settings: dict[str, Any], sites: int, *, out: str = 
     return made
 
 
-def export(app: str | Path, folder: str | Path, settings: dict[str, Any], sites: int, **options: Any) -> Path:
-    """Write the job folder that an operator submits with nvflare's own tools; returns it. Options as for `recipe`."""
-    place = Path(folder)
+def export(
+    app: str | Path, folder: str | Path, settings: dict[str, Any], sites: int, *, out: str = "", resume: bool = False
+) -> Path:
+    """Write the job folder that an operator submits with nvflare's own tools; returns it.
+
+    It holds the app's modules and declared files, in folders as they lie beside the app.
+
+    Args:
+        settings: what to change of the app: iterations, rounds, cohort, seed.
+        sites: how many have to be connected before it starts.
+        out: where the server writes its results, on this machine: the sites then read the app where it
+            lies. "": in the server's workspace, under fedbilevel/NAME, and they read what the job holds.
+        resume: go on from where server and sites stand.
+
+    Raises:
+        InputError: the app cannot be used, or something of it can be neither shipped nor compared.
+    """
+    place, file, loaded = Path(folder), Path(app), load_app(app).with_(**settings)
     check(not place.exists() or place.is_dir(), f"{place} is a file: name a folder for the job.")
-    made = recipe(app, settings, sites, **options)
+    parts = loaded.bundle()
+    made = _recipe(file, loaded, settings, sites, out, resume)
     shutil.rmtree(place / made.job_name, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
         made.export(str(place))
-    for custom in (place / made.job_name).glob(
-        "*/custom"
-    ):  # nvflare adds our own sources: every site has fedbilevel itself
-        for entry in custom.iterdir():
-            if entry.name != Path(app).name:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for custom in (place / made.job_name).glob("*/custom"):
+        shutil.rmtree(custom)  # nvflare adds our own sources: every site has fedbilevel itself
+        for name in parts.files:
+            source = file if name == file.name else parts.folder / name
+            (custom / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, custom / name)
     return place / made.job_name

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from nvflare.collab import collab
 
-from ...app import App, apart, digest, load_app
+from ...app import App, load_app
 from ...callbacks import CSV, Checkpoint, Progress
-from ...errors import InputError, RunError, check
+from ...errors import InputError, RunError
 from ...federation import check_cohort
 from ...protocol import step as iteration
 from ...result import Result, save_variables
@@ -21,7 +21,7 @@ from ...solve import solve
 from ..base import Engine, plan
 from ..faults import Faults
 from ..server_side import Messaging
-from .agreement import derive, fingerprint, placeholder_data, shares
+from .agreement import check_rows, check_same, checked_hello, derive, fingerprint, placeholder_data, shares
 from .ledger import Ledger
 from .transport import CollabTransport, refusal
 
@@ -62,7 +62,7 @@ class Server:
         try:
             app = load_app(file).with_(**self.settings)
             jax.config.update("jax_enable_x64", app.precision == 64)
-            result, sites = federate(app, digest(file), folder, self.resume)
+            result, sites = federate(app, folder, self.resume)
             save_variables(result, folder / "variables.npz")
             outcome = {"status": "done", "iterations": result.iteration, "sites": sites}
         except InputError as error:
@@ -79,17 +79,17 @@ class Server:
             print(f"fedbilevel: {outcome['status']}: {outcome.get('sentence', folder)}", file=sys.stderr, flush=True)
 
 
-def federate(app: App, version: str, folder: Path, resume: bool) -> tuple[Result, dict[str, Any]]:
+def federate(app: App, folder: Path, resume: bool) -> tuple[Result, dict[str, Any]]:
     """Get to know the sites, and solve: (the result, of each site what it compiled)."""
     names = sorted(proxy.name for proxy in collab.clients)
     engine = Collab(names, app.faults, folder / "rounds.csv", resume, app.cohort)
-    weights = engine.meet(app, version)
-    tell(folder, {"status": "running", "workers": engine.transport.workers})
-    data = placeholder_data(engine.schemas, len(names), weights)
-    x, y = app.begin()
-    callbacks = [CSV(folder / "history.csv"), Checkpoint(folder, every=0.0), Progress(app.name)]
-    going_on = folder if resume and (folder / "checkpoint.eqx").is_file() else None
     try:
+        weights = engine.meet(app)
+        tell(folder, {"status": "running", "workers": engine.transport.workers})
+        data = placeholder_data(engine.schemas, len(names), weights)
+        x, y = app.begin()
+        callbacks = [CSV(folder / "history.csv"), Checkpoint(folder, every=0.0), Progress(app.name)]
+        going_on = folder if resume and (folder / "checkpoint.eqx").is_file() else None
         result = solve(
             app.problem, data, app.algorithm, x, y, app.iterations, rounds=app.rounds, key=app.key, engine=engine,
             callbacks=callbacks, metrics=app.metrics, evaluate_every=app.evaluate_every, resume=going_on,
@@ -107,21 +107,16 @@ class Collab(Engine):
         self.transport, self.ledger = CollabTransport(names), Ledger(rounds, names, resume)
         self.schemas: list[str] = []
 
-    def meet(self, app: App, version: str) -> list[float] | None:
+    def meet(self, app: App) -> list[float] | None:
         """Have all sites load their rows and derive the protocol; returns their weights, if they count unalike."""
-        said = self._all(lambda sites: sites.hello())
+        mine = app.bundle()  # first: what can be neither shipped nor compared is refused before anybody is asked
+        told, counted = self._all(lambda sites: sites.hello()), app.weights == "rows"
+        said = {name: checked_hello(name, answer, counted) for name, answer in told.items()}
         first = said[self.names[0]]
         for name, answer in said.items():
-            check(
-                answer["digest"] == version,
-                f"site {name} has another version of the app than the server: deploy the job anew.",
-            )
-            for level, mine, theirs in zip(("inner", "outer"), answer["rows"], first["rows"], strict=True):
-                check(
-                    mine == theirs,
-                    f"{name} has other {level} rows than {self.names[0]}: {apart(mine, theirs)}. load() has to return rows "
-                    "of the same structure, shapes and dtypes at every site.",
-                )
+            check_same(name, answer, mine)
+        for name, answer in said.items():
+            check_rows(name, answer["rows"], self.names[0], first["rows"])
         self.schemas = first["rows"]
         self.transport.workers = {name: answer["worker"] for name, answer in said.items()}
         weights = scales = None

@@ -133,11 +133,14 @@ class _Inside:
         return known[what](payload, **header)
 
     def load(self, payload: bytes) -> tuple[dict, bytes]:
-        """Load the app and this site's rows; say what one row looks like, and how many there are where that is asked."""
+        """Load the app and this site's rows.
+
+        It says what one row looks like, how many there are where that is asked, and of what the app consists here.
+        """
         import jax
         import numpy as np
 
-        from ...app import digest, load_app, schema
+        from ...app import load_app, schema
 
         self.app = load_app(self.file)
         jax.config.update("jax_enable_x64", self.app.precision == 64)
@@ -145,7 +148,7 @@ class _Inside:
         counts = None
         if self.app.weights == "rows":
             counts = [int(np.shape(jax.tree.leaves(level)[0])[0]) for level in self.rows]
-        return {"rows": [schema(level) for level in self.rows], "counts": counts, "digest": digest(self.file)}, b""
+        return {"rows": [schema(level) for level in self.rows], "counts": counts, **self.app.bundle().told()}, b""
 
     def prepare(self, payload, *, index, sites, cohort, seed, scale, protocol, resume) -> tuple[dict, bytes]:
         """Derive the protocol, and get ready to answer; `scale` is what the outer rows' weights sum to, if not one."""
