@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
+import apps
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,16 @@ import pytest
 from quadratic import flat, quadratic
 
 import fedbilevel as fb
+from fedbilevel.app import load_app
 from fedbilevel.engines.loopback import _Looped
+from fedbilevel.engines.transport import Answers as InTransit
 from fedbilevel.result import save_variables
+
+pytest.importorskip("nvflare")
+from fedbilevel.engines.nvflare.agreement import placeholder_data
+from fedbilevel.engines.nvflare.server import AtTheEnd, Collab
+from fedbilevel.engines.nvflare.site import _setup
+from fedbilevel.engines.nvflare.worker import _Inside
 
 Q = quadratic()
 WEIGHTS = [1, 2, 0.5, 3, 1]
@@ -53,12 +63,6 @@ def test_every_client_has_its_own_solution_and_y_is_their_mean(engine, data, p):
     assert jax.tree.structure(result.clients_y) == jax.tree.structure(Q.y)
 
 
-def test_loopback_has_the_same():
-    one, other = (run(MOVING, 12, kind(dropout=0.4), WEIGHTED) for kind in (fb.Simulation, fb.Loopback))
-    np.testing.assert_allclose(each(other), each(one), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(flat(other.y), flat(one.y), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("engine", [fb.Simulation(cohort=2), fb.Loopback(cohort=2)])
 def test_a_client_that_was_never_asked_has_the_start(engine):
     own = each(run(MOVING, 1, engine))
@@ -75,7 +79,7 @@ def test_metrics_see_the_mean_at_every_row():
     assert len({round(value, 6) for value in expected}) == 4
 
 
-@pytest.mark.parametrize("engine", [fb.Simulation(), fb.Loopback()])
+@pytest.mark.parametrize("engine", [fb.Simulation(), pytest.param(fb.Loopback(), marks=pytest.mark.slow)])
 def test_a_run_that_blows_up_keeps_what_was_last_finite(engine):
     wild = fb.FedBiOAccLocal(**STEPS | {"inner_lr": 5.0}, outer_lr=0.02)
     with pytest.raises(fb.Diverged) as failure:
@@ -109,15 +113,20 @@ def test_what_is_not_trained_is_as_in_the_start():
 
 
 @pytest.mark.parametrize(
-    ("engine", "data"), [(fb.Simulation(cohort=2, dropout=0.3), Q.data), (fb.Loopback(dropout=0.4), WEIGHTED)]
+    ("engine", "other", "data"),
+    [
+        (fb.Loopback(dropout=0.4), fb.Simulation(dropout=0.4), WEIGHTED),
+        (fb.Simulation(cohort=2, dropout=0.3), fb.Loopback(cohort=2, dropout=0.3), Q.data),
+    ],
 )
-def test_shared_moves_add_up_to_the_mean_over_all(engine, data):
-    """What a network's server has, that sees no client's own: it is the result of a simulation."""
+def test_shared_moves_add_up_to_the_mean_over_all_on_each_engine(engine, other, data):
+    """What a network's server has, that sees no client's own, is the result of a simulation."""
     result = run(dataclasses.replace(MOVING, share_lower=True), 12, engine, data)
     np.testing.assert_allclose(flat(result.state.y), flat(result.y), rtol=1e-12)
-    alone = run(MOVING, 12, engine, data)
+    alone = run(MOVING, 12, other, data)
     np.testing.assert_array_equal(flat(alone.state.y), flat(Q.y))
-    np.testing.assert_allclose(flat(alone.y), flat(result.y), rtol=1e-13)  # sharing changes no number
+    np.testing.assert_allclose(flat(alone.y), flat(result.y), rtol=1e-12)
+    np.testing.assert_allclose(each(alone), each(result), rtol=1e-12, atol=1e-12)
 
 
 def test_moves_of_a_cohort_drawn_by_weight_do_not_add_up_and_are_refused():
@@ -190,6 +199,98 @@ def test_shared_it_is_their_mean_there_too():
     assert one.history[-1]["bytes_up"] > other.history[-1]["bytes_up"]
 
 
+# At the sites -------------------------------------------------------------------------------------------------------------
+
+LOCAL = "fb.FedBiOAccLocal(inner_lr=0.02, hessian_lr=0.02, outer_lr=0.02, local_steps=2, share_lower=SHARE)"
+
+
+class Answers(dict):
+    """Pairs of name and answer as nvflare has them."""
+
+    failures: ClassVar[dict] = {}
+
+    def __iter__(self):
+        return iter(self.items())
+
+
+class Sites:
+    """Three sites' workers in this process, as the server reaches them over a network."""
+
+    def __init__(self, file, folder, silent=()):
+        self.folder, self.names, self.silent = folder, [f"site-{k}" for k in (1, 2, 3)], silent
+        self.inside = {name: _Inside(str(file), name, folder / name) for name in self.names}
+
+    def every(self, what, headers):
+        return Answers({name: each.do(what, b"", headers(name))[0] for name, each in self.inside.items()})
+
+    def hello(self):
+        return Answers({name: {**said, "worker": 1} for name, said in self.every("load", lambda name: {})})
+
+    def prepare(self, setup):
+        return self.every("prepare", lambda name: _setup(setup, name))
+
+    def finish(self, states):
+        return self.every("finish", lambda name: {"counted": states[name]})
+
+    def ask(self, requests, deadline):
+        answers = InTransit()
+        for client, one in requests.items():
+            header = {"place": one.place, "tag": list(one.tag), "sent": list(one.sent), "wanted": list(one.wanted)}
+            header |= {"counted": list(one.counted), "kept": list(one.kept)}
+            answers.replies[client] = self.inside[self.names[client]].do("answer", one.payload, header)[1]
+            if (one.tag[0] + client) in self.silent:  # it has moved, and its answer is lost
+                answers.failures[client] = ConnectionError(answers.replies.pop(client)[:0].decode())
+        return answers
+
+    def solve(self, app, **options):
+        engine = Collab(self.names, fb.Faults(minimum=1), self.folder / "rounds.csv", False, app.cohort)
+        engine._results = lambda call, seconds: call(self)
+        engine.transport.ask = self.ask
+        try:
+            weights = engine.meet(app)
+            data = placeholder_data(engine.schemas, 3, weights)
+            return fb.solve(
+                app.problem, data, app.algorithm, *app.begin(), app.iterations, key=app.key, engine=engine,
+                metrics=app.metrics, callbacks=[AtTheEnd(engine)], **options,
+            )  # fmt: skip
+        finally:
+            engine.ledger.close()
+
+    def own(self):
+        """What they wrote down."""
+        found = [np.load(self.folder / name / "lower.npz") for name in self.names]
+        return np.stack([one["y"] for one in found])
+
+
+@pytest.fixture
+def app(tmp_path):
+    def write(share, more="iterations=8"):
+        return apps.write(tmp_path, apps.CLOSED_FORM, f"{more}, algorithm={LOCAL.replace('SHARE', str(share))}")
+
+    return write
+
+
+def test_each_site_writes_down_its_own_and_the_server_has_none(app, tmp_path):
+    file = app(share=False, more='iterations=8, metrics={"x": lambda x, y: x[0]}')
+    sites, loaded = Sites(file, tmp_path), load_app(file)
+    with pytest.warns(fb.errors.FedbilevelWarning, match="each site keeps its own"):
+        result = sites.solve(loaded)
+    simulated = fb.solve(loaded.problem, loaded.data(sites.names), loaded.algorithm, *loaded.begin(), 8, key=loaded.key)
+    assert result.y is None and result.clients_y is None
+    np.testing.assert_allclose(result.x, simulated.x, rtol=1e-12)
+    np.testing.assert_allclose(sites.own(), simulated.clients_y, rtol=1e-12)
+    assert np.abs(sites.own()).min(axis=1).max() > 1e-2
+
+
+def test_what_counts_is_what_they_write_down_also_where_answers_were_lost(app, tmp_path):
+    file = app(share=True, more="iterations=8, weights='rows'")
+    sites = Sites(file, tmp_path, silent=(2, 8, 9))  # the last but one of site-2 and site-3, the last of them too
+    result = sites.solve(load_app(file))
+    counts = np.array([6, 7, 8])
+    np.testing.assert_allclose(result.y, counts / counts.sum() @ sites.own(), rtol=1e-12)
+    assert result.clients_y is None
+
+
 # Names of metrics ---------------------------------------------------------------------------------------------------------
 
 
@@ -225,3 +326,17 @@ class Talking(fb.FedBiO):
 def test_metrics_that_cannot_be_columns(metrics, sentence):
     with pytest.raises(fb.InputError, match=sentence):
         run(Talking(), 1, metrics=metrics)
+
+
+@pytest.mark.parametrize("name", ["rounds", "seconds", "seed", "turn"])
+def test_diagnostics_and_constants_take_no_column_s_place_either(name, tmp_path):
+    class Loud(fb.FedBiO):
+        def step(self, fed, state):
+            state, info = super().step(fed, state)
+            return state, {name: info.hypergradient_norm}
+
+    with pytest.raises(fb.InputError, match=f"Loud.step tells of '{name}'"):
+        run(Loud(), 1)
+    if name in ("rounds", "seconds"):
+        with pytest.raises(fb.InputError, match=rf"CSV\(extra=...\) cannot have {name}"):
+            run(fb.FedBiO(), 1, callbacks=[fb.callbacks.CSV(tmp_path / "history.csv", {name: 3})])

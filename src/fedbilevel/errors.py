@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,6 +50,23 @@ def warn(message: str) -> None:
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, FedbilevelWarning, stacklevel=level)
+
+
+@contextlib.contextmanager
+def noting(sentences: list[str]) -> Iterator[None]:
+    """Collect our own warnings, each once, for whoever is to read them elsewhere; others are shown as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FedbilevelWarning)
+        show = warnings.showwarning
+
+        def note(message, category, *place: Any) -> None:
+            if not issubclass(category, FedbilevelWarning):
+                show(message, category, *place)
+            elif str(message) not in sentences:
+                sentences.append(str(message))
+
+        warnings.showwarning = note
+        yield
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:

@@ -17,7 +17,7 @@ _BESIDE = (
     "turn",
     "median_round_seconds",
     "rounds_with_failures",
-)  # in tables beside them
+)  # in tables with them
 
 
 def checked_metrics(metrics: Any, diagnostics: Iterable[str] = ()) -> dict[str, Callable]:
@@ -41,3 +41,18 @@ def checked_metrics(metrics: Any, diagnostics: Iterable[str] = ()) -> dict[str, 
             f"a metric cannot be named {name!r}, for the history has a column of that name: name it otherwise.",
         )
     return dict(metrics)
+
+
+def check_diagnostics(algorithm: str, names: Iterable[str]) -> None:
+    """Refuse diagnostics of an algorithm that would take the place of another column."""
+    for name in names:
+        check(
+            isinstance(name, str) and name not in {*COLUMNS, *_BESIDE},
+            f"{algorithm}.step tells of {name!r}, and the history has a column of that name: name it otherwise.",
+        )
+
+
+def check_constants(names: Iterable[str], columns: Iterable[str]) -> None:
+    """Refuse constant columns of a CSV file that have the names of the history's."""
+    same = sorted(set(names) & set(columns))
+    check(not same, f"CSV(extra=...) cannot have {', '.join(same)}, for the history has it: name it otherwise.")

@@ -16,7 +16,7 @@ from .diagnosis import LEAST, diagnose, largest
 from .engines.base import Carry, Engine, Execution
 from .engines.simulation import Simulation
 from .errors import Diverged, InputError, check
-from .metrics import checked_metrics
+from .metrics import check_diagnostics, checked_metrics
 from .own_lower import Away, Lower
 from .problem import bind, describe, trainable
 from .protocol import check_kinds
@@ -33,6 +33,7 @@ class Run:
 
     Attributes:
         algorithm, history, protocol, metrics: what runs, its rows so far, its protocol, and its metrics by name.
+        lower: where its lower variable is.
         carry: the state after `iteration` iterations.
         rounds, bytes_down, bytes_up, seconds: totals so far.
         goal, progress: the iterations or rounds asked for, and how many of them are done.
@@ -72,8 +73,9 @@ class Run:
         self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
         self._data, self._key, self._every, self._callbacks = data, key, evaluate_every, list(callbacks)
         self.protocol = self._execution.protocol
+        check_diagnostics(type(algorithm).__name__, _fields(self.protocol.info))
         checked_metrics(metrics, _fields(self.protocol.info))
-        self._lower = Lower(self._execution, algorithm, state, self._y_rest)
+        self.lower = Lower(self._execution, algorithm, state, self._y_rest)
         self._most_iterations, self._budget = iterations, rounds
         if rounds is not None:
             least = self.protocol.rounds_most
@@ -147,7 +149,7 @@ class Run:
             for callback in self._callbacks:
                 callback.start(self)
                 started.append(callback)
-            self._lower.tell()
+            self.lower.tell()
             if not self.history:
                 self._record([self._row(None)])
             while (length := self._next_stretch()) > 0:
@@ -246,7 +248,7 @@ class Run:
         row["seconds"] = round(row["seconds"], 6)
         if self.metrics:
             x, y = self.variables()
-            y = Away() if self._lower.away else y
+            y = Away() if self.lower.away else y
             row.update({name: _number(name, metric, x, y) for name, metric in self.metrics.items()})
         return row | self._diagnostics(info) | {"turn": EMPTY if info is None else self._last_turn}
 
@@ -266,11 +268,11 @@ class Run:
 
     def variables(self) -> tuple[PyTree, PyTree]:
         """(x, y) as they stand, structured like the start; y is None where it stays with the clients."""
-        return eqx.combine(self.carry.state.x, self._x_rest), self._lower.one(self.carry)
+        return eqx.combine(self.carry.state.x, self._x_rest), self.lower.one(self.carry)
 
     def _result(self) -> Result:
         x, y = self.variables()
-        own = self._lower.everybody(self.carry)
+        own = self.lower.everybody(self.carry)
         return Result(x, y, self.history, self.protocol, self.carry.state, self.iteration, own)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..metrics import COLUMNS, check_constants
 from ..result import EMPTY
 from .base import Callback
 
@@ -29,6 +30,7 @@ class CSV(Callback):
         self._columns: list[str] = []
 
     def start(self, run) -> None:
+        check_constants(self.extra, {*COLUMNS, *run.metrics})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._whole(run)
 

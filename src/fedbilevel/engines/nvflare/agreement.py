@@ -94,6 +94,14 @@ def _inside(file: str) -> bool:
     return bool(parts) and not file.startswith("/") and ".." not in parts and "\0" not in file
 
 
+def warnings_in(said: dict[str, Any]) -> list[str]:
+    """What a site warns of, as far as it can be read."""
+    found = said.get("warnings")
+    return (
+        [str(each)[:2000] for each in found[:20] if isinstance(each, str)] if isinstance(found, (list, tuple)) else []
+    )
+
+
 def check_same(name: str, said: dict[str, Any], mine: Bundle) -> None:
     """Refuse a site whose app is not the server's.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ...app import App
 from ...callbacks.progress import Meter
-from ...errors import InputError, RunError
+from ...errors import InputError, RunError, warn
 
 MARK = "FEDBILEVEL_RUN"  # in the environment of every process of a run: the folder of its results
 _LOOK = 0.3  # seconds between looks at a run
@@ -64,6 +64,8 @@ def conclude(out: Path) -> None:
     """Raise what became of a run, if it did not end well."""
     file = out / "outcome.json"
     outcome = json.loads(file.read_text()) if file.is_file() else {"status": "failed"}
+    for warning in outcome.get("warnings", ()):
+        warn(warning)
     sentence = outcome.get("sentence", f"nvflare ended the run before it was done: see {out / 'nvflare.log'}.")
     if outcome["status"] == "refused":
         raise InputError(sentence)

@@ -12,8 +12,8 @@ import jax
 from nvflare.collab import collab
 
 from ...app import App, load_app
-from ...callbacks import CSV, Checkpoint, Progress
-from ...errors import InputError, RunError
+from ...callbacks import CSV, Callback, Checkpoint, Progress
+from ...errors import InputError, RunError, noting, warn
 from ...federation import check_cohort
 from ...protocol import step as iteration
 from ...result import Result, save_variables
@@ -21,11 +21,21 @@ from ...solve import solve
 from ..base import Engine, plan
 from ..faults import Faults
 from ..server_side import Messaging
-from .agreement import check_rows, check_same, checked_hello, derive, fingerprint, placeholder_data, shares
+from .agreement import (
+    check_rows,
+    check_same,
+    checked_hello,
+    derive,
+    fingerprint,
+    placeholder_data,
+    shares,
+    warnings_in,
+)
 from .ledger import Ledger
 from .transport import CollabTransport, refusal
 
 _START = 660.0  # seconds within which all sites have loaded their rows, or derived the protocol
+_END = 120.0  # within which all sites have written down what is theirs
 OUTCOME = "outcome.json"
 
 
@@ -59,10 +69,12 @@ class Server:
         folder.mkdir(parents=True, exist_ok=True)
         outcome: dict[str, Any] = {"status": "running"}
         tell(folder, outcome)
+        warned: list[str] = []
         try:
-            app = load_app(file).with_(**self.settings)
-            jax.config.update("jax_enable_x64", app.precision == 64)
-            result, sites = federate(app, folder, self.resume)
+            with noting(warned):
+                app = load_app(file).with_(**self.settings)
+                jax.config.update("jax_enable_x64", app.precision == 64)
+                result, sites = federate(app, folder, self.resume)
             save_variables(result, folder / "variables.npz")
             outcome = {"status": "done", "iterations": result.iteration, "sites": sites}
         except InputError as error:
@@ -75,7 +87,9 @@ class Server:
             outcome = {"status": "failed", "sentence": f"{type(error).__name__}: {error}"}
             raise
         finally:
-            tell(folder, outcome)
+            tell(folder, outcome | {"warnings": warned})
+            for sentence in warned:
+                print(f"fedbilevel: warning: {sentence}", file=sys.stderr)
             print(f"fedbilevel: {outcome['status']}: {outcome.get('sentence', folder)}", file=sys.stderr, flush=True)
 
 
@@ -88,7 +102,7 @@ def federate(app: App, folder: Path, resume: bool) -> tuple[Result, dict[str, An
         tell(folder, {"status": "running", "workers": engine.transport.workers})
         data = placeholder_data(engine.schemas, len(names), weights)
         x, y = app.begin()
-        callbacks = [CSV(folder / "history.csv"), Checkpoint(folder, every=0.0), Progress(app.name)]
+        callbacks = [CSV(folder / "history.csv"), Checkpoint(folder, every=0.0), Progress(app.name), AtTheEnd(engine)]
         going_on = folder if resume and (folder / "checkpoint.eqx").is_file() else None
         result = solve(
             app.problem, data, app.algorithm, x, y, app.iterations, rounds=app.rounds, key=app.key, engine=engine,
@@ -97,6 +111,17 @@ def federate(app: App, folder: Path, resume: bool) -> tuple[Result, dict[str, An
     finally:
         engine.ledger.close()
     return result, {"compiled": engine.transport.traced, "workers": engine.transport.workers}
+
+
+class AtTheEnd(Callback):
+    """Has each site write down the lower variable that is its own, if sites have one."""
+
+    def __init__(self, engine: Collab):
+        self._engine = engine
+
+    def finish(self, run, error):
+        if run.lower.own and (error is None or isinstance(error, RunError)):
+            self._engine.finish(run.carry.client_state)
 
 
 class Collab(Engine):
@@ -131,9 +156,22 @@ class Collab(Engine):
         self._all(lambda sites: sites.prepare(setup))
         return weights
 
+    def finish(self, tags: Any) -> None:
+        """Tell all sites that the run is over, and which of their states counts; warn of those that cannot be told."""
+        states = {name: [int(part) for part in tag] for name, tag in zip(self.names, tags, strict=True)}
+        results = self._results(lambda sites: sites.finish(states), _END)
+        lost = {name: str(error) for name, error in results.failures.items()}
+        lost |= {name: str(error) for name, said in results if (error := refusal(name, said)) is not None}
+        for name, why in sorted(lost.items()):
+            warn(f"site {name} did not write down its own lower variable ({why}): the other sites did.")
+
+    def _results(self, call: Callable[[Any], Any], seconds: float) -> Any:
+        """What nvflare has of a call to all sites: pairs of name and answer, and `failures` by name."""
+        return call(collab.get_clients(self.names)(timeout=seconds))
+
     def _all(self, call: Callable[[Any], Any]) -> dict[str, Any]:
         """What all sites say; none may fail before the run has begun."""
-        results = call(collab.get_clients(self.names)(timeout=_START))
+        results = self._results(call, _START)
         for name, error in results.failures.items():
             raise RunError(f"site {name} is not ready: {error}")
         said = dict(results)
@@ -141,6 +179,8 @@ class Collab(Engine):
             error = refusal(name, answer)
             if error is not None:
                 raise error
+            for sentence in warnings_in(answer):
+                warn(f"{name}: {sentence}")
         return said
 
     def bind(self, problem, data, algorithm, state, key, program=iteration):

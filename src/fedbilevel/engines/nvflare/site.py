@@ -71,6 +71,15 @@ class Site:
         with self._lock:
             return self._said(lambda: self._ready().ask("restart", payload)[0])
 
+    @collab.publish
+    def finish(self, states: dict[str, Any]) -> dict[str, Any]:
+        """The run is over: write down what is this site's own; `states` has the tag of each site's state that counts."""
+        _only_the_server()
+        _check(isinstance(states, dict) and collab.site_name in states, "states has a tag for each site")
+        counted = _tag(states[collab.site_name])
+        with self._lock:
+            return self._said(lambda: self._ready().ask("finish", counted=counted)[0])
+
     @collab.final
     def final(self) -> None:
         """The job is over."""

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+LOWER = "lower.npz"  # a site's own lower variable at the end of a run, in its folder
 START_SECONDS = 600.0  # within which a worker has loaded its site's rows
 
 
@@ -129,8 +130,16 @@ class _Inside:
         self.side: Any = None
 
     def do(self, what: str, payload: bytes, header: dict) -> tuple[dict, bytes]:
-        known = {"load": self.load, "prepare": self.prepare, "answer": self.answer, "restart": self.restart}
-        return known[what](payload, **header)
+        from ...errors import noting
+
+        known = {
+            "load": self.load, "prepare": self.prepare, "answer": self.answer, "restart": self.restart,
+            "finish": self.finish,
+        }  # fmt: skip
+        told: list[str] = []
+        with noting(told):
+            said, numbers = known[what](payload, **header)
+        return ({**said, "warnings": told} if told else said), numbers
 
     def load(self, payload: bytes) -> tuple[dict, bytes]:
         """Load the app and this site's rows.
@@ -206,6 +215,23 @@ class _Inside:
             self._save()
         return {}, b""
 
+    def finish(self, payload, *, counted) -> tuple[dict, bytes]:
+        """The run is over, and the state of this tag counts: write down the lower variable that is this site's own."""
+        import equinox as eqx
+
+        from ...problem import trainable
+        from ...result import save_arrays
+        from ..faults import StateLost
+
+        tag = tuple(counted)
+        if tag not in self.side.states:
+            raise StateLost(f"site {self.site} has no state of exchange {tag}.")
+        own = self.app.algorithm.own_lower(self.side.states[tag])
+        if own is not None:
+            _, rest = trainable(self.app.begin()[1], "y")
+            save_arrays({"y": eqx.combine(own, rest)}, self.folder / LOWER)
+        return {}, b""
+
     # What is kept on disk -------------------------------------------------------------------------------------------
 
     @property
@@ -214,6 +240,7 @@ class _Inside:
 
     def _store(self, resume: bool) -> None:
         """Take up the states that an earlier worker left, or forget them."""
+        (self.folder / LOWER).unlink(missing_ok=True)
         if not self.side.keeps:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
