@@ -27,6 +27,8 @@ from .errors import InputError, check
 from .federation import check_cohort
 from .metrics import checked_metrics
 from .problem import Problem, trainable
+from .rows import as_array
+from .values import Whose, columns_apart, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +183,13 @@ def load_app(path: str | os.PathLike[str]) -> App:
 # What a site tells of its rows: shapes, never rows -------------------------------------------------------------------
 
 
-def schema(rows: PyTree) -> str:
-    """The structure, shapes of one row, and dtypes, as JSON.
+def schema(rows: PyTree, site: str = "this site", level: str = "") -> str:
+    """The structure, shapes of one row, dtypes, and names of columns, as JSON.
 
     Raises:
-        InputError: rows are in another container than a dict, list or tuple.
+        InputError: rows are in another container than a dict, list or tuple, or no numbers.
     """
-    return json.dumps(_schema(rows), sort_keys=True)
+    return json.dumps(_schema(rows, (), Whose(site, f"{level} rows" if level else "rows")), sort_keys=True)
 
 
 def placeholder(text: str) -> PyTree:
@@ -202,35 +204,43 @@ def placeholder(text: str) -> PyTree:
         raise InputError(f"a site described its rows in a way that cannot be read: {error}.") from None
 
 
-def _schema(rows):
+def _schema(rows: Any, path: tuple, whose: Whose) -> dict[str, Any]:
     if isinstance(rows, dict):
         check(all(isinstance(k, str) for k in rows), "rows in a dict go by names: use strings as keys.")
-        return {"dict": {k: _schema(rows[k]) for k in sorted(rows)}}
+        return {"dict": {k: _schema(rows[k], (*path, jax.tree_util.DictKey(k)), whose) for k in sorted(rows)}}
     if type(rows) in (list, tuple):
-        return {type(rows).__name__: [_schema(part) for part in rows]}
+        parts = [_schema(part, (*path, jax.tree_util.SequenceKey(k)), whose) for k, part in enumerate(rows)]
+        return {type(rows).__name__: parts}
     check(
-        hasattr(rows, "shape") and hasattr(rows, "dtype") and np.ndim(rows) >= 1,
+        hasattr(rows, "shape") and np.ndim(rows) >= 1,
         f"rows of an app are dicts, lists and tuples of arrays, rows first; got {type(rows).__name__}.",
     )
-    return {"row": list(map(int, rows.shape[1:])), "dtype": str(rows.dtype)}
+    array, columns = as_array(rows, whose, path, [])
+    named = {} if columns is None else {"columns": list(columns)}
+    return {"row": list(map(int, array.shape[1:])), "dtype": str(whole(array.dtype)), **named}
 
 
 def apart(one: str, other: str) -> str:
-    """What two schemas differ in, in words: the first array that does."""
+    """What two schemas differ in, in words: the first array that does, or the first column."""
     try:
         a, b = (dict(_arrays(json.loads(text), "")) for text in (one, other))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "a description cannot be read"
     for path in sorted(set(a) | set(b)):
         if a.get(path) != b.get(path):
-            said = [rows.get(path, "missing") for rows in (a, b)]
-            return f"{path or 'the array'} is {said[0]} against {said[1]}"
+            mine, theirs = (rows.get(path, ("missing", None)) for rows in (a, b))
+            where = path or "the array"
+            if mine[1] != theirs[1]:
+                return f"{columns_apart(mine[1], theirs[1], 'the former', 'the latter')}, in {where}"
+            return f"{where} is {mine[0]} against {theirs[0]}"
     return "the containers differ"
 
 
 def _arrays(node, path):
+    """(path, (shape in words, columns)) of every array."""
     if "row" in node:
-        yield path, f"{node['dtype']}{['rows', *node['row']]}".replace("'", "")
+        columns = tuple(map(str, node["columns"])) if "columns" in node else None
+        yield path, (f"{node['dtype']}{['rows', *node['row']]}".replace("'", ""), columns)
     for name, part in node.get("dict", {}).items():
         yield from _arrays(part, f"{path}[{name!r}]")
     for index, part in enumerate(node.get("list", node.get("tuple", ()))):

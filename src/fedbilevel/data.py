@@ -8,8 +8,8 @@ it, and only a full batch is padded, for the clients of one cohort, while it is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -18,9 +18,13 @@ import numpy as np
 from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from .errors import check
+from .clients import called, levels, listed
+from .errors import InputError, check
+from .joined import Part, check_levels, join, settle
 from .problem import Problem, Rows, describe
+from .rows import read
 
+Clients = Mapping[Any, PyTree] | Iterable[PyTree]
 LevelName = Literal["inner", "outer"]
 
 
@@ -105,22 +109,55 @@ class Level(eqx.Module):
         return ClientRows(rows, zero, self.counts[index], self.scale[index], count)
 
 
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What clients and columns are called: for messages and tables only.
+
+    All are equal, so that data of other names run the program that is compiled already.
+
+    Attributes:
+        names: (clients,) of the clients; () where they have none.
+        columns: of each level, {path of a table in a client's rows: its columns}.
+    """
+
+    names: tuple[str, ...] = ()
+    columns: dict[str, dict[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Labels)
+
+    def __hash__(self) -> int:
+        return hash(Labels)
+
+
 class FederatedData(eqx.Module):
     """The rows of every client for the inner and the outer level; build it with `stack` or `split`.
 
     Attributes:
         inner, outer: the two levels.
         weights: (clients,) the p_i of the inner level, summing to one; None when all clients count alike.
+        labels: what clients and columns are called (see `names`, `columns`).
     """
 
     inner: Level
     outer: Level
     weights: Float[Array, " clients"] | None = None
+    labels: Labels = eqx.field(static=True, default=Labels())
 
     @property
     def clients(self) -> int:
         """How many clients there are."""
         return self.inner.counts.shape[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """(clients,) what the clients are called in messages and tables."""
+        own = self.labels.names
+        return own if len(own) == self.clients else tuple(f"client {i}" for i in range(self.clients))
+
+    def columns(self, level: LevelName) -> dict[str, tuple[str, ...]]:
+        """The names of the columns of a level's tables, by where a table is in a client's rows ("" where it is all)."""
+        return self.labels.columns.get(level, {})
 
     def count(self, level: LevelName) -> np.ndarray:
         """(clients,) how many rows each client has at a level."""
@@ -129,67 +166,85 @@ class FederatedData(eqx.Module):
     @classmethod
     def stack(
         cls,
-        inner: Sequence[PyTree],
-        outer: Sequence[PyTree],
+        inner: Clients,
+        outer: Clients,
         weights: Literal["rows"] | Sequence[float] | None = None,
         names: Sequence[str] | None = None,
     ) -> FederatedData:
         """Put the clients' own data sets side by side.
 
         Args:
-            inner, outer: one pytree of arrays per client, rows first: leaves are (n_i, ...); n_i may differ between
-                clients and levels, everything else must agree.
+            inner, outer: each client's rows, in a list or as {client: rows}. Rows are a pytree of arrays, rows first:
+                leaves are (n_i, ...); n_i may differ between clients and levels, everything else must agree. A pandas
+                table is an array whose columns have names, which must agree too, between clients and between levels.
+                A mapping is clients by name if its values are mappings, tuples, tables or modules; of bare arrays it is
+                refused, for it may as well be one data set. An array's first axis is the clients.
             weights: the weight p_i of each client in both levels' means: None (all alike), "rows" (at each level
                 in proportion to the client's rows there) or numbers (normalised to sum to one).
-            names: what to call the clients in messages; None: client 0, client 1, ...
+            names: what to call the clients of a list in messages; None: client 0, client 1, ...
 
         Raises:
-            InputError: no or different numbers of clients, an empty client, clients of other structure, shapes or
-                dtypes, leaves of unequal length, NaN or infinite values, or unusable weights.
+            InputError: no or different clients, an empty client, clients of other structure, columns, shapes or
+                dtypes, arrays of unequal length, values that are no numbers, missing, NaN or infinite, values that do
+                not survive in 32 bits (nothing is narrowed with `jax_enable_x64`), or unusable weights or names.
+
+        Warns:
+            FedbilevelWarning: values become zero in 32 bits, or distinct integers kept as floats become equal.
         """
-        whole = lambda clients: [(rows, slice(None)) for rows in clients]
-        return cls._join(whole(inner), whole(outer), weights, names)
+        one, other, names = levels(inner, outer, names)
+        whole = lambda clients, level: [
+            (read(rows, name, level), slice(None)) for rows, name in zip(clients, names, strict=True)
+        ]
+        return cls._join(whole(one, "inner"), whole(other, "outer"), weights, names)
 
     @classmethod
     def split(
         cls,
-        clients: Sequence[PyTree],
+        clients: Clients,
         outer: float,
         key: Key[Array, ""],
         weights: Literal["rows"] | Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
     ) -> FederatedData:
         """Split each client's one data set at random into inner (training) and outer (validation) rows.
 
         Args:
-            clients: one pytree of arrays per client, leaves (n_i, ...), n_i >= 2.
+            clients: each client's rows, as for `stack`; n_i >= 2.
             outer: the share of rows for the outer level, in (0, 1); each level gets at least one row of each client.
             key: decides which rows go where.
-            weights: as for `stack`.
+            weights, names: as for `stack`.
 
         Raises:
             InputError: as `stack`, or a client with fewer than two rows, or a share outside (0, 1).
+
+        Warns:
+            FedbilevelWarning: as `stack`.
         """
-        check(0.0 < outer < 1.0, f"outer= is the share of rows for the outer level, between 0 and 1; got {outer}.")
+        number = isinstance(outer, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(outer) == 0
+        check(
+            number and 0.0 < outer < 1.0,
+            f"outer= is the share of rows for the outer level, between 0 and 1; got {outer}.",
+        )
+        key, sets = as_key(key), listed(clients, "clients")
+        names = called(clients, names, len(sets))
         inside, outside = [], []
-        for index, rows in enumerate(clients):
-            rows = jax.tree.map(np.asarray, rows)
-            count = _length(rows, f"client {index}", "one")
-            check(count >= 2, f"client {index} has {count} rows, but a split needs at least 2: one for each level.")
+        for index, (rows, name) in enumerate(zip(sets, names, strict=True)):
+            own = read(rows, name)
+            count = len(own.leaves[0])
+            if count < 2:
+                raise InputError(f"{name} has {count} rows, but a split needs at least 2: one for each level.")
             order = generator(jax.random.fold_in(key, index)).permutation(count)
-            held = min(max(round(outer * count), 1), count - 1)
-            outside.append((rows, order[:held]))
-            inside.append((rows, order[held:]))
-        return cls._join(inside, outside, weights)
+            held = min(max(round(float(outer) * count), 1), count - 1)
+            outside.append((own, order[:held]))
+            inside.append((own, order[held:]))
+        check(inside, "there are no clients: pass one pytree of arrays per client.")
+        return cls._join(inside, outside, weights, names)
 
     @classmethod
-    def _join(cls, inner: Sequence[_Part], outer: Sequence[_Part], weights, names=None) -> FederatedData:
-        check(len(inner) > 0, "there are no clients: pass one pytree of arrays per client.")
-        check(
-            len(inner) == len(outer),
-            f"every client needs rows at both levels; got {len(inner)} inner and {len(outer)} outer data sets.",
-        )
-        names = names or [f"client {index}" for index in range(len(inner))]
-        one, other = _flatten(inner, "inner", names), _flatten(outer, "outer", names)
+    def _join(cls, inner: Sequence[Part], outer: Sequence[Part], weights, names: tuple[str, ...]) -> FederatedData:
+        one, other = join(inner, "inner", names), join(outer, "outer", names)
+        check_levels(one, other)
+        settle(one, other)
         p_inner, p_outer = _weights(weights, one.counts, other.counts)
         m = len(inner)
         uniform = weights is None
@@ -205,7 +260,22 @@ class FederatedData(eqx.Module):
             as_level(one, np.ones(m)),
             as_level(other, scale),
             None if uniform else jnp.asarray(p_inner, jnp.result_type(float)),
+            Labels(names, {level.level: level.columns for level in (one, other)}),
         )
+
+
+def as_key(key: Any) -> Key[Array, ""]:
+    """One jax key; a raw one (`jax.random.PRNGKey`) means the same as `jax.random.key`.
+
+    Raises:
+        InputError: it is no key, or several.
+    """
+    raw = isinstance(key, jax.Array) and key.dtype == np.uint32 and key.shape == (2,)
+    if raw:
+        return jax.random.wrap_key_data(key, impl="threefry2x32")
+    good = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    check(good, f"key= is a jax.random.key(seed), one key; got {'' if good else describe(key)}.")
+    return key
 
 
 def random_below(key: Key[Array, ""], stream: Int[Array, ""] | int, bounds: Int[Array, " n"]) -> Int[Array, " n"]:
@@ -225,66 +295,7 @@ def random_below(key: Key[Array, ""], stream: Int[Array, ""] | int, bounds: Int[
 
 def generator(key: Key[Array, ""]) -> np.random.Generator:
     """A numpy generator seeded by a jax key: for what is done once, on the host, over whole data sets."""
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint32))
-
-
-_Part = tuple[PyTree, "slice | np.ndarray"]  # a client's rows, and which of them
-
-
-class _Flat:
-    def __init__(self, rows: PyTree, counts: np.ndarray):
-        self.rows, self.counts = rows, counts
-        self.offsets = np.concatenate([[0], np.cumsum(counts)[:-1]])
-
-
-def _length(rows: PyTree, name: str, level: str) -> int:
-    leaves = jax.tree.leaves(rows)
-    check(leaves, f"{name} has no arrays at the {level} level.")
-    check(
-        all(leaf.ndim > 0 and len(leaf) == len(leaves[0]) for leaf in leaves),
-        f"{name}: the arrays of one data set must have the same number of rows, got {describe(rows)}.",
-    )
-    return len(leaves[0])
-
-
-def _flatten(clients: Sequence[_Part], level: LevelName, names: Sequence[str]) -> _Flat:
-    """The chosen rows of every client, side by side; each is copied once, straight to its place."""
-    clients = [(jax.tree.map(np.asarray, rows), chosen) for rows, chosen in clients]
-    length = lambda name, rows, chosen: len(np.arange(_length(rows, name, level))[chosen])
-    counts = np.array([length(name, *part) for name, part in zip(names, clients, strict=True)])
-    for index in map(int, np.flatnonzero(counts == 0)):
-        check(False, f"{names[index]} has no {level} rows: leave it out, or give it at least one row.")
-    check(counts.sum() < 2**31, f"{counts.sum()} {level} rows are more than this version can index (2**31 - 1).")
-    first = clients[0][0]
-    for index, (rows, _) in enumerate(clients):
-        check(
-            _signature(rows) == _signature(first),
-            f"{names[index]} has other {level} data than {names[0]}: {describe(rows)} against {describe(first)} "
-            f"(only the number of rows may differ).",
-        )
-        for leaf in jax.tree.leaves(rows):
-            check(
-                not np.issubdtype(leaf.dtype, np.inexact) or np.isfinite(leaf).all(),
-                f"{names[index]} has NaN or infinite values in its {level} rows: clean or drop them first.",
-            )
-            check(
-                leaf.dtype.kind in "biufcV",  # V: bfloat16 and its like
-                f"{names[index]} has {leaf.dtype} values in its {level} rows, which are no numbers: encode them first.",
-            )
-    ends = np.cumsum(counts)
-
-    def side_by_side(*leaves):
-        flat = np.empty((ends[-1], *leaves[0].shape[1:]), leaves[0].dtype)
-        for leaf, (_, chosen), count, end in zip(leaves, clients, counts, ends, strict=True):
-            flat[end - count : end] = leaf[chosen]
-        return jnp.asarray(flat)
-
-    return _Flat(jax.tree.map(side_by_side, *[rows for rows, _ in clients]), counts)
-
-
-def _signature(rows: PyTree):
-    leaves, structure = jax.tree.flatten(rows)
-    return structure, [(leaf.shape[1:], leaf.dtype) for leaf in leaves]
+    return np.random.default_rng(np.asarray(jax.random.key_data(as_key(key))).astype(np.uint32))
 
 
 def _weights(weights, inner_counts, outer_counts) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .errors import InputError, check
 
+_MANY, _LONG = 64, 1000  # arrays and characters that a message spells out
+
 Loss = Callable[..., Float[Array, ""]]
 
 
@@ -273,5 +275,9 @@ def _shape_of(function: Callable, variables: tuple, data: tuple, what: str) -> P
 
 
 def describe(tree: PyTree) -> str:
-    """The shapes of a pytree in one line: `{'w': float32[3], 'b': float32[]}`."""
-    return eqx.tree_pformat(tree, short_arrays=True, width=10_000).replace("\n", " ")
+    """The shapes of a pytree in one line: `{'w': float32[3], 'b': float32[]}`; of a large one its first array only."""
+    leaves = jax.tree.leaves(tree)
+    if len(leaves) > _MANY:
+        return f"a {type(tree).__name__} of {len(leaves)} arrays, the first {describe(leaves[0])}"
+    text = eqx.tree_pformat(tree, short_arrays=True, width=10_000).replace("\n", " ")
+    return text if len(text) <= _LONG else text[:_LONG] + "..."

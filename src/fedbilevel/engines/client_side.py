@@ -40,6 +40,7 @@ class ClientSide:
         index: which of the clients this one is: it decides its random keys.
         state: what it keeps at the start (`Algorithm.client_init`), or None.
         run: runs (algorithm, method's name, client, message), compiled or not.
+        name: what it is called in messages; None: client INDEX.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class ClientSide:
         index: int,
         state: PyTree,
         run: Callable[..., Any],
+        name: str | None = None,
     ):
         self.states: dict[Tag, PyTree] = {START: state}
         self.keeps = state is not None
         self._problem, self._rows, self._algorithm, self._key, self._index = problem, rows, algorithm, key, index
         self._sites = [protocol.sites[path] for path in sorted(protocol.sites)]
         self._run = run
+        self._name = f"client {index}" if name is None else name
 
     def answer(self, request: Request) -> bytes:
         """The reply's numbers.
@@ -82,14 +85,13 @@ class ClientSide:
         except InputError:
             raise
         except Exception as error:  # whatever the user's method raises
-            where = f"client {self._index} failed in {type(self._algorithm).__name__}.{site.name}"
+            where = f"{self._name} failed in {type(self._algorithm).__name__}.{site.name}"
             inner, outer = (rows.count for rows in self._rows)
             what = f"it was sent {describe(message)} and holds {int(inner)} inner and {int(outer)} outer rows"
             raise ClientError(f"{where}: {type(error).__name__}: {error} ({what}).") from error
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), reply)
         check(
-            describe(shapes) == describe(site.reply),
-            f"client {self._index} replied to {site.name} with {describe(reply)}, "
+            _signature(reply) == _signature(site.reply),
+            f"{self._name} replied to {site.name} with {describe(reply)}, "
             f"where the protocol says {describe(site.reply)}.",
         )
         if self.keeps:
@@ -113,10 +115,15 @@ class ClientSide:
         if not self.keeps:
             return None
         if request.counted not in self.states:
-            raise StateLost(f"client {self._index} has no state of exchange {request.counted}.")
+            raise StateLost(f"{self._name} has no state of exchange {request.counted}.")
         alive = lambda tag: request.kept <= tag <= request.counted
         self.states = {tag: state for tag, state in self.states.items() if alive(tag)}
         return self.states[request.counted]
+
+
+def _signature(tree: PyTree) -> tuple[Any, list]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 class Methods:

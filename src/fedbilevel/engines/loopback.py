@@ -78,7 +78,7 @@ class _Looped(Messaging):
     def advance(self, algorithm, carry, iterations, limit):
         leaves, states = as_leaves(algorithm), carry.client_state or [None] * self.data.clients
         clients = self.clients.members = [
-            ClientSide(self.problem, rows, leaves, self.protocol, self.key, i, state, self.methods)
+            ClientSide(self.problem, rows, leaves, self.protocol, self.key, i, state, self.methods, self.data.names[i])
             for i, (rows, state) in enumerate(zip(self.rows, states, strict=True))
         ]
         self.clients.first = lambda x, y: strong(algorithm.client_init(x, y))

@@ -154,10 +154,11 @@ class _Inside:
         self.app = load_app(self.file)
         jax.config.update("jax_enable_x64", self.app.precision == 64)
         self.rows = self.app.rows(self.site)
+        schemas = [schema(rows, self.site, level) for rows, level in zip(self.rows, ("inner", "outer"), strict=True)]
         counts = None
         if self.app.weights == "rows":
             counts = [int(np.shape(jax.tree.leaves(level)[0])[0]) for level in self.rows]
-        return {"rows": [schema(level) for level in self.rows], "counts": counts, **self.app.bundle().told()}, b""
+        return {"rows": schemas, "counts": counts, **self.app.bundle().told()}, b""
 
     def prepare(self, payload, *, index, sites, cohort, seed, scale, protocol, resume) -> tuple[dict, bytes]:
         """Derive the protocol, and get ready to answer; `scale` is what the outer rows' weights sum to, if not one."""
@@ -186,8 +187,9 @@ class _Inside:
             outer = eqx.tree_at(lambda rows: rows.scale, outer, jnp.asarray(scale, outer.scale.dtype))
         first = client_state(app.algorithm, state)
         self.side = ClientSide(
-            problem, (inner, outer), as_leaves(app.algorithm), derived, jax.random.key(seed), index, first, Methods()
-        )
+            problem, (inner, outer), as_leaves(app.algorithm), derived, jax.random.key(seed), index, first, Methods(),
+            self.site,
+        )  # fmt: skip
         self._store(resume)
         return {}, b""
 
