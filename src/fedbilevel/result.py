@@ -41,6 +41,10 @@ class History(list):
                 row.update({name: EMPTY for name in columns if name not in row})
         self.extend(rows)
 
+    def give_up(self, iteration: int) -> None:
+        """Drop the rows after an iteration, to which the run went back."""
+        self[:] = [row for row in self if row["iteration"] <= iteration]
+
     def to_dataframe(self):
         """The rows as a pandas DataFrame."""
         import pandas

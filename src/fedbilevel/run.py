@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
@@ -20,6 +20,7 @@ from .metrics import check_diagnostics, checked_metrics
 from .own_lower import Away, Lower
 from .problem import bind, describe, trainable
 from .protocol import check_kinds
+from .recovery import recovery, saved_snapshot
 from .result import EMPTY, History, Result
 from .swing import Trail
 from .watch import precision
@@ -91,12 +92,16 @@ class Run:
         self._limit = _BLOWN_UP * max(1.0, largest(state))
         self._first: Carry | None = self.carry  # for as long as a run that blows up is repeated from there
         self._healthy = self.carry
+        self._recovery = recovery(self._execution, algorithm, self.carry)
         self._pace: float | None = None
         self._last_info: Any = None
         self._trail, self._last_turn = Trail(), EMPTY
         self._last_row: dict[str, Any] | None = None
         if resume is not None:
-            self.carry, totals, rows = load(resume, self.carry, self.fingerprint())
+            start = self.carry
+            self.carry, totals, rows = load(resume, start, self.fingerprint())
+            if self._recovery is not None:
+                self._recovery.snapshot = saved_snapshot(resume, start)
             off_grid = (
                 rows and rows[-1]["iteration"] % evaluate_every
             )  # a last row: the uninterrupted run may have none
@@ -125,8 +130,16 @@ class Run:
         return {name: getattr(self, name) for name in ("rounds", "bytes_down", "bytes_up", "seconds")}
 
     def keep(self, carry: Carry) -> None:
-        """Hear that the run can be resumed from `carry`, so that nothing before it is needed any more."""
-        self._execution.keep(carry)
+        """Hear that the run can be resumed from `carry`, so that nothing before it is needed any more.
+
+        (But for what it may go back to.)
+        """
+        self._execution.keep(self.snapshot or carry)
+
+    @property
+    def snapshot(self) -> Carry | None:
+        """Where the run goes back to if it blows up; None: it then ends."""
+        return None if self._recovery is None else self._recovery.snapshot
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes this run itself: a checkpoint of another one is refused."""
@@ -178,7 +191,8 @@ class Run:
             left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
         paced = 1 if self._pace is None else max(1, int(_STRETCH / max(self._pace, 1e-9)))
         to_row = self._every - self.iteration % self._every if self.metrics else left
-        return min(left, paced, to_row, self._execution.longest or left)
+        to_snapshot = left if self._recovery is None else self._recovery.until_snapshot(self.iteration)
+        return min(left, paced, to_row, to_snapshot, self._execution.longest or left)
 
     def _fewest_rounds(self) -> int:
         return (
@@ -191,11 +205,12 @@ class Run:
         """Advance by `length` iterations; False if they do not fit the budget (nothing is changed then)."""
         before = self.carry
         after, record = self._execution.advance(self.algorithm, before, length, self._limit)
-        if self._budget is not None and self.rounds + sum(record.rounds) > self._budget:
+        blown = record.spent[0] if self._recovery is not None else 0
+        if self._budget is not None and self.rounds + sum(record.rounds) + blown > self._budget:
             return False
         if not record.finite:
-            self._fail(before, after, record)
-        self.carry = after
+            return self._go_back(before, after, record) or self._fail(before, after, record)
+        self.carry = after if self._recovery is None else self._recovery.note(after)
         if not any(callback.saves for callback in self._callbacks):
             self.keep(after)
         self._pace = record.seconds / length
@@ -221,20 +236,45 @@ class Run:
         if rows:
             self._record(rows)
 
-    def _fail(self, before: Carry, after: Carry, record) -> None:
+    def _last_good(self, before: Carry, record) -> Carry:
+        """The carry after the last good iteration of a stretch in which one blew up."""
+        if record.last is not None or not record.done:
+            return record.last or before
+        return self._execution.advance(self.algorithm, before, record.done, self._limit)[0]
+
+    def _go_back(self, before: Carry, after: Carry, record) -> bool:
+        """After a blow-up, to the last snapshot with half the automatic step; False if the run has to end."""
+        if self._recovery is None:
+            return False
+        spare = None if self._budget is None else self._budget - self.rounds - sum(record.rounds) - record.spent[0]
+        back = self._recovery.back(self._last_good(before, record), after, self._limit, spare)
+        if back is None:
+            return False
+        self.carry, measured = back
+        for spent in (record, measured):
+            if spent is not None:
+                self.rounds += sum(spent.rounds) + spent.spent[0]
+                self.bytes_down += sum(spent.bytes_down) + spent.spent[1]
+                self.bytes_up += sum(spent.bytes_up) + spent.spent[2]
+                self.seconds += spent.seconds
+        self._last_info, self._last_row, self._last_turn = None, None, EMPTY
+        self._trail = Trail()  # moves that were given up say nothing
+        self._first = self._healthy = self.carry
+        self.history.give_up(self.iteration)
+        for callback in self._callbacks:
+            callback.went_back(self)
+        return True
+
+    def _fail(self, before: Carry, after: Carry, record) -> NoReturn:
         """Go back to the last finite iteration, say what blew up, and raise with all there is."""
-        last = before
-        if record.last is not None:
-            last = record.last
-        elif record.done:
-            last, _ = self._execution.advance(self.algorithm, before, record.done, self._limit)
-        self.carry = last
+        self.carry = self._last_good(before, record)
         self._account(before.iteration, record)
         if self.history[-1]["iteration"] < self.iteration:
             self._record([self._row(self._last_info)])
         # the first step may be the one that goes too far: what follows it looks healthy and is not
         healthy = self._first if self._first is not None and after.iteration <= LEAST else self._healthy
-        raise Diverged(diagnose(self._execution, self.algorithm, healthy, after, self._limit), self._result())
+        why = diagnose(self._execution, self.algorithm, healthy, after, self._limit)
+        raise Diverged(why if self._recovery is None else self._recovery.spent(why), self._result())
 
     # Rows -----------------------------------------------------------------------------------------------------------
 
@@ -250,7 +290,9 @@ class Run:
             x, y = self.variables()
             y = Away() if self.lower.away else y
             row.update({name: _number(name, metric, x, y) for name, metric in self.metrics.items()})
-        return row | self._diagnostics(info) | {"turn": EMPTY if info is None else self._last_turn}
+        turn = {"turn": EMPTY if info is None else self._last_turn}
+        halvings = {} if self._recovery is None else {"halvings": self._recovery.halvings}
+        return row | self._diagnostics(info) | turn | halvings
 
     def _diagnostics(self, info: Any) -> dict[str, float]:
         """Scalars of the algorithm's diagnostics as columns; NaN at the start, where there are none yet."""

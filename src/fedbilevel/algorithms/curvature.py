@@ -15,6 +15,14 @@ too large after four). Then lam = 1/(1.2 L):
   steps on v): in one round if everyone takes part with all rows.
 
 In either case the step travels with each message that a Hessian factor needs: one number more.
+
+Curvature may grow in between (a loss that is flat far from its data; a threshold that x passes). Then the vector that the
+factors act on grows: once it is four times as long as it was at the last measurement, the next iteration measures again. If
+it is ten times as long and the step is found to have been beyond 2/L, x moved along what is no estimate of anything: the
+state says so (`alarm`), and the run goes back to an earlier state, as it does after any blow-up (`fedbilevel.recovery`).
+There the step is half of what it was (`halved`), up to ten times; and the curvature where it went wrong is the least to
+reckon with for a while: this floor is halved every 20 iterations. Algorithms that keep no vector are watched by the length
+of what they make of it: v, or the hypergradient.
 """
 
 from __future__ import annotations
@@ -34,6 +42,9 @@ from .steps import growth
 EVERY = 20  # iterations between measurements
 STEPS = 5  # of Lanczos; also the rounds of a measurement
 MARGIN = 1.2
+GROWN = 4.0  # how much longer a vector is than at the last measurement, for another one
+THROWN = 10.0  # how much longer, for going back where the step was too large
+HALVINGS = 10  # at most
 _FORGET = 0.9  # how much of an earlier, larger curvature of sampled clients is kept
 
 
@@ -78,8 +89,9 @@ class AutoStep(Algorithm):
         """What the state holds besides x and y, at the start."""
         if not self.measures_curvature:
             return {}
-        zero = jnp.zeros((), optax.tree.norm(y).dtype)
-        return {"curvature": {"largest": zero, "iteration": jnp.zeros((), jnp.int32)}}
+        none, zero = jnp.zeros((), jnp.int32), jnp.zeros((), optax.tree.norm(y).dtype)
+        numbers = dict.fromkeys(("largest", "floor", "vector", "watched", "alarm"), zero)
+        return {"curvature": numbers | dict.fromkeys(("iteration", "again", "halvings"), none)}
 
     @property
     def measures_curvature(self) -> bool:
@@ -97,8 +109,10 @@ class AutoStep(Algorithm):
         if not self.measures_curvature:
             return None, kept
         before = kept["curvature"]
-        k = before["iteration"]
+        k, size = before["iteration"], self._watched(kept)
+        longer = lambda times: (before["watched"] > 0) & (size > times * before["watched"])
         due, soon = k % EVERY == 0, (k < EVERY) & (k & (k - 1) == 0)
+        soon = soon | longer(GROWN) | (before["again"] > 0)
         x, y = state.x, state.y
         everything = fed.cohort_size == fed.clients and self.batch_size is None
         if everything and not self.local_factors:
@@ -112,8 +126,55 @@ class AutoStep(Algorithm):
             due = due | soon
             measured = fed.repeat(times, turn, _FORGET * before["largest"], most=most)
         largest = jnp.where(due, measured, before["largest"])
-        lam = 1 / (MARGIN * jnp.maximum(largest, float(jnp.finfo(largest.dtype).tiny) ** 0.5))
-        return lam, {**kept, "curvature": {"largest": largest, "iteration": before["iteration"] + 1}}
+        too_large = ~(_step(before) * largest <= 2)  # or no number
+        thrown = due & longer(THROWN) & too_large & (before["halvings"] < HALVINGS)
+        now = {
+            **before,
+            "largest": largest,
+            "floor": jnp.where(k % EVERY == 0, 0.5, 1.0).astype(largest.dtype) * before["floor"],
+            "watched": jnp.where(due, size, before["watched"]),
+            "alarm": jnp.where(thrown, jnp.inf, 0.0).astype(largest.dtype),  # no state that a run goes on from
+            "iteration": k + 1,
+            "again": jnp.zeros_like(k),
+        }
+        return _step(now), {**kept, "curvature": now}
+
+    def _watched(self, kept: dict[str, PyTree]) -> Float[Array, ""]:
+        """How long the vector is that the factors act on, as far as the server knows."""
+        last = kept["curvature"]["vector"]
+        return optax.tree.norm(kept["v"]).astype(last.dtype) if "v" in kept else last
+
+    def watch(self, kept: dict[str, PyTree], size: Any) -> dict[str, PyTree]:
+        """What the state keeps, where no v is kept: with the length of what an iteration made of its vector."""
+        if not self.measures_curvature:
+            return kept
+        curvature = kept["curvature"]
+        return {**kept, "curvature": {**curvature, "vector": jnp.asarray(size, curvature["vector"].dtype)}}
+
+    # Going back, of which `fedbilevel.recovery` makes use -----------------------------------------------------------
+
+    def calm(self, state: Any) -> bool:
+        """Whether the vector is no longer than may be, so that a run can come back to this state."""
+        memory = state.kept["curvature"]
+        return not bool(memory["watched"] > 0) or bool(self._watched(state.kept) <= GROWN * memory["watched"])
+
+    def measuring(self, state: Any) -> Any:
+        """The state, from which the next iteration measures."""
+        return _remembering(state, again=jnp.ones((), jnp.int32))
+
+    def halved(self, state: Any, halvings: int, last: Any, seen: Any) -> Any:
+        """The state, with a step that was halved so often.
+
+        Args:
+            last: the state after the last good iteration.
+            seen: the state after a measurement there. What it says beyond `HALVINGS` halvings is not believed.
+        """
+        floor, known = state.kept["curvature"]["floor"], last.kept["curvature"]["largest"]
+        largest = seen.kept["curvature"]["largest"]
+        most = jnp.where(known > 0, jnp.ldexp(known, HALVINGS), largest)
+        found = jnp.where(jnp.isfinite(largest), jnp.minimum(largest, most), jnp.zeros_like(floor))
+        floor = jnp.maximum(floor, 2 * found)  # the measurement that comes next halves it
+        return _remembering(state, halvings=jnp.asarray(halvings, jnp.int32), floor=floor)
 
     def lam(self, sent: Any) -> Any:
         """The step of the Hessian factors: the one that came with the message, or else the configured one."""
@@ -130,6 +191,17 @@ class AutoStep(Algorithm):
         rows = client.batches("inner", self.batch_size, 1, at=x)(0)
         turn = lambda t, basis: extend(t, basis, client.problem.hessian_vector(x, y, basis["v"], rows))
         return largest_ritz_value(jax.lax.fori_loop(0, STEPS, turn, krylov(y)))
+
+
+def _step(memory: dict[str, Any]) -> Float[Array, ""]:
+    """lam of the curvature as it is known."""
+    largest = jnp.maximum(memory["largest"], memory["floor"])
+    step = 1 / (MARGIN * jnp.maximum(largest, float(jnp.finfo(largest.dtype).tiny) ** 0.5))
+    return jnp.ldexp(step, -memory["halvings"])
+
+
+def _remembering(state: Any, **changes: Any) -> Any:
+    return keeping(state.x, state.y, {**state.kept, "curvature": {**state.kept["curvature"], **changes}})
 
 
 # Lanczos on a pytree ----------------------------------------------------------------------------------------------------

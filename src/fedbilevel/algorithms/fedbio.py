@@ -122,8 +122,12 @@ class FedBiOAccLocal(FedBiOAcc):
         moved, e, *lower = fed.average(self.own_moves, state.x, kept["estimate"], t, lam)
         after = {**kept, "estimate": e, "time": t + self.local_steps}
         y = moved_mean(state.y, fed.share, lower[0]) if lower else state.y
-        x = optax.tree.add(state.x, moved)
-        return keeping(x, y, after), told(moved, self.outer_lr * self.local_steps)
+        x, info = optax.tree.add(state.x, moved), told(moved, self.outer_lr * self.local_steps)
+        return keeping(x, y, self.watch(after, info.hypergradient_norm)), info
+
+    def largest_curvature(self, client, x, y):
+        """At the client's own y_i: the server does not know them."""
+        return super().largest_curvature(client, x, client.state["lower"][0])
 
     def own_moves(self, client: Client, x: PyTree, e: PyTree, t: Any, lam: Any) -> Reply:
         """The same with the client's own y_i and v_i, which stay."""

@@ -81,6 +81,7 @@ class FedMBO(LocalLower, NeumannSeries):
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         lam, kept = self.hessian_step(fed, state)
         h, y, slope = self._estimate(fed, state.x, state.y, lam)
+        kept = self.watch(kept, norm(h))
         x, kept = outer_step(self.outer_optimizer, state.x, descend(state.x, self.outer_lr, h), kept)
         return keeping(x, y, kept), Info(norm(h), jnp.zeros_like(norm(h)), None, slope)
 

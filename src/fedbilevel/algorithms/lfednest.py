@@ -40,9 +40,9 @@ class _LocalHypergradient(NeumannFields, LocalNeumann):
         y, slope = self.lower_rounds(fed, state.x, state.y)
         mean = fed.average(self.upper, state.x, y, lam)
         moved = norm(optax.tree.sub(mean, state.x))
-        x, kept = outer_step(self.outer_optimizer, state.x, mean, kept)
-        info = Info(moved / (self.outer_lr * self.outer_steps), jnp.zeros_like(moved), lower_gradient_norm=slope)
-        return keeping(x, y, kept), info
+        size = moved / (self.outer_lr * self.outer_steps)
+        x, kept = outer_step(self.outer_optimizer, state.x, mean, self.watch(kept, size))
+        return keeping(x, y, kept), Info(size, jnp.zeros_like(moved), lower_gradient_norm=slope)
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         lam, _ = self.hessian_step(fed, self.init(x, y))

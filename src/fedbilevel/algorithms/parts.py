@@ -134,7 +134,8 @@ class CorrectedUpper(Settings):
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         h, v, told, after, cohort = self.estimate_parts(fed, state)
         mean = self.upper_round(fed, state.x, after.y, v, h, cohort)
-        x, kept = outer_step(self.outer_optimizer, state.x, mean, kept_in(after))
+        kept = self.watch(kept_in(after), norm(v))
+        x, kept = outer_step(self.outer_optimizer, state.x, mean, kept)
         return keeping(x, after.y, kept), Info(norm(h), **told)
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:

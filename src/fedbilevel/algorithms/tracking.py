@@ -78,7 +78,8 @@ class Tracking(AutoStep):
         lag = None
         if rest:
             lag, after = residual({**after, "v": rest[0]}, norm(e[2]))
-        return keeping(x, y, after), dataclasses.replace(info, vector_residual=lag, lower_gradient_norm=norm(e[1]))
+        info = dataclasses.replace(info, vector_residual=lag, lower_gradient_norm=norm(e[1]))
+        return keeping(x, y, self.watch(after, info.hypergradient_norm)), info
 
     def moves(self, client: Client, z: PyTree, e: PyTree, t: Any, lam: Any, scales: PyTree) -> tuple[PyTree, PyTree]:
         """How far the client's steps go from z, and its estimate there."""

@@ -25,5 +25,8 @@ class Callback:
     def record(self, run: Run, rows: list[dict[str, Any]]) -> None:
         """New rows of the history."""
 
+    def went_back(self, run: Run) -> None:
+        """The run went back to an earlier iteration: `run.history` has lost the rows after it."""
+
     def finish(self, run: Run, error: BaseException | None) -> None:
         """The run ended, well (None) or by `error`; called exactly once, also after Ctrl-C."""

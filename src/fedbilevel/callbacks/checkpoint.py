@@ -50,18 +50,27 @@ class Checkpoint(Callback):
         self._save(run)
 
     def _save(self, run) -> None:
-        save(self.folder / FILE, run.carry, run.totals(), list(run.history), run.fingerprint())
+        save(self.folder / FILE, run.carry, run.totals(), list(run.history), run.fingerprint(), run.snapshot)
         run.keep(run.carry)
         self._saved = time.monotonic()
 
 
 def save(
-    path: Path, carry: Carry, totals: dict[str, Any], history: list[dict[str, Any]], fingerprint: dict[str, Any]
+    path: Path,
+    carry: Carry,
+    totals: dict[str, Any],
+    history: list[dict[str, Any]],
+    fingerprint: dict[str, Any],
+    snapshot: Carry | None = None,
 ) -> None:
-    """Write a checkpoint, beside the old one and then in its place."""
+    """Write a checkpoint, beside the old one and then in its place; with where the run may go back to, if it may."""
     rows = [{name: None if value is EMPTY else value for name, value in row.items()} for row in history]
     head = {"iteration": carry.iteration, "totals": totals, "history": rows, "fingerprint": fingerprint}
-    write(path, head, {"state": carry.state, "client_state": carry.client_state})
+    parts = {"state": carry.state, "client_state": carry.client_state}
+    if snapshot is not None:
+        head["snapshot"] = snapshot.iteration
+        parts |= {"snapshot": snapshot.state, "snapshot_client_state": snapshot.client_state}
+    write(path, head, parts)
 
 
 def write(path: Path, head: dict[str, Any], parts: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ class CSV(Callback):
     """Writes each history row as it appears, so that a run that fails leaves all there was.
 
     Columns that appear later (a run resumed with other metrics has new ones) come last, and the
-    file is then written again, whole, in one step. A place where nothing was taken is empty.
+    file is then written again, whole, in one step; so it is where a run goes back. A place where nothing was taken is
+    empty.
 
     Args:
         path: the file; it is replaced at the start (a resumed run writes its restored rows first).
@@ -39,6 +40,9 @@ class CSV(Callback):
             self._whole(run)
             return
         self._write(rows)
+
+    def went_back(self, run) -> None:
+        self._whole(run)
 
     def finish(self, run, error) -> None:
         self._file.close()

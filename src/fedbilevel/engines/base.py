@@ -42,6 +42,7 @@ class Record:
         seconds: wall-clock time, without compilation.
         last: where it blew up, the carry after the last good iteration, if the engine has kept it.
         seen: what was seen of the server's state, leaves as those of `info`; None if no iteration was run.
+        spent: (rounds, bytes down, bytes up) of the iteration that blew up.
     """
 
     done: int
@@ -53,6 +54,7 @@ class Record:
     seconds: float
     last: Carry | None = None
     seen: Seen | None = None
+    spent: tuple[int, int, int] = (0, 0, 0)
 
 
 class Execution(abc.ABC):

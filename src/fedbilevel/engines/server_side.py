@@ -87,6 +87,7 @@ class Messaging(Execution):
     def advance(self, algorithm, carry, iterations, limit):
         algorithm = as_leaves(algorithm)
         rounds, down, up, infos, finite, last, rebuilt = [], [], [], [], True, carry, 0
+        spent = (0, 0, 0)
         watch, compiling = Stopwatch(), self.compiled()
         while len(rounds) < iterations and finite:
             try:
@@ -106,9 +107,12 @@ class Messaging(Execution):
                 rounds.append(fed.rounds)
                 down.append(fed.bytes_down)
                 up.append(fed.bytes_up)
+            else:
+                spent = (fed.rounds, fed.bytes_down, fed.bytes_up)
         info, seen = jax.tree.map(lambda *leaves: np.stack(leaves), *infos) if infos else (None, None)
         seconds = max(0.0, watch.seconds() - (self.compiled() - compiling))
-        return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, None if finite else last, seen)
+        last = None if finite else last
+        return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, last, seen, spent)
 
     def compiled(self) -> float:
         """Seconds spent so far in calls that compiled elsewhere, where that is known."""

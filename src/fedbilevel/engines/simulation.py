@@ -93,7 +93,7 @@ class _Simulated(Execution):
 
     def advance(self, algorithm, carry, iterations, limit):
         rounds, down, up, infos, seconds = [], [], [], [], 0.0
-        finite, left = True, iterations
+        finite, left, spent = True, iterations, (0, 0, 0)
         self._compile(algorithm, carry, limit)
         while left > 0 and finite:
             asked = min(left, _CAPACITY)
@@ -103,11 +103,13 @@ class _Simulated(Execution):
             done, left = int(done), left - asked
             finite = done == asked
             carry = Carry(state, client_state, carry.iteration + done + (not finite))
-            for total, new in zip((rounds, down, up), self.ledger(counts, done), strict=True):
-                total += new
+            books = self.ledger(counts, done + (not finite))
+            for total, new in zip((rounds, down, up), books, strict=True):
+                total += new[:done]
+            spent = spent if finite else (books[0][done], books[1][done], books[2][done])
             infos.append(jax.tree.map(lambda leaf, n=done + (not finite): np.asarray(leaf)[:n], info))
         info, seen = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos) if infos else (None, None)
-        return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, seen=seen)
+        return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, seen=seen, spent=spent)
 
     def advance_many(self, algorithms, carry, iterations, limit):
         """As `advance`, for several algorithms in one program that draw the same cohorts, rows and numbers.

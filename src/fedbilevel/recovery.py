@@ -1,0 +1,104 @@
+"""Going back after a blow-up: where the step of the Hessian factors is found while running, it is halved, and a run goes on.
+
+A run with an automatic step keeps a snapshot: the server's state, the clients' states (over a network, the tags that say
+which counted) and the iteration, and so the keys. It is taken after every 20th iteration whose state is of ordinary size;
+stretches end there, so that it does not depend on how fast a machine is. A checkpoint holds it too.
+
+When an iteration blows up (a number is not finite, or out of range, or the state raises its alarm, see
+`algorithms.curvature`), the run measures the curvature at the last good iterate, goes back to the snapshot, and halves the
+step there. Iterations after the snapshot are given up: their rows leave the history, their rounds, bytes and seconds stay
+counted. After ten times the next blow-up ends the run. A step that is a number is never changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from . import arrays
+from .algorithms.curvature import EVERY, HALVINGS, AutoStep
+from .callbacks.checkpoint import FILE, read
+from .diagnosis import largest
+from .engines.base import Carry, Execution, Record
+
+_ORDINARY = 1e3  # how far beyond the start's size x and y may be in a snapshot
+
+
+class Recovery:
+    """Where a run with an automatic step can go back to.
+
+    Attributes:
+        snapshot: the carry to go back to.
+    """
+
+    def __init__(self, execution: Execution, algorithm: AutoStep, start: Carry):
+        self._execution, self._algorithm = execution, algorithm
+        self._size = _ORDINARY * max(1.0, largest((start.state.x, start.state.y)))
+        self.snapshot = start
+
+    @property
+    def halvings(self) -> int:
+        """How often the run has gone back, and halved its step, so far."""
+        return int(self.snapshot.state.kept["curvature"]["halvings"])
+
+    def until_snapshot(self, iteration: int) -> int:
+        """Iterations until the next one."""
+        return EVERY - iteration % EVERY
+
+    def note(self, carry: Carry) -> Carry:
+        """Take a snapshot, if it is time; returns the carry to go on from.
+
+        Where a network's sites began their states anew, what was before is gone: the snapshot is then this carry.
+        """
+        began = carry.iteration - int(carry.state.kept["curvature"]["iteration"])
+        before = self.snapshot.iteration - int(self.snapshot.state.kept["curvature"]["iteration"])
+        if began != before:
+            state = self._algorithm.halved(carry.state, self.halvings, carry.state, carry.state)
+            self.snapshot = carry = dataclasses.replace(carry, state=state)
+        elif carry.iteration % EVERY == 0 and self._ordinary(carry.state):
+            self.snapshot = carry
+        return carry
+
+    def _ordinary(self, state: Any) -> bool:
+        return largest((state.x, state.y)) <= self._size and self._algorithm.calm(state)
+
+    def back(self, last: Carry, failed: Carry, limit: float, spare: int | None) -> tuple[Carry, Record | None] | None:
+        """Go back.
+
+        Args:
+            last: after the last good iteration.
+            failed: after the one that blew up.
+            spare: rounds that are left, or None.
+
+        Returns:
+            The carry to go on from, and what the measurement at the last good iterate did (None: there were too few
+            rounds for it). None instead: the run has gone back as often as it may.
+        """
+        if self.halvings >= HALVINGS:
+            return None
+        record, seen = None, failed
+        if spare is None or spare >= self._execution.protocol.rounds_most:
+            asking = dataclasses.replace(last, state=self._algorithm.measuring(last.state))
+            seen, record = self._execution.advance(self._algorithm, asking, 1, limit)
+        state = self._algorithm.halved(self.snapshot.state, self.halvings + 1, last.state, seen.state)
+        self.snapshot = dataclasses.replace(self.snapshot, state=state)
+        return self.snapshot, record
+
+    def spent(self, why: str) -> str:
+        """The sentence that ends the run, with what was tried before."""
+        return f"{why} (The automatic hessian_lr had been halved {self.halvings} times by then.)"
+
+
+def recovery(execution: Execution, algorithm: Any, start: Carry) -> Recovery | None:
+    """None where the run does not go back: its steps are all the user's."""
+    automatic = isinstance(algorithm, AutoStep) and algorithm.measures_curvature
+    return Recovery(execution, algorithm, start) if automatic else None
+
+
+def saved_snapshot(folder: Any, start: Carry) -> Carry:
+    """The snapshot that a checkpoint holds."""
+    like = {"snapshot": start.state, "snapshot_client_state": start.client_state}
+    head, parts = read(Path(folder) / FILE, like)
+    state, client_state = (arrays.restore(tree, parts[name]) for name, tree in like.items())
+    return Carry(state, client_state, int(head["snapshot"]))
