@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -79,7 +80,13 @@ class Algorithm(eqx.Module):
     """Base of every algorithm; a subclass declares its fields with `rate`, `count` and `option`, which are checked.
 
     Subclasses write `step`, their client methods, and where they have an estimator of the hypergradient, `estimate`.
+
+    Attributes:
+        follows: which setting moves which part of the state: "x", "y", another attribute of the state, or an entry of a
+            dict or tuple in it ("control.1"). A run that blows up names its setting by it.
     """
+
+    follows: ClassVar[Mapping[str, str]] = {"x": "outer_lr", "y": "inner_lr", "v": "hessian_lr"}
 
     def __check_init__(self):
         for field in dataclasses.fields(self):

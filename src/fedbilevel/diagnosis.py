@@ -1,27 +1,28 @@
-"""Which step to lower after a run blew up: found by repeating the last stretch with x held fixed."""
+"""What to say after a run blew up: what left its range, when, and which setting to change."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
-import optax.tree
 
+from .blame import LEAST, Blame, Replays, followed, isinstance_optimizer, rates
+from .derivatives import not_finite
 from .engines.base import Carry, Execution
+from .watch import Seen, parts
 
-LEAST, _MOST = 50, 200  # iterations repeated
-_UNSETTLED = 10.0  # how much the steps of y grow, at least, where the lower rounds diverge (noise keeps them alike)
-_STRETCHED = 1.05  # a Hessian factor with a usable step never stretches; the margin is for rounding and minibatches
+__all__ = ["LEAST", "diagnose", "largest", "of_estimate"]
 
-
-def rates(algorithm: Any) -> dict[str, float]:
-    """The algorithm's step sizes by name."""
-    fields = [f for f in dataclasses.fields(algorithm) if f.metadata.get("role") == "rate"]
-    values = {f.name: getattr(algorithm, f.name) for f in fields}
-    return {name: float(value) for name, value in values.items() if not (value is None or isinstance(value, str))}
+_ORDINARY = 100.0  # how far beyond its size at first a part is out of its ordinary range
+_BOUND = "below 2 / (largest curvature of the inner loss)"
+_WORDS = {
+    "control": "the control variates", "optimizer": "the optimiser's state", "estimate": "the estimates",
+    "before": "the last iteration's x, y and v", "moments": "the second moments", "penalty": "the penalty",
+    "curvature": "the measured curvature", "pull": "d_y f",
+}  # fmt: skip
 
 
 def largest(tree: Any) -> float:
@@ -32,59 +33,118 @@ def largest(tree: Any) -> float:
     return float(np.max(values, initial=0.0)) if values else 0.0
 
 
-def diagnose(execution: Execution, algorithm: Any, healthy: Carry, failed: Carry, limit: float) -> str:
+def diagnose(
+    execution: Execution, algorithm: Any, healthy: Carry, failed: Carry, limit: float, recent: Sequence[Seen] = ()
+) -> str:
     """What blew up, when, and which step to lower.
 
     Args:
         healthy: where the iterates were last of ordinary size.
         failed: the state that is out of range, after the failing iteration.
+        recent: what was seen of the last iterations, the failing one last: all there is where nothing can be repeated.
     """
-    name, steps = type(algorithm).__name__, rates(algorithm)
-    parts = {f.name: largest(getattr(failed.state, f.name)) for f in dataclasses.fields(failed.state)}
-    worst = [part for part, value in parts.items() if not value <= limit] or ["the diagnostics"]
-    what = f"{name} blew up in iteration {failed.iteration}: {' and '.join(worst)} left the finite range"
-    if "outer_lr" not in steps or not execution.replays:
-        more = "" if execution.replays else " (a simulation says which)"
-        return f"{what}; lower its step sizes{more}: {', '.join(f'{k} = {v:g}' for k, v in steps.items())}."
-    length = min(max(failed.iteration - healthy.iteration, LEAST), _MOST)
-    frozen = _with(
-        algorithm, "outer_lr", 1e-30
-    )  # x stays where it is, and what is measured relative to the step is finite
-    advice = lambda step: f"lower {step} (now {steps[step]:g})"
-    settles, stretch = _with_x_fixed(execution, frozen, healthy, length, limit)
-    if not settles:
-        others = ["inner_lr"] if "inner_lr" in steps else [name for name in steps if name != "outer_lr"]
-        return f"{what}; with x held fixed the lower rounds alone blow up: {' or '.join(map(advice, others))}."
-    bound = "below 2 / (largest curvature of the inner loss)"
-    if "hessian_lr" in steps and stretch > _STRETCHED:
+    kind = type(algorithm).__name__
+    gone = [part for part, tree in parts(failed.state).items() if not largest(tree) <= limit]
+    left = _listed(words(gone) or ["the diagnostics"])
+    what = f"{kind} blew up in iteration {failed.iteration}: {left} left the finite range"
+    if not execution.replays:
+        return f"{what}; {_guess(algorithm, healthy, failed, recent)}."
+    at = healthy.state
+    broken = not_finite(execution.problem, execution.data, at.x, at.y)
+    if broken is not None:
+        where = "at the start" if healthy.iteration == 0 else f"at the x and y of iteration {healthy.iteration}"
         return (
-            f"{what}; the Hessian factors (I - hessian_lr H) stretch their vector {stretch:.3g}-fold: "
-            f"{advice('hessian_lr')} {bound}."
+            f"{kind} cannot go on in iteration {failed.iteration}: {broken} is not finite {where}, so that the derivative "
+            f"is not finite {where}. Start elsewhere, or write the loss so that it has one there (jnp.sqrt and "
+            "jnp.linalg.norm have none at zero, jnp.log neither; a jnp.where does not hide the branch it does not take)."
         )
-    if stretch == 0:  # not measured: see which step, ten times lower, helps
-        helps = lambda step: (
-            execution.advance(_with(algorithm, step, steps[step] / 10), healthy, length, limit)[1].finite
-        )
-        cure = next((step for step in ("hessian_lr", "inner_lr") if step in steps and helps(step)), None)
-        if cure is not None and not helps("outer_lr"):
-            until = f" {bound}" if cure == "hessian_lr" else ""
-            reason = f"ten times lower, {cure} keeps everything finite and outer_lr does not"
-            return f"{what}; {reason}: {advice(cure)}{until}."
-    return f"{what}; with x held fixed everything stays finite: {advice('outer_lr')}."
+    blame = Replays(execution, algorithm, healthy, failed, limit).blame()
+    return f"{what}; {advice(algorithm, blame)}."
 
 
-def _with(algorithm: Any, name: str, value: float) -> Any:
-    return eqx.tree_at(lambda a: getattr(a, name), algorithm, value)
+def advice(algorithm: Any, blame: Blame) -> str:
+    """Why, and what to change."""
+    steps = rates(algorithm)
+    if not blame.field:
+        return f"lower its step sizes: {', '.join(f'{k} = {v:g}' for k, v in steps.items())}"
+    why = f"{blame.why}: " if blame.why else ""
+    if blame.instead is not None:
+        verb = "lower" if blame.instead < steps[blame.field] else "raise"
+        return f"{why}{verb} {blame.field} (now {steps[blame.field]:g})"
+    return why + _change(algorithm, blame.field)
 
 
-def _with_x_fixed(execution: Execution, frozen: Any, start: Carry, length: int, limit: float) -> tuple[bool, float]:
-    """(whether y settles: its steps do not grow; how much the Hessian factors stretch, zero where not measured)."""
-    first, one = execution.advance(frozen, start, 1, limit)
-    later, rest = execution.advance(frozen, first, length - 2, limit)
-    last, end = execution.advance(frozen, later, 1, limit)
-    moved = lambda a, b: largest(optax.tree.sub(a.state.y, b.state.y))
-    grown = np.divide(moved(last, later), moved(first, start) or 1.0)
-    finite = all(np.isfinite(largest(carry.state.y)) for carry in (first, later, last))
-    measured = [getattr(record.info, "vector_growth", None) for record in (one, rest, end)]
-    stretch = max((float(np.max(m)) for m in measured if m is not None and np.size(m)), default=0.0)
-    return bool(finite and largest(last.state.y) <= limit and grown <= _UNSETTLED), stretch
+def _change(algorithm: Any, field: str) -> str:
+    value = getattr(algorithm, field)
+    if field not in rates(algorithm) and isinstance_optimizer(value):
+        now = f" (now {value!r})" if isinstance(value, str) else ""
+        return f"lower the learning rate of {field}{now}"
+    if isinstance(value, str):
+        return f"give {field} a number (now {value!r}), lower than what it measured"
+    bound = f" {_BOUND}" if field == algorithm.follows.get("v") else ""
+    return f"lower {field} (now {float(value):g}){bound}"
+
+
+def words(names: Sequence[str]) -> list[str]:
+    """Parts of a state in users' words, each once."""
+    own = lambda part: _WORDS.get(part.partition(".")[0], part.partition(".")[0])
+    return list(dict.fromkeys(map(own, names)))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [names[-1]])
+
+
+# Where nothing can be repeated ------------------------------------------------------------------------------------------
+
+
+def _guess(algorithm: Any, healthy: Carry, failed: Carry, recent: Sequence[Seen]) -> str:
+    """Which steps may be too large, by the order in which parts left their ordinary range."""
+    follows = followed(algorithm)
+    series = {name: np.concatenate([np.atleast_1d(seen.sizes[name]) for seen in recent]) for name in _names(recent)}
+    if failed.iteration == 1 and series and not any(np.isfinite(series[name][-1]) for name in ("x", "y")):
+        start = "the derivative may be not finite at the start (a simulation says so)"
+        return f"{start}, or the steps are far too large: lower {_or(algorithm, _moving(follows))}"
+    usual = {name: max(1.0, largest(tree)) for name, tree in parts(healthy.state).items()}
+    beyond = {name: size / usual[name] for name, size in series.items() if name in follows}
+    out = {name: ~(ratio <= _ORDINARY) for name, ratio in beyond.items()}
+    when = min((int(np.argmax(left)) for left in out.values() if left.any()), default=None)
+    if when is None:
+        return f"lower its step sizes (a simulation says which): {_or(algorithm, _moving(follows))}"
+    ratios = {name: np.nan_to_num(beyond[name][when], nan=np.inf) for name, left in out.items() if left[when]}
+    first = sorted(ratios, key=lambda name: -ratios[name])
+    first = [name for name in first if ratios[name] >= ratios[first[0]] / _ORDINARY]
+    fields = [follows[name] for name in first]
+    if "x" in first and "v" in follows and not {part for part in series if follows.get(part) == follows["v"]}:
+        fields = [follows["v"], *fields]  # v is made anew each time: what it does is seen in x
+    before = len(next(iter(series.values()))) - 1 - when
+    told = f"{_listed(words(first))} first, {before} iterations before" if before else f"{_listed(words(first))} first"
+    return f"{told}: lower {_or(algorithm, fields)} (a simulation says which)"
+
+
+def _moving(follows: dict[str, str]) -> list[str]:
+    return [follows[part] for part in ("x", "y", "v", "optimizer") if part in follows]
+
+
+def _names(recent: Sequence[Seen]) -> list[str]:
+    return list(recent[-1].sizes) if recent else []
+
+
+def _or(algorithm: Any, fields: Any) -> str:
+    steps = rates(algorithm)
+    return " or ".join(f"{f} (now {steps[f]:g})" if f in steps else f for f in dict.fromkeys(fields))
+
+
+# An estimate of the hypergradient alone ---------------------------------------------------------------------------------
+
+
+def of_estimate(execution: Execution, algorithm: Any, start: Carry, after: Carry) -> str:
+    """Why an estimate is not finite."""
+    kind, follows = type(algorithm).__name__, followed(algorithm)
+    if execution.replays and (broken := not_finite(execution.problem, execution.data, start.state.x, start.state.y)):
+        return f"the hypergradient estimate of {kind} is not finite, for {broken} is not finite at the start."
+    below = not np.isfinite(largest(after.state.y))
+    field = follows.get("y" if below or "v" not in follows else "v")
+    part = "the lower variable" if below else "it"
+    step = _change(algorithm, field) if field else "lower its step sizes"
+    return f"the hypergradient estimate of {kind} is not finite, for {part} blew up: {step}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -23,9 +24,10 @@ from .protocol import check_kinds
 from .recovery import recovery, saved_snapshot
 from .result import EMPTY, History, Result
 from .swing import Trail
-from .watch import precision
+from .watch import Seen, precision
 
 _STRETCH = 0.5  # seconds between looks at a run: progress, Ctrl-C, checkpoints
+_RECENT = 64  # stretches of which is remembered how large the state was, where they cannot be repeated
 _BLOWN_UP = 1e10  # how far beyond the start's size an iterate counts as diverged
 
 
@@ -96,6 +98,7 @@ class Run:
         self._pace: float | None = None
         self._last_info: Any = None
         self._trail, self._last_turn = Trail(), EMPTY
+        self._recent: deque[Seen] = deque(maxlen=_RECENT)
         self._last_row: dict[str, Any] | None = None
         if resume is not None:
             start = self.carry
@@ -214,6 +217,8 @@ class Run:
         if not any(callback.saves for callback in self._callbacks):
             self.keep(after)
         self._pace = record.seconds / length
+        if not self._execution.replays and record.seen is not None:
+            self._recent.append(record.seen)
         self._account(before.iteration, record)
         if largest((after.state.x, after.state.y)) <= 10 * (1 + self._limit / _BLOWN_UP):
             self._healthy = after
@@ -273,7 +278,8 @@ class Run:
             self._record([self._row(self._last_info)])
         # the first step may be the one that goes too far: what follows it looks healthy and is not
         healthy = self._first if self._first is not None and after.iteration <= LEAST else self._healthy
-        why = diagnose(self._execution, self.algorithm, healthy, after, self._limit)
+        recent = [*self._recent, record.seen]
+        why = diagnose(self._execution, self.algorithm, healthy, after, self._limit, recent)
         raise Diverged(why if self._recovery is None else self._recovery.spent(why), self._result())
 
     # Rows -----------------------------------------------------------------------------------------------------------

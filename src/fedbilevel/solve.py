@@ -12,7 +12,7 @@ from jaxtyping import Key, PyTree
 from .algorithm import Algorithm, State
 from .callbacks.base import Callback
 from .data import FederatedData
-from .diagnosis import largest
+from .diagnosis import largest, of_estimate
 from .engines.base import Engine
 from .engines.simulation import Simulation
 from .errors import Diverged
@@ -90,16 +90,10 @@ def estimate_hypergradient(
     execution = (engine or Simulation()).bind(
         bind(problem, x_rest, y_rest), data, algorithm, State(x, y), check_key(key), estimate
     )
-    carry, _ = execution.advance(algorithm, execution.start(algorithm, State(x, y)), 1, np.inf)
-    for part, quantity, step in (
-        (carry.state.y, "the lower variable", "inner_lr"),
-        (carry.state.x, "it", "hessian_lr"),
-    ):
-        if not np.isfinite(largest(part)):
-            name = type(algorithm).__name__
-            raise Diverged(
-                f"the hypergradient estimate of {name} is not finite, for {quantity} blew up: lower its {step}."
-            )
+    start = execution.start(algorithm, State(x, y))
+    carry, _ = execution.advance(algorithm, start, 1, np.inf)
+    if not np.isfinite(largest((carry.state.x, carry.state.y))):
+        raise Diverged(of_estimate(execution, algorithm, start, carry))
     return carry.state.x, eqx.combine(carry.state.y, y_rest)
 
 

@@ -64,6 +64,11 @@ def keeping(x: PyTree, y: PyTree, kept: dict[str, PyTree]) -> State:
     return Keeping(x, y, kept) if kept else State(x, y)
 
 
+def of_each(*names: str) -> dict[str, str]:
+    """`Algorithm.follows` of parts that are made like (x, y, v)."""
+    return {f"{name}.{k}": AutoStep.follows[part] for name in names for k, part in enumerate(("x", "y", "v"))}
+
+
 def residual(kept: dict[str, PyTree], now: Any, first: Any = None) -> tuple[Any, dict[str, PyTree]]:
     """(|H v - d_y f| against |d_y f|, what is kept), from the former.
 

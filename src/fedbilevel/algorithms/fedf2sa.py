@@ -19,7 +19,8 @@ Floats per client: down T (dx + 4 dy + 1) + dx + 2 dy + 1, up 4 T dy + dx.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import optax.tree
@@ -47,6 +48,11 @@ class FedF2SA(Algorithm):
         outer_optimizer: an optax transformation applied at the server to outer_lr h, or its name and learning rate as in
             "adam:0.01".
     """
+
+    follows: ClassVar[Mapping[str, str]] = {
+        "x": "outer_lr", "y": "inner_lr", "u": "inner_lr", "control.0": "inner_lr", "control.1": "inner_lr",
+        "penalty": "penalty_growth", "optimizer": "outer_optimizer",
+    }  # fmt: skip
 
     inner_rounds: int = count(5)
     inner_lr: Any = rate(0.01)

@@ -21,7 +21,8 @@ Up T dy per client of the cohort, and n dy + sum N'_s dy + n dx.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -31,7 +32,7 @@ from jaxtyping import PyTree
 from ..algorithm import Info, State, Truncation, choice, count, rate
 from ..errors import check
 from ..federation import Client, Federation, When
-from .curvature import keeping
+from .curvature import AutoStep, keeping
 from .directions import hessian_factor, hypergradient
 from .neumann import NeumannSeries
 from .optimizer import begin, outer_step, resolve
@@ -55,6 +56,8 @@ class FedMBO(LocalLower, NeumannSeries):
         outer_optimizer: an optax transformation applied at the server to outer_lr h, or its name and learning rate as in
             "adam:0.01".
     """
+
+    follows: ClassVar[Mapping[str, str]] = AutoStep.follows | {"optimizer": "outer_optimizer"}
 
     inner_rounds: int = count(5)
     inner_lr: Any = rate(0.01)

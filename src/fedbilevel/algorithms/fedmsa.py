@@ -17,7 +17,8 @@ dx + 2 dy.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import optax.tree
@@ -26,7 +27,7 @@ from jaxtyping import PyTree
 from ..algorithm import Info, rate
 from ..errors import check
 from ..federation import Client, Federation
-from .curvature import keeping, residual
+from .curvature import keeping, of_each, residual
 from .simultaneous import Simultaneous, along
 from .steps import descend, norm, storm, tracked_descent
 
@@ -41,6 +42,8 @@ class FedMSA(Simultaneous):
         batch_size: rows of a minibatch, fresh for every local step; None for all rows.
         forget: how much of the estimate an iteration forgets (rho); at most 1.
     """
+
+    follows: ClassVar[Mapping[str, str]] = Simultaneous.follows | of_each("before", "estimate")
 
     forget: Any = rate(0.5)
 

@@ -30,7 +30,8 @@ formed for its own sake: the algorithm has no estimator.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import optax.tree
@@ -39,7 +40,7 @@ from jaxtyping import PyTree
 from ..algorithm import Info, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
-from .curvature import AutoStep, keeping, residual
+from .curvature import AutoStep, keeping, of_each, residual
 from .directions import hypergradient, inner_gradient
 from .steps import controlled_descent, descend, moved_mean, norm
 
@@ -56,6 +57,8 @@ class Lockstep(AutoStep):
         outer_steps: local upper steps a round.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.
     """
+
+    follows: ClassVar[Mapping[str, str]] = AutoStep.follows | of_each("control")
 
     inner_lr: Any = rate(0.01)
     local_steps: int = count(5)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -28,7 +29,7 @@ from jaxtyping import PyTree
 from ..algorithm import Info, State, count, rate
 from ..errors import check
 from ..federation import Client, Federation
-from .curvature import AutoStep, keeping, residual
+from .curvature import AutoStep, keeping, of_each, residual
 from .simultaneous import told
 from .steps import Gradient, descend, norm, storm, tracked_descent
 
@@ -36,6 +37,7 @@ from .steps import Gradient, descend, norm, storm, tracked_descent
 class Tracking(AutoStep):
     """Rounds of tracked local steps; a subclass says what z is, and along what it moves."""
 
+    follows: ClassVar[Mapping[str, str]] = AutoStep.follows | of_each("estimate")
     renewal: ClassVar[Any] = storm
     power: ClassVar[int] = 2  # of a_t in b_t
 
