@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -86,7 +85,7 @@ class Algorithm(eqx.Module):
             dict or tuple in it ("control.1"). A run that blows up names its setting by it.
     """
 
-    follows: ClassVar[Mapping[str, str]] = {"x": "outer_lr", "y": "inner_lr", "v": "hessian_lr"}
+    follows: ClassVar[dict[str, str]] = {"x": "outer_lr", "y": "inner_lr", "v": "hessian_lr"}
 
     def __check_init__(self):
         for field in dataclasses.fields(self):

@@ -63,7 +63,8 @@ class Replays:
         with np.errstate(invalid="ignore"):
             late = np.atleast_1d(0.0 if growth is None else growth)[record.done // 2 :]  # at first y settles
             largest = float(np.max(late, initial=0.0))
-        return Replayed(record.finite, seen.sizes, seen.moves, largest)
+        sizes, moves = ({name: np.asarray(v) for name, v in of.items()} for of in (seen.sizes, seen.moves))
+        return Replayed(record.finite, sizes, moves, largest)
 
     def _begin(self, algorithm: Any) -> Carry:
         """Where it starts: what the state holds of settings is these settings'."""
@@ -190,9 +191,11 @@ def grown(algorithm: Any, state: Any) -> list[Blame]:
     """Settings by which something in the state has grown far beyond what it began with."""
     found = []
     for part, field in followed(algorithm).items():
-        begun, now = number(algorithm, part), kept_in(state).get(part)
-        if not is_step(algorithm, field) and field in rates(algorithm) and begun and float(now) > _FAR * begun:
-            why = f"{part} has grown from {begun:g} to {float(now):g}, and where it does not everything stays finite"
+        if is_step(algorithm, field) or field not in rates(algorithm) or part not in rates(algorithm):
+            continue
+        begun, now = number(algorithm, part), float(np.asarray(kept_in(state)[part]))
+        if now > _FAR * begun:
+            why = f"{part} has grown from {begun:g} to {now:g}, and where it does not everything stays finite"
             found.append(Blame(field, why, _LOWER * number(algorithm, field)))
     return found
 

@@ -87,8 +87,12 @@ def _change(algorithm: Any, field: str) -> str:
 
 def words(names: Sequence[str]) -> list[str]:
     """Parts of a state in users' words, each once."""
-    own = lambda part: _WORDS.get(part.partition(".")[0], part.partition(".")[0])
-    return list(dict.fromkeys(map(own, names)))
+
+    def own(part: str) -> str:
+        name = part.partition(".")[0]
+        return _WORDS.get(name, name)
+
+    return list(dict.fromkeys(own(part) for part in names))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -19,7 +19,6 @@ Floats per client: down T (dx + 4 dy + 1) + dx + 2 dy + 1, up 4 T dy + dx.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ class FedF2SA(Algorithm):
             "adam:0.01".
     """
 
-    follows: ClassVar[Mapping[str, str]] = {
+    follows: ClassVar[dict[str, str]] = {
         "x": "outer_lr", "y": "inner_lr", "u": "inner_lr", "control.0": "inner_lr", "control.1": "inner_lr",
         "penalty": "penalty_growth", "optimizer": "outer_optimizer",
     }  # fmt: skip

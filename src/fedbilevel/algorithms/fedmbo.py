@@ -21,7 +21,6 @@ Up T dy per client of the cohort, and n dy + sum N'_s dy + n dx.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -57,7 +56,7 @@ class FedMBO(LocalLower, NeumannSeries):
             "adam:0.01".
     """
 
-    follows: ClassVar[Mapping[str, str]] = AutoStep.follows | {"optimizer": "outer_optimizer"}
+    follows: ClassVar[dict[str, str]] = AutoStep.follows | {"optimizer": "outer_optimizer"}
 
     inner_rounds: int = count(5)
     inner_lr: Any = rate(0.01)

@@ -17,7 +17,6 @@ dx + 2 dy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -43,7 +42,7 @@ class FedMSA(Simultaneous):
         forget: how much of the estimate an iteration forgets (rho); at most 1.
     """
 
-    follows: ClassVar[Mapping[str, str]] = Simultaneous.follows | of_each("before", "estimate")
+    follows: ClassVar[dict[str, str]] = Simultaneous.follows | of_each("before", "estimate")
 
     forget: Any = rate(0.5)
 

@@ -30,7 +30,6 @@ formed for its own sake: the algorithm has no estimator.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -58,7 +57,7 @@ class Lockstep(AutoStep):
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.
     """
 
-    follows: ClassVar[Mapping[str, str]] = AutoStep.follows | of_each("control")
+    follows: ClassVar[dict[str, str]] = AutoStep.follows | of_each("control")
 
     inner_lr: Any = rate(0.01)
     local_steps: int = count(5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -28,7 +27,7 @@ def one_cohort(fed: Federation, same: bool) -> Any:
 class Settings(AutoStep):
     """The settings that all algorithms here share, documented at each."""
 
-    follows: ClassVar[Mapping[str, str]] = AutoStep.follows | {"optimizer": "outer_optimizer", "control": "inner_lr"}
+    follows: ClassVar[dict[str, str]] = AutoStep.follows | {"optimizer": "outer_optimizer", "control": "inner_lr"}
 
     inner_rounds: int = count(5)
     inner_lr: Any = rate(0.01)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -37,7 +36,7 @@ from .steps import Gradient, descend, norm, storm, tracked_descent
 class Tracking(AutoStep):
     """Rounds of tracked local steps; a subclass says what z is, and along what it moves."""
 
-    follows: ClassVar[Mapping[str, str]] = AutoStep.follows | of_each("estimate")
+    follows: ClassVar[dict[str, str]] = AutoStep.follows | of_each("estimate")
     renewal: ClassVar[Any] = storm
     power: ClassVar[int] = 2  # of a_t in b_t
 
