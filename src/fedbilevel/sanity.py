@@ -1,0 +1,355 @@
+"""Problems that cannot mean what they say, found before the first iteration.
+
+Two looks at the losses at the start point. Their traced programs say whether a variable that a loss
+needs has any influence on it. And one compiled call on the rows at hand measures the curvature of the
+inner loss, averaged over clients, along a few fixed directions v: v'Hv. Of a small y all V'HV is looked
+at, whose eigenvalues (relative to V'V) lie between those of H, and are H's own with as many directions
+as y has numbers. Whatever looks wrong on a part of the rows is looked at again on all of them.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .data import FederatedData, Level
+from .errors import check, warn
+from .influence import influence
+from .problem import Problem, Rows
+
+DIRECTIONS = 8  # the most directions tried
+ROWS = 512  # rows of all clients together that are looked at first
+_BLOCK, _TOGETHER = 64, 8  # rows of one client in a block, and blocks at a time: they bound the memory
+_NUMBERS = 2**23  # the most numbers in all directions together
+_SMALL = 64  # up to so many numbers in y, mixed signs are looked for in the plane of all directions
+_KNOWN = 64  # traced programs whose dependence is remembered
+_CHEAPLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}  # it runs once: compiling is what it costs
+
+NO_CHECK = "(check=False, or --no-check, goes on without asking)"
+_NEEDS = {
+    ("inner", "y"): "the inner loss does not depend on y, the variable that it is to be minimised over",
+    ("inner", "x"): "the inner loss does not depend on x, so that no x changes what the lower level learns",
+    ("outer", "y"): "the outer loss does not depend on y, so that what the lower level learns does not matter to it",
+}
+
+
+class Figures(NamedTuple):
+    """What one compiled call measures.
+
+    Attributes:
+        curvature: (k, k) V'HV of the inner loss in y, for k directions.
+        inner, outer: (k,) V'd_y of the inner and the outer loss: zero where the gradient is.
+    """
+
+    curvature: Any
+    inner: Any
+    outer: Any
+
+
+# The whole check --------------------------------------------------------------------------------------------------------
+
+
+def check_sane(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> None:
+    """Refuse a problem that cannot mean what it says, and warn of what may go wrong.
+
+    Args:
+        problem: over the floating-point arrays of x and y alone (`bind`).
+        x, y: pytrees of floating-point arrays, the start.
+
+    Raises:
+        InputError: a loss on which a variable it needs has no influence, or an inner loss that curves downwards in
+            every direction tried.
+    """
+    check_influence(problem, x, y, *jax.eval_shape(lambda: (data.inner.client(0).all(), data.outer.client(0).all())))
+    v, few = directions(y), _selected(data, ROWS)
+    figures = measure(problem, x, y, v, data, few)
+    if _suspicious(figures, v, y):
+        if sum(map(_count, few)) < data.count("inner").sum() + data.count("outer").sum():
+            figures = measure(problem, x, y, v, data, _selected(data, None))
+        judge(figures, v, y)
+
+
+def check_influence(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> None:
+    """Refuse losses on which a variable that they need has no influence at all, by their traced programs.
+
+    Raises:
+        InputError: with the loss and the variable.
+    """
+    for level, variable in _without(problem, x, y, inner, outer):
+        what = _NEEDS[level, variable]
+        check(False, f"{what}: is it {level}(x, y, example), x the upper variable and y the lower one? {NO_CHECK}")
+
+
+def measure(problem: Problem, x: PyTree, y: PyTree, v: PyTree, data: FederatedData, blocks) -> Figures:
+    """The figures of some blocks of rows, in one compiled call."""
+    rows = data.inner.rows, data.outer.rows
+    return jax.tree.map(np.asarray, _compiled(problem, x, y, v, rows, blocks))
+
+
+def judge(figures: Figures, v: PyTree, y: PyTree) -> None:
+    """Refuse or warn by the figures of all clients.
+
+    Raises:
+        InputError: the inner loss curves downwards along every direction tried.
+    """
+    bounds = _bounds(figures, v, y)
+    if bounds is None:
+        return
+    low, high, noise, mixed = bounds
+    tried = jax.tree.leaves(v)[0].shape[0]
+    check(
+        high > noise or low >= -noise,
+        f"the inner loss curves downwards in y along every one of the {tried} directions tried at the start (curvature "
+        f"from {low:.3g} to {high:.3g}), so that it has no minimum there: is its sign right? {NO_CHECK}",
+    )
+    if mixed:
+        warn(
+            f"the inner loss curves downwards in y along some directions at the start, upwards along others (curvature "
+            f"from {low:.3g} to {high:.3g}): a hypergradient means something only where the lower level has a strict "
+            "minimum, so look at what it reaches, or add a regulariser."
+        )
+    if low == high == 0:
+        warn(
+            "the inner loss has no curvature in y at the start along any direction tried: it has no strict minimum in y "
+            "if it is linear there, so add a regulariser such as 1e-3 * |y|^2."
+        )
+    if not np.any(figures.inner):
+        warn(
+            "the gradient of the inner loss in y is exactly zero at the start, as in a saddle point (a product of "
+            "weights that are all zero) or where it is flat: unless y solves the lower level already, start y from "
+            "small random numbers."
+        )
+    if not np.any(figures.outer):
+        warn(
+            "the gradient of the outer loss in y is exactly zero at the start, so that the first hypergradient sees "
+            "nothing of the lower level: start y from small random numbers, or look whether the outer loss is flat in y."
+        )
+
+
+class _Bounds(NamedTuple):
+    """The least and the largest curvature, what of it is rounding, and whether its signs are worth a word."""
+
+    low: float
+    high: float
+    noise: float
+    mixed: bool
+
+
+def _suspicious(figures: Figures, v: PyTree, y: PyTree) -> bool:
+    bounds = _bounds(figures, v, y)
+    if bounds is None:
+        return False
+    downwards = bounds.mixed or bounds.high <= bounds.noise
+    return downwards or not (np.any(figures.inner) and np.any(figures.outer))
+
+
+def _bounds(figures: Figures, v: PyTree, y: PyTree) -> _Bounds | None:
+    """None where the numbers are not finite.
+
+    A network's loss curves downwards along some directions at nearly every start; that is worth a
+    word where it does along half of those tried.
+    """
+    curvature = np.asarray(figures.curvature, float)
+    if not all(np.isfinite(part).all() for part in figures):
+        return None  # it blows up at once, and is told so then
+    gram, small = _gram(v), sum(leaf.size for leaf in jax.tree.leaves(y)) <= _SMALL
+    if small:
+        whitened = np.linalg.inv(np.linalg.cholesky(gram))
+        values = np.linalg.eigvalsh(whitened @ (curvature + curvature.T) @ whitened.T / 2)
+    else:
+        values = np.diag(curvature) / np.diag(gram)
+    coarse = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y))
+    noise = coarse**0.5 * float(np.abs(values).max())
+    down = (values < -noise).sum()
+    mixed = bool(down and values.max() > noise and (small or down >= len(values) / 2))
+    return _Bounds(float(values.min()), float(values.max()), noise, mixed)
+
+
+# Which variables a loss depends on --------------------------------------------------------------------------------------
+
+_traced: collections.OrderedDict[Hashable, list] = collections.OrderedDict()
+
+
+def _without(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> list[tuple[str, str]]:
+    """The (level, variable) pairs that are needed and have no influence; remembered for programs met before."""
+    key = None
+    with contextlib.suppress(TypeError):  # not hashable: traced anew
+        key = (_known_by(problem), _shapes((x, y, inner, outer)))
+        if key in _traced:
+            return _traced[key]
+    rows = {"inner": inner, "outer": outer}
+    influenced = lambda level, variable: jax.tree.leaves(influence(problem, level, variable, x, y, rows[level]))
+    found = [pair for pair in _NEEDS if not any(influenced(*pair))]
+    if key is not None:
+        _traced[key] = found
+        if len(_traced) > _KNOWN:
+            _traced.popitem(last=False)
+    return found
+
+
+def _known_by(problem: Problem) -> Hashable:
+    static, structure = jax.tree.flatten(eqx.filter(problem, eqx.is_array, inverse=True))
+    return structure, tuple(static)
+
+
+def _shapes(tree: PyTree) -> Hashable:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+
+
+# Curvature and gradients ------------------------------------------------------------------------------------------------
+
+
+def directions(y: PyTree) -> PyTree:
+    """Fixed directions, leaves (k, ...): every coordinate of a small y, else random ones, the same at every site."""
+    leaves, structure = jax.tree.flatten(y)
+    sizes = [leaf.size for leaf in leaves]
+    total = sum(sizes)
+    k = min(total, DIRECTIONS, max(2, _NUMBERS // total))
+    draw = np.random.default_rng(0)
+    flat = np.eye(total) if total <= k else draw.standard_normal((k, total), np.float32)
+    parts = np.split(flat, np.cumsum(sizes)[:-1], axis=1)
+    shaped = [
+        part.reshape(k, *leaf.shape).astype(np.dtype(leaf.dtype)) for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, shaped)
+
+
+def _gram(v: PyTree) -> np.ndarray:
+    """V'V, (k, k)."""
+    flat = [np.asarray(leaf, np.float64).reshape(len(leaf), -1) for leaf in jax.tree.leaves(v)]
+    return sum((part @ part.T for part in flat[1:]), flat[0] @ flat[0].T)
+
+
+class Blocks(NamedTuple):
+    """Some rows of a level, each block one client's.
+
+    Attributes:
+        index: (blocks, rows) where they lie in the flat arrays; padding repeats one.
+        weights: (blocks, rows) summing to one in a block, zero on padding.
+        share: (blocks,) the blocks' shares of the mean over all clients.
+        count: (blocks,) int32, how many of the rows are no padding.
+    """
+
+    index: np.ndarray
+    weights: np.ndarray
+    share: np.ndarray
+    count: np.ndarray
+
+
+def _count(blocks: Blocks) -> int:
+    return int(blocks.count.sum())
+
+
+def _selected(data: FederatedData, rows: int | None) -> tuple[Blocks, Blocks]:
+    """Blocks of both levels: about so many rows, evenly among clients and within them, or all."""
+    m = data.clients
+    p = np.full(m, 1 / m) if data.weights is None else np.asarray(data.weights, float)
+    return _blocks(data.inner, p, rows), _blocks(data.outer, p * np.asarray(data.outer.scale, float), rows)
+
+
+def _blocks(level: Level, p: np.ndarray, rows: int | None) -> Blocks:
+    counts, offsets = np.asarray(level.counts), np.asarray(level.offsets)
+    m = len(counts)
+    clients = np.arange(m) if rows is None or m <= rows else np.arange(rows) * m // rows
+    most = counts.max() if rows is None else max(1, rows // len(clients))
+    size = int(min(_BLOCK, most, counts.max()))
+    chosen = []  # (rows of a block, share)
+    for i in clients:
+        n = min(int(counts[i]), int(most))
+        places = offsets[i] + np.arange(n) * int(counts[i]) // n
+        chosen += [(places[s : s + size], p[i] * min(size, n - s) / n) for s in range(0, n, size)]
+    chosen += [(chosen[0][0], 0.0)] * (-len(chosen) % _TOGETHER)
+    lengths = np.array([len(places) for places, _ in chosen], np.int32)
+    index = np.stack([np.resize(places, size) for places, _ in chosen]).astype(np.int32)
+    real = np.arange(size) < lengths[:, None]
+    share = np.array([part for _, part in chosen])
+    return Blocks(index, real / lengths[:, None], share / share.sum(), lengths)
+
+
+def _figures(problem, x, y, v, rows, blocks) -> Figures:
+    v = jax.tree.map(jnp.asarray, v)
+
+    def lower(block: Rows):
+        gradient, product = _derivatives(problem, x, y, v, block)
+        return _products(v, product), _along(v, gradient)
+
+    def upper(block: Rows):
+        return _along(v, problem.outer_gradients(x, y, block)[1])
+
+    curvature, inner = _mean(lower, rows[0], blocks[0])
+    return Figures(curvature, inner, _mean(upper, rows[1], blocks[1]))
+
+
+_compiled = functools.partial(eqx.filter_jit, compiler_options=_CHEAPLY)(_figures)
+
+
+def _derivatives(problem: Problem, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
+    """(d_y g, H v with the directions first), in one pass where the problem brings no product of its own."""
+    gradient = lambda y: problem.inner_gradient(x, y, rows)
+    if type(problem).hessian_vector is Problem.hessian_vector:
+        return jax.vmap(lambda d: jax.jvp(gradient, (y,), (d,)), out_axes=(None, 0))(v)
+    return gradient(y), jax.vmap(lambda d: problem.hessian_vector(x, y, d, rows))(v)
+
+
+def _mean(oracle, rows: PyTree, blocks: Blocks) -> PyTree:
+    """The mean over all blocks of what an oracle says of each, a few at a time."""
+    real = jnp.result_type(float)
+    blocks = Blocks(*map(jnp.asarray, blocks))
+    blocks = blocks._replace(weights=blocks.weights.astype(real), share=blocks.share.astype(real))
+
+    def one(block: Blocks):
+        examples = jax.tree.map(lambda leaf: leaf.at[block.index].get(mode="promise_in_bounds"), rows)
+        return oracle(Rows(examples, block.weights, block.count))
+
+    every = jax.lax.map(one, blocks, batch_size=_TOGETHER)
+    return jax.tree.map(lambda leaf: jnp.tensordot(blocks.share, leaf, axes=1), every)
+
+
+def _products(v: PyTree, w: PyTree):
+    """V'W, (k, k)."""
+    real = jnp.result_type(float)
+    flat = lambda leaf: leaf.reshape(leaf.shape[0], -1).astype(real)
+    return sum(flat(a) @ flat(b).T for a, b in zip(jax.tree.leaves(v), jax.tree.leaves(w), strict=True))
+
+
+def _along(v: PyTree, gradient: PyTree):
+    """V'gradient, (k,)."""
+    return _products(v, jax.tree.map(lambda leaf: leaf[None], gradient))[:, 0]
+
+
+# Over the network: each site's figures, and their mean --------------------------------------------------------------------
+
+
+def told(problem: Problem, own: FederatedData, x: PyTree, y: PyTree, rows: int = 4096) -> list[list[float]]:
+    """A site's figures as numbers, from its own rows."""
+    figures = measure(problem, x, y, directions(y), own, _selected(own, rows))
+    return [np.ravel(part).astype(float).tolist() for part in figures]
+
+
+def judge_all(said: Sequence[list[list[float]]], weights: Sequence[float] | None, y: PyTree) -> None:
+    """Judge by the mean of what the sites told.
+
+    Raises:
+        InputError: as `judge`; or what a site told cannot be read.
+    """
+    v = directions(y)
+    k = jax.tree.leaves(v)[0].shape[0]
+    good = all([len(part) for part in site] == [k * k, k, k] for site in said)
+    check(good, "a site told figures of the inner loss's curvature that cannot be read.")
+    p = np.full(len(said), 1 / len(said)) if weights is None else np.asarray(weights)
+    parts = [sum(share * np.asarray(site[place]) for share, site in zip(p, said, strict=True)) for place in range(3)]
+    judge(Figures(np.reshape(parts[0], (k, k)), *parts[1:]), v, y)
