@@ -49,6 +49,8 @@ class App:
         precision: 32 or 64 bits.
         faults: what to do when sites fail.
         name: what results are filed under; letters, digits, dots, dashes and underscores.
+        check: whether the problem is looked at before the first iteration, as by `solve(check=)`; over a network every site
+            does it on its own rows and tells a few numbers, which the server averages.
         files: data files that the app reads, the same wherever it runs (not a site's rows): names relative to its folder, or
             patterns such as "weights/*.npy". They travel with it. It opens them as `Path(__file__).parent / name`.
 
@@ -73,6 +75,7 @@ class App:
     faults: Faults = Faults()
     name: str = "app"
     files: Sequence[str] = ()
+    check: bool = True
 
     def __post_init__(self):
         check(isinstance(self.problem, Problem), f"App(problem=...) is a fedbilevel.Problem; got {self.problem!r}.")
@@ -89,6 +92,7 @@ class App:
         check(good, f"App(name=...) is letters, digits, dots, dashes and underscores; got {self.name!r}.")
         checked_metrics(self.metrics)
         checked_patterns(self.files)
+        check(isinstance(self.check, bool), f"App(check=...) is True or False; got {self.check!r}.")
         if self.cohort is not None:
             check_cohort(self.cohort, 2**31)
 

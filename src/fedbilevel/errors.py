@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,20 +53,27 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def noting(sentences: list[str]) -> Iterator[None]:
-    """Collect our own warnings, each once, for whoever is to read them elsewhere; others are shown as ever."""
+def heard(tell: Callable[[str], None]) -> Iterator[None]:
+    """Have `tell` hear of our warnings, each sentence once, instead of whom Python would tell."""
+    told: set[str] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", FedbilevelWarning)
-        show = warnings.showwarning
+        others = warnings.showwarning
 
-        def note(message, category, *place: Any) -> None:
+        def show(message, category, filename, lineno, file=None, line=None):
             if not issubclass(category, FedbilevelWarning):
-                show(message, category, *place)
-            elif str(message) not in sentences:
-                sentences.append(str(message))
+                others(message, category, filename, lineno, file, line)
+            elif str(message) not in told:
+                told.add(str(message))
+                tell(str(message))
 
-        warnings.showwarning = note
+        warnings.showwarning = show
         yield
+
+
+def noting(sentences: list[str]) -> contextlib.AbstractContextManager[None]:
+    """Collect our own warnings, each once, for whoever is to read them elsewhere; others are shown as ever."""
+    return heard(sentences.append)
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:

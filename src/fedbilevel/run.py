@@ -23,6 +23,7 @@ from .problem import bind, describe, trainable
 from .protocol import check_kinds
 from .recovery import recovery, saved_snapshot
 from .result import EMPTY, History, Result
+from .sanity import check_sane
 from .swing import Trail
 from .watch import Seen, precision
 
@@ -57,6 +58,7 @@ class Run:
         metrics,
         evaluate_every,
         resume,
+        sane=False,
     ):
         check_kinds(problem, data, algorithm)
         check(
@@ -74,6 +76,8 @@ class Run:
         state = algorithm.init(self._x, self._y)
         bound = bind(problem, self._x_rest, self._y_rest)
         self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
+        if sane and resume is None:
+            check_sane(self._execution.problem, data, self._x, self._y)
         self._data, self._key, self._every, self._callbacks = data, key, evaluate_every, list(callbacks)
         self.protocol = self._execution.protocol
         check_diagnostics(type(algorithm).__name__, _fields(self.protocol.info))

@@ -340,7 +340,7 @@ def told(problem: Problem, own: FederatedData, x: PyTree, y: PyTree, rows: int =
     return [np.ravel(part).astype(float).tolist() for part in figures]
 
 
-def judge_all(said: Sequence[list[list[float]]], weights: Sequence[float] | None, y: PyTree) -> None:
+def judge_all(said: Sequence[Any], weights: Sequence[float] | None, y: PyTree) -> None:
     """Judge by the mean of what the sites told.
 
     Raises:
@@ -348,7 +348,7 @@ def judge_all(said: Sequence[list[list[float]]], weights: Sequence[float] | None
     """
     v = directions(y)
     k = jax.tree.leaves(v)[0].shape[0]
-    good = all([len(part) for part in site] == [k * k, k, k] for site in said)
+    good = all(isinstance(site, list) and [np.size(part) for part in site] == [k * k, k, k] for site in said)
     check(good, "a site told figures of the inner loss's curvature that cannot be read.")
     p = np.full(len(said), 1 / len(said)) if weights is None else np.asarray(weights)
     parts = [sum(share * np.asarray(site[place]) for share, site in zip(p, said, strict=True)) for place in range(3)]

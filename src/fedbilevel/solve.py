@@ -37,6 +37,7 @@ def solve(
     metrics: Mapping[str, Callable[[PyTree, PyTree], Any]] | None = None,
     evaluate_every: int = 1,
     resume: Any = None,
+    check: bool = True,
 ) -> Result:
     """Minimise f(x, y*(x)) over x.
 
@@ -51,6 +52,9 @@ def solve(
         metrics: name -> fn(x, y) -> scalar, taken at the start, every `evaluate_every` iterations, and at the end.
         evaluate_every: iterations between history rows.
         resume: a folder with a checkpoint of this very run, to go on from.
+        check: look, before the first iteration, whether the problem can mean what it says: whether the losses depend on
+            what they need, and whether the inner loss curves upwards in y at the start. One compiled call on some of
+            the rows; no round, no byte. A resumed run is not checked again.
 
     Returns:
         A `Result`.
@@ -60,8 +64,9 @@ def solve(
         Diverged: the iterates blew up; its `result` holds everything up to the last finite iteration.
     """
     run = Run(
-        problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, resume
-    )
+        problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, resume,
+        check,
+    )  # fmt: skip
     return run.go()
 
 

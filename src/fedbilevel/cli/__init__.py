@@ -20,10 +20,11 @@ _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__na
 def main() -> None:
     """Entry point: one sentence and exit code 2 for bad usage, 1 for a run that failed."""
     _keep_compiled_programs()
-    from ..errors import InputError, RunError
+    from ..errors import InputError, RunError, heard
 
     try:
-        code = app(standalone_mode=False)
+        with heard(lambda sentence: _say(f"warning: {sentence}", 0)):
+            code = app(standalone_mode=False)
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)

@@ -104,7 +104,7 @@ def _simulate(app: Any, engine: str, sites: list[str], folder: Path, resume: boo
     result = solve(
         app.problem, app.data(sites), app.algorithm, x, y, app.iterations, rounds=app.rounds, key=app.key, engine=how,
         callbacks=[CSV(folder / "history.csv"), Checkpoint(folder), Progress(app.name)], metrics=app.metrics,
-        evaluate_every=app.evaluate_every, resume=folder if resume else None,
+        evaluate_every=app.evaluate_every, resume=folder if resume else None, check=app.check,
     )  # fmt: skip
     save_variables(result, folder / "variables.npz")
 

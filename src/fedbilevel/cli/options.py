@@ -36,4 +36,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in th
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in the --out folder.")]
 Engine = Annotated[str, typer.Option("--engine", help="simulation, loopback, or for an application nvflare.")]
 Every = Annotated[int, typer.Option("--evaluate-every", help="Iterations between evaluations.")]
+NoCheck = Annotated[
+    bool, typer.Option("--no-check", help="Do not look first whether the problem can mean what it says.")
+]
 Precision = Annotated[int, typer.Option("--precision", help="32 or 64 bits.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from .options import (
     Every,
     Iterations,
     Json,
+    NoCheck,
     Out,
     Overwrite,
     Partition,
@@ -43,6 +45,7 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition, the start and the run.")] = None,
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
+    no_check: NoCheck = False,
     poc: Annotated[
         bool, typer.Option("--poc", help="With --engine nvflare: provisioned, mutual TLS, a process for each site.")
     ] = False,
@@ -53,12 +56,13 @@ def run(
 
         _only_for_apps(context)
         settings = {"iterations": iterations, "rounds": rounds, "cohort": cohort, "seed": seed}
+        settings["check"] = False if no_check else None
         run_app(task, engine=engine, poc=poc, clients=clients, out=out, resume=resume, overwrite=overwrite,
                 as_json=as_json, settings=settings)  # fmt: skip
         return
     plan = _plan(task, [algorithm], (seed or 0,), sets, iterations, rounds, cohort, engine, evaluate_every, precision,
                  dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha, clients=clients)  # fmt: skip
-    _execute(plan, out, resume, overwrite, as_json)
+    _execute(dataclasses.replace(plan, check=not no_check), out, resume, overwrite, as_json)
 
 
 @app.command()
@@ -98,6 +102,7 @@ def compare(
     seed: Annotated[int, typer.Option("--seed", help="The first seed.")] = 0,
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
+    no_check: NoCheck = False,
 ):  # fmt: skip
     """Run several algorithms on the same task, data, cohorts and seeds."""
     from ..errors import check
@@ -109,7 +114,7 @@ def compare(
     several = tuple(range(seed, seed + seeds))
     plan = _plan(task, names, several, sets, iterations, rounds, cohort, engine, evaluate_every, precision,
                  dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha, clients=clients)  # fmt: skip
-    _execute(plan, out, resume, overwrite, as_json)
+    _execute(dataclasses.replace(plan, check=not no_check), out, resume, overwrite, as_json)
 
 
 @app.command()
@@ -162,8 +167,6 @@ def check(algorithm: Annotated[str | None, typer.Argument(help="An algorithm; de
 @app.command("list")
 def list_names(as_json: Json = False):
     """List the tasks, algorithms, partitions and engines."""
-    import dataclasses
-
     from rich.console import Console
     from rich.table import Table
 

@@ -38,6 +38,7 @@ class Plan:
         seeds: the seeds to run each algorithm with.
         iterations, rounds: one of the two.
         cohort, engine, evaluate_every, precision: how to run.
+        check: whether the problem is looked at first.
     """
 
     task: str
@@ -50,6 +51,7 @@ class Plan:
     engine: str = "simulation"
     evaluate_every: int = 1
     precision: int = 32
+    check: bool = True
 
     def build_task(self, seed: int) -> Task:
         """The task for one seed."""
@@ -74,6 +76,7 @@ class Plan:
         `clients` is how many the task has; with the cohort it says how many an exchange asks.
         """
         plain = dataclasses.asdict(self)
+        del plain["check"]  # it decides no number
         dataset = self.options.dataset or TASKS[self.task].datasets[0]
         plain["options"] = {k: v for k, v in plain["options"].items() if k not in ("seed", "data_dir")} | {
             "dataset": dataset
@@ -172,7 +175,7 @@ def _one(plan: Plan, task: Task, name: str, seed: int, folder: Path | None, resu
         result = solve(
             task.problem, task.data, plan.build_algorithm(name, task.dataset), task.x, task.y, plan.iterations,
             rounds=plan.rounds, key=task.key, engine=plan.build_engine(), callbacks=callbacks, metrics=task.metrics,
-            evaluate_every=plan.evaluate_every, resume=going_on,
+            evaluate_every=plan.evaluate_every, resume=going_on, check=plan.check,
         )  # fmt: skip
     except Diverged as failure:
         history = failure.result.history if failure.result is not None else History()

@@ -92,7 +92,7 @@ def _final(
         result = solve(
             task.problem, task.data, algorithm, task.x, task.y, rounds=contender.rounds or study.rounds, key=task.key,
             engine=engine, callbacks=callbacks, metrics=task.metrics, evaluate_every=study.every,
-            resume=place if (place / "checkpoint.eqx").exists() else None,
+            resume=place if (place / "checkpoint.eqx").exists() else None, check=False,
         )  # fmt: skip
     except Diverged as error:
         failure, result = str(error), error.result

@@ -17,6 +17,7 @@ from ...errors import RunError, check
 from ...exchanges import Protocol
 from ...problem import Problem, bind, strong, trainable
 from ...protocol import trace
+from ...sanity import check_influence, judge_all
 
 
 def placeholder_data(schemas: list[str], sites: int, weights: list[float] | None) -> FederatedData:
@@ -150,3 +151,15 @@ def check_rows(name: str, rows: list[str], first: str, others: list[str]) -> Non
             f"{name} has other {level} rows than {first}: {apart(mine, theirs)}. load() has to return rows of the same "
             "structure, shapes and dtypes at every site.",
         )
+
+
+def judge_sites(app: App, schemas: list[str], said: list[Any], weights: list[float] | None) -> None:
+    """Refuse a problem that cannot mean what it says, or warn: from what the sites measured on their rows, averaged.
+
+    Raises:
+        InputError: a loss does not depend on what it needs, or curves downwards in every direction tried.
+    """
+    problem, (x, y), _ = begin(app)
+    data = placeholder_data(schemas, 1, None)
+    check_influence(problem, x, y, data.inner.client(0).all(), data.outer.client(0).all())
+    judge_all(said, weights, y)

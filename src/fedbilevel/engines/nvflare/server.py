@@ -27,6 +27,7 @@ from .agreement import (
     checked_hello,
     derive,
     fingerprint,
+    judge_sites,
     placeholder_data,
     shares,
     warnings_in,
@@ -107,6 +108,7 @@ def federate(app: App, folder: Path, resume: bool) -> tuple[Result, dict[str, An
         result = solve(
             app.problem, data, app.algorithm, x, y, app.iterations, rounds=app.rounds, key=app.key, engine=engine,
             callbacks=callbacks, metrics=app.metrics, evaluate_every=app.evaluate_every, resume=going_on,
+            check=False,  # the rows here are placeholders: the sites have looked at theirs
         )  # fmt: skip
     finally:
         engine.ledger.close()
@@ -151,9 +153,11 @@ class Collab(Engine):
         derived = derive(app, placeholder_data(self.schemas, len(self.names), weights), cohort)
         setup = {
             "order": self.names, "cohort": cohort, "seed": app.seed, "scales": scales,
-            "protocol": fingerprint(derived), "resume": self.resume,
+            "protocol": fingerprint(derived), "resume": self.resume, "check": app.check and not self.resume,
         }  # fmt: skip
-        self._all(lambda sites: sites.prepare(setup))
+        prepared = self._all(lambda sites: sites.prepare(setup))
+        if setup["check"]:
+            judge_sites(app, self.schemas, [prepared[name].get("figures") for name in self.names], weights)
         return weights
 
     def finish(self, tags: Any) -> None:

@@ -108,7 +108,7 @@ class Site:
         if self._worker is not None and self._worker.alive:
             return self._worker
         try:
-            self._running().ask("prepare", **{**self._setup, "resume": True})
+            self._running().ask("prepare", **{**self._setup, "resume": True, "check": False})
         except WorkerSaid:  # alive, but it could not answer: begin anew next time
             self._end()
             raise
@@ -177,10 +177,11 @@ def _setup(setup: Any, site: str) -> dict[str, Any]:
     """What this site is to prepare for, checked."""
     _check(isinstance(setup, dict), "a setup is a dict")
     names = {"order", "cohort", "seed", "scales", "protocol", "resume"}
-    _check(set(setup) == names, f"a setup has {', '.join(sorted(names))}")
+    _check(set(setup) - {"check"} == names, f"a setup has {', '.join(sorted(names))}")
     order, scales = setup["order"], setup["scales"]
     _check(isinstance(order, (list, tuple)) and site in order, "the order of the sites names this one")
     _check(all(_whole(setup[name]) and setup[name] >= 0 for name in ("cohort", "seed")), "cohort and seed are whole")
+    _check(isinstance(setup.get("check", False), bool), "check is true or false")
     _check(isinstance(setup["protocol"], str) and isinstance(setup["resume"], bool), "protocol is text, resume a bool")
     numbers = scales is None or (
         isinstance(scales, (list, tuple)) and len(scales) == len(order) and all(isinstance(s, float) for s in scales)
@@ -190,4 +191,5 @@ def _setup(setup: Any, site: str) -> dict[str, Any]:
     return {
         "index": index, "sites": len(order), "cohort": setup["cohort"], "seed": setup["seed"],
         "scale": None if scales is None else scales[index], "protocol": setup["protocol"], "resume": setup["resume"],
+        "check": setup.get("check", False),
     }  # fmt: skip

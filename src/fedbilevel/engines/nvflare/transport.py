@@ -8,10 +8,11 @@ from typing import Any
 from nvflare.collab import collab
 from nvflare.fuel.f3.stats_pool import StatsPoolManager
 
-from ...errors import InputError, RunError
+from ...errors import InputError, RunError, warn
 from ...wire import encode
 from ..faults import StateLost
 from ..transport import Answers, Request, Transport
+from .agreement import warnings_in
 
 _FIRST = 600.0  # seconds for a site's first answer of each kind, which it has to compile
 _SOON = 5.0  # seconds for a sign of life
@@ -59,6 +60,8 @@ class CollabTransport(Transport):
             else:
                 answers.replies[client] = said["numbers"]
                 self._seen.add((client, one.place))
+                for sentence in warnings_in(said):
+                    warn(f"{name}: {sentence}")
                 if isinstance(said.get("traced"), dict):
                     self.traced[name] = said["traced"]
                 if said.get("worker") != self.workers.get(name):

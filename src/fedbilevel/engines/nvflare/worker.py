@@ -160,16 +160,20 @@ class _Inside:
             counts = [int(np.shape(jax.tree.leaves(level)[0])[0]) for level in self.rows]
         return {"rows": schemas, "counts": counts, **self.app.bundle().told()}, b""
 
-    def prepare(self, payload, *, index, sites, cohort, seed, scale, protocol, resume) -> tuple[dict, bytes]:
-        """Derive the protocol, and get ready to answer; `scale` is what the outer rows' weights sum to, if not one."""
+    def prepare(self, payload, *, index, sites, cohort, seed, scale, protocol, resume, check=False):
+        """Derive the protocol, and get ready to answer; `scale` is what the outer rows' weights sum to, if not one.
+
+        With `check` it says what `sanity` measures on the rows here.
+        """
         import equinox as eqx
         import jax
         import jax.numpy as jnp
 
         from ...app import schema
         from ...data import FederatedData
-        from ...errors import check
+        from ...errors import check as expect
         from ...protocol import as_leaves, client_state
+        from ...sanity import told
         from ..client_side import ClientSide, Methods
         from .agreement import begin, derive, fingerprint, placeholder_data
 
@@ -178,7 +182,7 @@ class _Inside:
         problem, self.variables, state = begin(app)
         weights = None if scale is None else [1.0] * sites
         derived = derive(app, placeholder_data([schema(level) for level in self.rows], sites, weights), cohort)
-        check(
+        expect(
             fingerprint(derived) == protocol,
             f"site {self.site} derives another protocol than the server: both need the same app, fedbilevel and jax.",
         )
@@ -191,7 +195,7 @@ class _Inside:
             self.site,
         )  # fmt: skip
         self._store(resume)
-        return {}, b""
+        return ({"figures": told(problem, own, state.x, state.y)} if check else {}), b""
 
     def answer(self, payload, *, place, tag, sent, wanted, counted, kept) -> tuple[dict, bytes]:
         """Answer a request."""

@@ -108,7 +108,15 @@ def _end(f, name, rates, taus, near):
     x, y = near[:DX] + 0.01 * f.x, near[DX : DX + DY]
     most = int(20_000 * RATES[0] / rates[0])
     result = solve(
-        PROBLEM, f.data(), algorithm, jnp.asarray(x), jnp.asarray(y), most, key=jax.random.key(0), evaluate_every=most
+        PROBLEM,
+        f.data(),
+        algorithm,
+        jnp.asarray(x),
+        jnp.asarray(y),
+        most,
+        key=jax.random.key(0),
+        evaluate_every=most,
+        check=False,
     )
     return np.asarray(result.x)
 
