@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from network import call
 
 import fedbilevel as fb
 from fedbilevel import sanity
@@ -281,3 +283,35 @@ def test_the_command_prints_a_warning_once(tmp_path, fedbilevel):
 def test_a_task_runs_and_compares_with_and_without_it(fedbilevel):
     words = ("compare", "quadratic", "--iterations", 1, "--json", "--algorithms", "lockstep", "--seeds", 1)
     assert fedbilevel(*words)[1].split("seconds")[0] == fedbilevel(*words, "--no-check")[1].split("seconds")[0]
+
+
+# Over the network -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0, 2.0]])
+def test_the_mean_of_what_sites_tell_is_the_simulation_s(weights):
+    made, v = rows(), sanity.directions(Y)
+    data, problem = fb.FederatedData.stack(made, made, weights), fb.Problem(good, outer)
+    said = [sanity.told(problem, fb.FederatedData.stack([own], [own]), X, Y) for own in made]
+    whole = sanity.measure(problem, X, Y, v, data, sanity._selected(data, None))
+    p = np.full(3, 1 / 3) if weights is None else np.asarray(weights) / sum(weights)
+    np.testing.assert_allclose(p @ [site[0] for site in said], whole.curvature.ravel(), rtol=1e-12)
+    sanity.judge_all(said, list(p), Y)
+    with pytest.raises(fb.InputError, match="curves downwards"):
+        sanity.judge_all([[[-a for a in part] for part in site] for site in said], list(p), Y)
+    with pytest.raises(fb.InputError, match="cannot be read"):
+        sanity.judge_all([*said[:2], None], list(p), Y)
+
+
+@pytest.mark.network
+def test_sites_look_before_the_run_begins(tmp_path):
+    concave = apps.write(tmp_path, CONCAVE, f"iterations=2, {apps.LOCKSTEP}")
+    words = ("run", concave, "--engine", "nvflare", "--clients", 2, "--out", tmp_path / "out")
+    assert "fedbilevel: the inner loss curves downwards" in call(*words, code=2)
+    assert not (tmp_path / "out" / "history.csv").exists()
+    call(*words, "--no-check", "--overwrite")
+    apps.write(tmp_path, MIXED, f"iterations=2, {apps.LOCKSTEP}")
+    said = call(*words, "--overwrite")
+    assert said.count("fedbilevel: warning: the inner loss curves downwards in y along some directions") == 1
+    told = json.loads((tmp_path / "out" / "outcome.json").read_text())["warnings"]
+    assert len(told) == 1 and told[0] in said

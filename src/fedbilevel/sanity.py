@@ -73,7 +73,9 @@ def check_sane(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> N
         InputError: a loss on which a variable it needs has no influence, or an inner loss that curves downwards in
             every direction tried.
     """
-    check_influence(problem, x, y, *jax.eval_shape(lambda: (data.inner.client(0).all(), data.outer.client(0).all())))
+    check_influence(
+        problem, x, y, *jax.eval_shape(lambda: [level.client(0).all() for level in (data.inner, data.outer)])
+    )
     v, few = directions(y), _selected(data, ROWS)
     figures = measure(problem, x, y, v, data, few)
     if _suspicious(figures, v, y):
@@ -244,10 +246,10 @@ class Blocks(NamedTuple):
         count: (blocks,) int32, how many of the rows are no padding.
     """
 
-    index: np.ndarray
-    weights: np.ndarray
-    share: np.ndarray
-    count: np.ndarray
+    index: Any
+    weights: Any
+    share: Any
+    count: Any
 
 
 def _count(blocks: Blocks) -> int:
@@ -294,7 +296,7 @@ def _figures(problem, x, y, v, rows, blocks) -> Figures:
     return Figures(curvature, inner, _mean(upper, rows[1], blocks[1]))
 
 
-_compiled = functools.partial(eqx.filter_jit, compiler_options=_CHEAPLY)(_figures)
+_compiled: Any = functools.partial(eqx.filter_jit, compiler_options=_CHEAPLY)(_figures)  # pyright: ignore[reportCallIssue]
 
 
 def _derivatives(problem: Problem, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
@@ -323,7 +325,8 @@ def _products(v: PyTree, w: PyTree):
     """V'W, (k, k)."""
     real = jnp.result_type(float)
     flat = lambda leaf: leaf.reshape(leaf.shape[0], -1).astype(real)
-    return sum(flat(a) @ flat(b).T for a, b in zip(jax.tree.leaves(v), jax.tree.leaves(w), strict=True))
+    parts = [flat(a) @ flat(b).T for a, b in zip(jax.tree.leaves(v), jax.tree.leaves(w), strict=True)]
+    return jnp.sum(jnp.stack(parts), axis=0)
 
 
 def _along(v: PyTree, gradient: PyTree):

@@ -23,7 +23,7 @@ def main() -> None:
     from ..errors import InputError, RunError, heard
 
     try:
-        with heard(lambda sentence: _say(f"warning: {sentence}", 0)):
+        with heard(_warn):
             code = app(standalone_mode=False)
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
@@ -38,6 +38,10 @@ def main() -> None:
         sys.exit(_say("interrupted: what was run is kept with --out; the same command with --resume goes on.", 1))
     except OSError as error:
         sys.exit(_say(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1))
+
+
+def _warn(sentence: str) -> None:
+    _say(f"warning: {sentence}", 0)
 
 
 def _say(sentence: str, code: int) -> int:

@@ -195,7 +195,7 @@ class _Inside:
             self.site,
         )  # fmt: skip
         self._store(resume)
-        return ({"figures": told(problem, own, state.x, state.y)} if check else {}), b""
+        return ({"figures": told(problem, own, *self.variables)} if check else {}), b""
 
     def answer(self, payload, *, place, tag, sent, wanted, counted, kept) -> tuple[dict, bytes]:
         """Answer a request."""
