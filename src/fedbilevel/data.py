@@ -18,9 +18,11 @@ import numpy as np
 from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
+from .alike import check_levels
 from .clients import called, levels, listed
 from .errors import InputError, check
-from .joined import Part, check_levels, join, settle
+from .joined import Part, join
+from .narrow import settle
 from .problem import Problem, Rows, describe
 from .rows import read
 
@@ -243,7 +245,7 @@ class FederatedData(eqx.Module):
     @classmethod
     def _join(cls, inner: Sequence[Part], outer: Sequence[Part], weights, names: tuple[str, ...]) -> FederatedData:
         one, other = join(inner, "inner", names), join(outer, "outer", names)
-        check_levels(one, other)
+        check_levels(names[0], one.first, other.first)
         settle(one, other)
         p_inner, p_outer = _weights(weights, one.counts, other.counts)
         m = len(inner)

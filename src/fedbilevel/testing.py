@@ -253,11 +253,11 @@ def check_problem(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, t
             inner, outer = data.inner.alone(i).all(), data.outer.alone(i).all()
             for what, exact, difference in _comparisons(bound, x, y, dx, dy, v, inner, outer):
                 report.add(
-                    f"client {i}: {what}", lambda e=exact, d=difference: _close(float(e()), float(d()), tolerance)
+                    f"{data.names[i]}: {what}", lambda e=exact, d=difference: _close(float(e()), float(d()), tolerance)
                 )
             curvature = lambda n=inner: float(_dot(v, bound.hessian_vector(x, y, v, n)))
             report.add(
-                f"client {i}: inner loss curves upwards",
+                f"{data.names[i]}: inner loss curves upwards",
                 lambda c=curvature: (c() > 0, f"curvature {c():.3g} along a direction"),
             )
     return report.conclude()
