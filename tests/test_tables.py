@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import warnings
 
+import apps
 import jax
 import numpy as np
 import pandas as pd
 import pytest
+from network import call
 
 import fedbilevel as fb
-from fedbilevel.app import apart, placeholder, schema
+from fedbilevel.app import apart, load_app, placeholder, schema
 
+SITES = ["site-1", "site-2", "site-3"]
 KEY = jax.random.key(0)
 GOOD = pd.DataFrame({"age": [61.0, 40.0, 55.0, 70.0], "bmi": [22.5, 31.0, 27.0, 24.0], "ill": [0, 1, 1, 0]})
 SWAPPED = GOOD[["bmi", "age", "ill"]]
@@ -67,8 +70,8 @@ APART = {
 )
 def test_clients_whose_columns_differ_are_refused(what, under):
     other, sentence = APART[what]
-    for call in calls(other, under):
-        refused(call, sentence, "(in its )?(inner|outer) (rows|data)")
+    for attempt in calls(other, under):
+        refused(attempt, sentence, "(in its )?(inner|outer) (rows|data)")
 
 
 def test_levels_whose_columns_differ_are_refused():
@@ -102,8 +105,8 @@ VALUES = {
 @pytest.mark.parametrize("what", VALUES)
 def test_the_column_is_named_in_messages_about_values(what):
     other, sentence = VALUES[what]
-    for call in calls(other):
-        refused(call, "^east has", sentence)
+    for attempt in calls(other):
+        refused(attempt, "^east has", sentence)
     refused(calls(other, lambda t: {"x": t})[0], sentence, r"\['x'\]")
 
 
@@ -121,10 +124,10 @@ def test_the_column_is_named_when_values_are_narrowed(what):
             refused(calls(but(age=[1, 2, 3, 1e39]))[0], "east has 1e[+]39.*column 'age'.*, row 3", "float32")
         else:
             column = {"small": [1.0, 1e-60, 2, 3], "equal": [1.7e9, 1.7e9 + 1, 2, 3]}[what]
-            for call in calls(but(age=column)):
+            for attempt in calls(but(age=column)):
                 match = "east has (1e-60|1700000000 and 1700000001) in its .*column 'age'"
                 with pytest.warns(fb.errors.FedbilevelWarning, match=match) as seen:
-                    call()
+                    attempt()
                 assert len(seen) == 1
 
 
@@ -184,3 +187,103 @@ def test_sites_compare_the_names_of_columns():
     zeros = placeholder(mine)
     assert zeros["x"].shape == (1, 3) and zeros["x"].dtype == np.float64 and zeros["y"].dtype == np.int64
     assert placeholder(schema((GOOD["age"],)))[0].shape == (1,)
+
+
+APP = """
+    import jax.numpy as jnp
+    import numpy as np
+    import pandas as pd
+    import fedbilevel as fb
+
+    def inner(x, y, e):
+        return 0.5 * (e[:2] @ y - e[2]) ** 2 + 0.5 * jnp.sum(jnp.exp(x) * y**2)
+
+    def outer(x, y, e):
+        return 0.5 * (e[:2] @ y - e[2]) ** 2
+
+    def load(site):
+        draw = np.random.default_rng(int(site.split("-")[1]))
+        inner, outer = (pd.DataFrame(draw.normal(size=(6, 3)), columns=["age", "bmi", "out"]) for _ in range(2))
+        if site == "site-2":
+            SPOILT
+        return inner, outer
+
+    app = fb.App(
+        name="tables", problem=fb.Problem(inner, outer), start=lambda: (jnp.zeros(2), jnp.zeros(2)), load=load, ALGORITHM
+    )
+"""
+SPOILT = {
+    "nothing": ("pass", ""),
+    "swapped": (
+        "inner, outer = inner[['bmi', 'age', 'out']], outer[['bmi', 'age', 'out']]",
+        "site-2 has column 'bmi' in place 0, where site-1 has 'age'",
+    ),
+    "one level": ("outer = outer[['bmi', 'age', 'out']]", "site-2.* 'bmi' in place 0, where .* 'age'"),
+    "renamed": ("inner = inner.rename(columns={'bmi': 'BMI'})", "site-2.* 'BMI' where .* 'bmi'"),
+    "too large": ("inner.loc[4, 'bmi'] = 1e300", r"site-2 has 1e\+300, .*inner rows, column 'bmi', row 4"),
+    "missing": ("outer.loc[3, 'out'] = np.nan", "site-2 has NaN .*outer rows, column 'out', row 3"),
+    "text": ("inner['age'] = 'old'", "site-2 has text .*inner rows, column 'age'.*'old'"),
+    "small": ("outer.loc[1, 'age'] = 1e-90", "site-2 has 1e-90 in its outer rows, column 'age', row 1"),
+}
+
+
+def app_file(tmp_path, what):
+    return apps.write(tmp_path, APP.replace("SPOILT", SPOILT[what][0]), f"iterations=2, {apps.LOCKSTEP}")
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_in_apps_the_site_and_the_column_are_named(tmp_path, what):
+    app = load_app(app_file(tmp_path, what))
+    with jax.enable_x64(False), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        if what in ("nothing", "small"):
+            assert app.data(SITES).names == tuple(SITES)
+        else:
+            refused(lambda: app.data(SITES), SPOILT[what][1])
+    told = "".join(str(one.message) for one in warned)
+    assert re.search(SPOILT[what][1], told) if what == "small" else not warned
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_sites_of_the_network_name_themselves_and_the_column(tmp_path, what):
+    pytest.importorskip("nvflare")
+    from fedbilevel.engines.nvflare.agreement import check_rows, derive, fingerprint, placeholder_data
+    from fedbilevel.engines.nvflare.worker import _Inside
+
+    file, wide = app_file(tmp_path, what), jax.config.read("jax_enable_x64")
+    try:  # in this process, a site after the other; loading an app sets its precision
+        sites = {name: _Inside(str(file), name, tmp_path / name) for name in SITES}
+
+        def agree():
+            said = {name: site.do("load", b"", {})[0]["rows"] for name, site in sites.items()}
+            for name, rows in said.items():
+                check_rows(name, rows, SITES[0], said[SITES[0]])
+            protocol = fingerprint(derive(sites[SITES[0]].app, placeholder_data(said[SITES[0]], 3, None), 3))
+            setup = {"sites": 3, "cohort": 3, "seed": 0, "scale": None, "protocol": protocol, "resume": False}
+            return [
+                site.do("prepare", b"", {"index": i, **setup})[0].get("warnings")
+                for i, site in enumerate(sites.values())
+            ]
+
+        if what in ("nothing", "small"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                told = agree()
+            assert told[0] is told[2] is None
+            assert re.search(SPOILT[what][1], "".join(told[1] or []))
+        else:
+            refused(agree, SPOILT[what][1])
+    finally:
+        jax.config.update("jax_enable_x64", wide)
+
+
+@pytest.mark.network
+def test_over_the_network_the_site_and_the_column_are_named(tmp_path):
+    for what in ("swapped", "too large"):
+        (tmp_path / what).mkdir()
+        file = app_file(tmp_path / what, what)
+        told = call("run", file, "--engine", "nvflare", "--out", tmp_path / what / "out", code=2)
+        assert re.search(SPOILT[what][1], told), told
+    (tmp_path / "small").mkdir()
+    told = call("run", app_file(tmp_path / "small", "small"), "--engine", "nvflare", "--out", tmp_path / "out")
+    assert re.search("warning: " + ".*" + SPOILT["small"][1], told), told

@@ -38,7 +38,8 @@ class App:
     Args:
         problem, algorithm: the losses, and how to solve them.
         start: () -> (x, y), where to start; the same at every site, so draw from a fixed seed.
-        load: site's name -> (inner rows, outer rows) of that site, pytrees (dicts, lists, tuples) of arrays, rows first.
+        load: site's name -> (inner rows, outer rows) of that site, pytrees (dicts, lists, tuples) of arrays
+            or pandas tables, rows first.
         iterations: outer iterations; or instead
         rounds: communication rounds.
         seed: decides the cohorts and minibatches.
@@ -224,7 +225,7 @@ def _schema(rows: Any, path: tuple, whose: Whose) -> dict[str, Any]:
     return {"row": list(map(int, array.shape[1:])), "dtype": str(whole(array.dtype)), **named}
 
 
-def apart(one: str, other: str) -> str:
+def apart(one: str, other: str, me: str = "the former", them: str = "the latter") -> str:
     """What two schemas differ in, in words: the first array that does, or the first column."""
     try:
         a, b = (dict(_arrays(json.loads(text), "")) for text in (one, other))
@@ -235,7 +236,7 @@ def apart(one: str, other: str) -> str:
             mine, theirs = (rows.get(path, ("missing", None)) for rows in (a, b))
             where = path or "the array"
             if mine[1] != theirs[1]:
-                return f"{columns_apart(mine[1], theirs[1], 'the former', 'the latter')}, in {where}"
+                return columns_apart(mine[1], theirs[1], me, them) + (f", in {path}" if path else "")
             return f"{where} is {mine[0]} against {theirs[0]}"
     return "the containers differ"
 

@@ -148,8 +148,8 @@ def check_rows(name: str, rows: list[str], first: str, others: list[str]) -> Non
     for level, mine, theirs in zip(("inner", "outer"), rows, others, strict=True):
         check(
             mine == theirs,
-            f"{name} has other {level} rows than {first}: {apart(mine, theirs)}. load() has to return rows of the same "
-            "structure, shapes and dtypes at every site.",
+            f"{name} has other {level} rows than {first}: {apart(mine, theirs, name, first)}. load() has to return "
+            "rows of the same structure, columns, shapes and dtypes at every site.",
         )
 
 
