@@ -324,6 +324,24 @@ def test_names_are_in_every_message():
     refused(lambda: fb.FederatedData.split({"east": {"a": GOOD[:1]}}, 0.5, KEY), "east has 1 rows")
 
 
+def test_weights_go_by_name_too():
+    data = fb.FederatedData.stack(ROWS, ROWS, weights={"a": 3, "b": 1})
+    assert np.asarray(data.weights).tolist() == [0.25, 0.75]
+    weigh = lambda weights: lambda: fb.FederatedData.stack(ROWS, ROWS, weights=weights)
+    refused(weigh({"a": 3}), "weights= by name", "'b'")
+    refused(weigh([1, -2]), "a has -2.0")
+    refused(weigh(["much", "more"]), "one number per client")
+    refused(weigh([1, 1e-320]), "the weight of a is")
+    with jax.enable_x64(False):
+        refused(weigh([1e-60, 1]), "the weight of b is 1e-60")
+
+
+def test_rows_without_columns_pass(narrow):
+    for dtype in (np.float64, np.int64):
+        nothing = np.ones((3, 0), dtype)
+        assert fb.FederatedData.stack([nothing], [nothing]).inner.rows.shape == (3, 0)
+
+
 def test_an_array_whose_first_axis_is_the_clients():
     for kind in (np.asarray, jnp.asarray):
         data = fb.FederatedData.stack(kind(np.stack([GOOD, GOOD + 1])), np.ones((2, 4)), names=np.array(NAMES))

@@ -280,10 +280,10 @@ def test_sites_of_the_network_name_themselves_and_the_column(tmp_path, what):
 @pytest.mark.network
 def test_over_the_network_the_site_and_the_column_are_named(tmp_path):
     for what in ("swapped", "too large"):
-        (tmp_path / what).mkdir()
-        file = app_file(tmp_path / what, what)
-        told = call("run", file, "--engine", "nvflare", "--out", tmp_path / what / "out", code=2)
+        folder = tmp_path / what.replace(" ", "-")  # nvflare's simulator does not take a space in a path
+        folder.mkdir()
+        told = call("run", app_file(folder, what), "--engine", "nvflare", "--out", folder / "out", code=2)
         assert re.search(SPOILT[what][1], told), told
     (tmp_path / "small").mkdir()
     told = call("run", app_file(tmp_path / "small", "small"), "--engine", "nvflare", "--out", tmp_path / "out")
-    assert re.search("warning: " + ".*" + SPOILT["small"][1], told), told
+    assert re.search(SPOILT["small"][1], told), told

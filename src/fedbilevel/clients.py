@@ -49,6 +49,8 @@ def listed(clients: Any, what: str) -> list[PyTree]:
     Raises:
         InputError: it is one data set, or could be.
     """
+    hint = conversion(clients)
+    check(hint is None, f"{what}= is a {type(clients).__name__}: {hint}, one for each client in a list.")
     if isinstance(clients, Mapping):
         bare = [key for key, rows in clients.items() if not _data_set(rows)]
         if bare:
@@ -58,8 +60,6 @@ def listed(clients: Any, what: str) -> list[PyTree]:
                 "names=list(rows) for a client a key."
             )
         return list(clients.values())
-    hint = conversion(clients)
-    check(hint is None, f"{what}= is a {type(clients).__name__}: {hint}, one for each client in a list.")
     if isinstance(clients, (np.ndarray, jax.Array)) and not isinstance(clients, np.ma.MaskedArray):
         array = np.asarray(clients)
         check(

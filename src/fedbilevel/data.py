@@ -25,6 +25,7 @@ from .keys import as_key, generator, random_below
 from .narrow import settle
 from .problem import Problem, Rows
 from .rows import read
+from .values import shown
 
 Clients = Mapping[Any, PyTree] | Iterable[PyTree]
 LevelName = Literal["inner", "outer"]
@@ -170,7 +171,7 @@ class FederatedData(eqx.Module):
         cls,
         inner: Clients,
         outer: Clients,
-        weights: Literal["rows"] | Sequence[float] | None = None,
+        weights: Literal["rows"] | Sequence[float] | Mapping[str, float] | None = None,
         names: Sequence[str] | None = None,
     ) -> FederatedData:
         """Put the clients' own data sets side by side.
@@ -182,7 +183,7 @@ class FederatedData(eqx.Module):
                 A mapping is clients by name if its values are mappings, tuples, tables or modules; of bare arrays it is
                 refused, for it may as well be one data set. An array's first axis is the clients.
             weights: the weight p_i of each client in both levels' means: None (all alike), "rows" (at each level
-                in proportion to the client's rows there) or numbers (normalised to sum to one).
+                in proportion to the client's rows there) or numbers, in a list or by name (normalised to sum to one).
             names: what to call the clients of a list in messages; None: client 0, client 1, ...
 
         Raises:
@@ -205,7 +206,7 @@ class FederatedData(eqx.Module):
         clients: Clients,
         outer: float,
         key: Key[Array, ""],
-        weights: Literal["rows"] | Sequence[float] | None = None,
+        weights: Literal["rows"] | Sequence[float] | Mapping[str, float] | None = None,
         names: Sequence[str] | None = None,
     ) -> FederatedData:
         """Split each client's one data set at random into inner (training) and outer (validation) rows.
@@ -247,7 +248,7 @@ class FederatedData(eqx.Module):
         one, other = join(inner, "inner", names), join(outer, "outer", names)
         check_levels(names[0], one.first, other.first)
         settle(one, other)
-        p_inner, p_outer = _weights(weights, one.counts, other.counts)
+        p_inner, p_outer = _weights(weights, one.counts, other.counts, names)
         m = len(inner)
         uniform = weights is None
         scale = np.ones(m) if uniform else p_outer / p_inner
@@ -266,16 +267,29 @@ class FederatedData(eqx.Module):
         )
 
 
-def _weights(weights, inner_counts, outer_counts) -> tuple[np.ndarray, np.ndarray]:
+def _weights(weights, inner_counts, outer_counts, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     m = len(inner_counts)
     if weights is None:
         return np.full(m, 1 / m), np.full(m, 1 / m)
     if isinstance(weights, str):
         check(weights == "rows", f"weights= is None, 'rows' or one number per client; got {weights!r}.")
         return inner_counts / inner_counts.sum(), outer_counts / outer_counts.sum()
-    p = np.asarray(weights, dtype=float)
+    if isinstance(weights, Mapping):
+        given = dict(zip(called(weights, None, len(weights)), weights.values(), strict=True))
+        other = sorted(set(given) ^ set(names))
+        check(not other, f"weights= by name needs those of the clients; {other[:1]} is of one of the two only.")
+        weights = [given[name] for name in names]
+    try:
+        p = np.asarray(weights, dtype=float)
+    except (TypeError, ValueError):
+        raise InputError(f"weights= is None, 'rows' or one number per client; got {shown(weights)}.") from None
     check(p.shape == (m,), f"weights= needs one number for each of the {m} clients; got shape {p.shape}.")
-    check(
-        np.isfinite(p).all() and (p > 0).all(), f"the clients' weights must be positive and finite; got {p.tolist()}."
-    )
-    return p / p.sum(), p / p.sum()
+    bad = ~(np.isfinite(p) & (p > 0))
+    first = int(np.argmax(bad))
+    check(not bad.any(), f"the clients' weights must be positive and finite; {names[first]} has {p[first]}.")
+    p = p / p.max()
+    p = p / p.sum()
+    lost = p < np.finfo(jnp.result_type(float)).tiny
+    first = int(np.argmax(lost))
+    check(not lost.any(), f"the weight of {names[first]} is {p[first]:.3g} of all, which is 0 here: leave it out.")
+    return p, p

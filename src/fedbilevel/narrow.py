@@ -39,11 +39,11 @@ def held(dtype: np.dtype) -> np.dtype:
 def narrowed(joined: Joined, leaf: int, flat: np.ndarray) -> np.ndarray:
     """The same values as JAX holds them."""
     target = held(flat.dtype)
-    if flat.dtype.kind in "iu" and target != flat.dtype:
+    if flat.dtype.kind in "iu" and target != flat.dtype and flat.size:
         _check_range(joined, leaf, flat, np.iinfo(target))
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         cast = flat if target == flat.dtype else flat.astype(target)
-    if not jnp.issubdtype(target, jnp.inexact):
+    if not jnp.issubdtype(target, jnp.inexact) or not flat.size:
         return cast
     finite = np.isfinite(cast)
     if not finite.all():
