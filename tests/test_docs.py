@@ -6,6 +6,7 @@ A block after `<!-- long -->` is left out; a line `--8<-- "file"` stands for tha
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -74,9 +75,20 @@ def test_the_python_of_a_page_runs(page, tmp_path):
     ids=lambda page: page.stem,
 )
 def test_the_commands_of_a_page_run(page, tmp_path):
-    for words in commands(page.read_text()):
-        run("-m", "fedbilevel", *words, cwd=tmp_path)
+    run("-c", ONE_AFTER_THE_OTHER, json.dumps(commands(page.read_text())), cwd=tmp_path)
 
+
+# a process of its own for each command would spend its time on imports
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from fedbilevel.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["fedbilevel", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, f"{words} ended with {end.code}"
+"""
 
 PAGE = """# A page
 ```python
@@ -130,8 +142,10 @@ def test_a_wrong_page_fails_at_its_own_line(tmp_path):
     run(str(file), cwd=tmp_path)
 
 
-def test_commands_are_found():
+def test_commands_are_found(tmp_path):
     assert commands(PAGE) == [["run", "quadratic", "--rounds", "13"]]
+    with pytest.raises(AssertionError, match="ended with 2"):
+        run("-c", ONE_AFTER_THE_OTHER, json.dumps([["list"], ["lst"]]), cwd=tmp_path)
 
 
 def test_tables_on_the_pages_are_those_that_studies_left(monkeypatch):

@@ -57,7 +57,8 @@ def test_loopback_is_the_simulation(simulated, name):
 @pytest.mark.parametrize("group", ["first", pytest.param("others", marks=pytest.mark.slow)])
 def test_four_devices_are_one(group, simulated, tmp_path):
     path = tmp_path / "mesh.npz"
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"  # the latter compiles faster
+    faster = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # to compile
+    flags = f"--xla_force_host_platform_device_count=4 {faster}"
     source = str(HERE.parent / "src")
     path_of_it = f"{source}{os.pathsep}{HERE}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path_of_it}
