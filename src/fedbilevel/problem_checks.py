@@ -1,0 +1,161 @@
+"""What `testing.check_problem` looks at: a problem's losses and oracles at a point where nothing is zero.
+
+The rows are a client's own, with unequal weights and with padding behind them, as engines hand them over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .data import FederatedData
+from .indices import outside
+from .problem import Problem, Rows
+
+_PADDING = 2  # rows of weight zero behind the client's own
+_STEP = 1e-5  # of central differences
+_SHIFTS = (0.3, 0.03, 0.003)  # how far the point is moved, in the size of x and y or 1 where they are zero
+
+Check = tuple[str, Callable[[], tuple[bool, str]]]  # what is checked, and whether it holds
+
+
+class Point(NamedTuple):
+    """Where a problem is looked at: x and y, and random directions like them."""
+
+    x: PyTree
+    y: PyTree
+    dx: PyTree
+    dy: PyTree
+    v: PyTree
+
+
+def checks(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, tolerance: float) -> Iterator[Check]:
+    """Every check of a problem on its first clients and on all rows' indices."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    for level in ("inner", "outer"):
+        for client in range(data.clients):
+            yield f"client {client}: {level} indices", _indices(problem, data, level, client, x, y)
+    for client in range(min(data.clients, 3)):
+        inner, outer = (weighted(getattr(data, level).alone(client).all(), client) for level in ("inner", "outer"))
+        x0, y0 = _moved(problem, x, y, keys, inner, outer)
+        at = Point(x0, y0, _direction(keys[0], x), _direction(keys[1], y), _direction(keys[2], y))
+        for level, rows in (("inner", inner), ("outer", outer)):
+            yield f"client {client}: {level} weights", _means(problem, level, at, rows, tolerance)
+        for what, exact, difference in _comparisons(problem, at, inner, outer):
+            yield f"client {client}: {what}", lambda e=exact, d=difference: _close(float(e()), float(d()), tolerance)
+        curvature = lambda n=inner, v=at.v: float(_dot(v, problem.hessian_vector(x, y, v, n)))
+        yield (
+            f"client {client}: inner loss curves upwards",
+            lambda c=curvature: (c() > 0, f"curvature {c():.3g} along a direction"),
+        )
+
+
+def weighted(rows: Rows, seed: int) -> Rows:
+    """Rows with unequal weights of the same sum, and padding: repeats of the last row, of weight zero."""
+    count = int(rows.count)
+    draw = np.random.default_rng(seed).uniform(0.5, 1.5, count)
+    weights = jnp.asarray(np.append(draw / draw.sum(), np.zeros(_PADDING)), rows.weights.dtype) * jnp.sum(rows.weights)
+    place = np.minimum(np.arange(count + _PADDING), count - 1)
+    examples = jax.tree.map(lambda leaf: leaf[place], rows.examples)
+    return Rows(examples, weights, rows.count, key=jax.random.key(seed))
+
+
+def _means(problem: Problem, level: str, at: Point, rows: Rows, tolerance: float):
+    """Whether the loss of all rows is the weighted mean of its values for each row alone."""
+
+    def check():
+        value = getattr(problem, f"{level}_value")
+        total = jnp.sum(rows.weights)
+        whole, parts = float(value(at.x, at.y, rows)), 0.0
+        for row in range(int(rows.count)):
+            alone = jax.tree.map(lambda leaf, r=row: leaf[r : r + 1], rows.examples)
+            one = Rows(alone, jnp.reshape(total, (1,)), jnp.ones((), jnp.int32), key=rows.key)
+            parts += float(rows.weights[row] / total) * float(value(at.x, at.y, one))
+        good, detail = _close(whole, parts, tolerance)
+        return good, f"{detail}, the weighted mean over rows without the padding" if not good else detail
+
+    return check
+
+
+def _indices(problem: Problem, data: FederatedData, level: str, client: int, x: PyTree, y: PyTree):
+    """Whether the loss of a client's rows indexes arrays within their bounds."""
+
+    def check():
+        rows = getattr(data, level).alone(client).all()
+        rows = dataclasses.replace(rows, key=jax.random.key(0))
+        found = outside(lambda x, y: getattr(problem, f"{level}_value")(x, y, rows), x, y)
+        if not found:
+            return True, "within their arrays"
+        index, size = found[0]
+        return False, (
+            f"the {level} loss uses index {index} on an axis of {size}, and XLA clamps or drops it in silence: mend the "
+            f"rows, or guard the index in the loss, as in x[jnp.clip(row['id'], 0, {size - 1})]"
+        )
+
+    return check
+
+
+def _moved(problem, x, y, keys, inner, outer) -> tuple[PyTree, PyTree]:
+    """x and y moved at random, so that nothing is zero by chance; less far where the losses are not finite there."""
+    for shift in _SHIFTS:
+        at = _shifted(x, keys[3], shift), _shifted(y, keys[4], shift)
+        if np.isfinite([float(problem.inner_value(*at, inner)), float(problem.outer_value(*at, outer))]).all():
+            return at
+    return x, y
+
+
+def _shifted(tree: PyTree, key, shift: float) -> PyTree:
+    size = lambda leaf: jnp.where(jnp.any(leaf != 0), jnp.sqrt(jnp.mean(leaf**2)), 1.0)
+    return jax.tree.map(lambda leaf, d: leaf + shift * size(leaf) * d, tree, _direction(key, tree))
+
+
+def _comparisons(problem: Problem, at: Point, inner: Rows, outer: Rows) -> list[tuple[str, Any, Any]]:
+    x, y, dx, dy, v = at
+    move = lambda start, d, s: jax.tree.map(lambda a, b: a + s * _STEP * b, start, d)
+    along = lambda f: (f(1.0) - f(-1.0)) / (2 * _STEP)
+    grad_y = lambda x, y: problem.inner_gradient(x, y, inner)
+    hessian = lambda d: problem.hessian_vector(x, y, d, inner)
+    direct = lambda place: problem.outer_gradients(x, y, outer)[place]
+    f = lambda x, y: problem.outer_value(x, y, outer)
+    g = lambda y: problem.inner_value(x, y, inner)
+    x_at, y_at, v_at = (lambda s: move(x, dx, s)), (lambda s: move(y, dy, s)), (lambda s: move(y, v, s))
+    return [
+        ("inner_gradient", lambda: _dot(dy, grad_y(x, y)), lambda: along(lambda s: g(y_at(s)))),
+        (
+            "inner_gradient_x",
+            lambda: _dot(dx, problem.inner_gradient_x(x, y, inner)),
+            lambda: along(lambda s: problem.inner_value(x_at(s), y, inner)),
+        ),
+        ("outer_gradients, x", lambda: _dot(dx, direct(0)), lambda: along(lambda s: f(x_at(s), y))),
+        ("outer_gradients, y", lambda: _dot(dy, direct(1)), lambda: along(lambda s: f(x, y_at(s)))),
+        ("hessian_vector", lambda: _dot(dy, hessian(v)), lambda: along(lambda s: _dot(dy, grad_y(x, v_at(s))))),
+        ("hessian is symmetric", lambda: _dot(dy, hessian(v)), lambda: _dot(v, hessian(dy))),
+        (
+            "cross_vector",
+            lambda: _dot(dx, problem.cross_vector(x, y, v, inner)),
+            lambda: along(lambda s: _dot(v, grad_y(x_at(s), y))),
+        ),
+    ]
+
+
+def _direction(key, like: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure, [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
+    )
+
+
+def _dot(one: PyTree, other: PyTree):
+    return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def _close(one: float, other: float, tolerance: float) -> tuple[bool, str]:
+    gap = abs(one - other) / max(1.0, abs(one), abs(other))
+    return gap <= tolerance, f"{one:.9g} against {other:.9g}"
