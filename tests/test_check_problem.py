@@ -108,12 +108,12 @@ def test_oracles_that_are_wrong_fail_from_a_start_of_zeros(kind, what):
 )
 def test_ids_out_of_range_are_named(wrong, level):
     bad = [ROWS[0], {**ROWS[1], "id": np.array([0, 1, wrong, 2])}]
-    data = fb.FederatedData.stack(bad, bad)
+    data = fb.FederatedData.stack(bad, bad, names=["north", "south"])
     plain = lambda x, y, e: 0.5 * (e["a"] @ y - e["b"]) ** 2 + 0.5 * jnp.sum(y**2) + jnp.sum(x) * 0.1
     by_id = lambda x, y, e: plain(x, y, e) + x[e["id"]] ** 2
     losses = {"inner": plain, "outer": plain, level: by_id}
     found, text = failures(fb.Problem(**losses), data)
-    assert [what for what in found if "indices" in what] == [f"client 1: {level} indices"]
+    assert [what for what in found if "indices" in what] == [f"south: {level} indices"]
     assert f"the {level} loss uses index {wrong} on an axis of 3" in text
     losses[level] = lambda x, y, e: plain(x, y, e) + x[jnp.clip(e["id"], 0, 2)] ** 2
     assert fb.testing.check_problem(fb.Problem(**losses), data, X, Y).passed

@@ -40,18 +40,21 @@ def checks(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, toleranc
     keys = jax.random.split(jax.random.key(0), 5)
     for level in ("inner", "outer"):
         for client in range(data.clients):
-            yield f"client {client}: {level} indices", _indices(problem, data, level, client, x, y)
+            yield f"{data.names[client]}: {level} indices", _indices(problem, data, level, client, x, y)
     for client in range(min(data.clients, 3)):
         inner, outer = (weighted(getattr(data, level).alone(client).all(), client) for level in ("inner", "outer"))
         x0, y0 = _moved(problem, x, y, keys, inner, outer)
         at = Point(x0, y0, _direction(keys[0], x), _direction(keys[1], y), _direction(keys[2], y))
         for level, rows in (("inner", inner), ("outer", outer)):
-            yield f"client {client}: {level} weights", _means(problem, level, at, rows, tolerance)
+            yield f"{data.names[client]}: {level} weights", _means(problem, level, at, rows, tolerance)
         for what, exact, difference in _comparisons(problem, at, inner, outer):
-            yield f"client {client}: {what}", lambda e=exact, d=difference: _close(float(e()), float(d()), tolerance)
+            yield (
+                f"{data.names[client]}: {what}",
+                lambda e=exact, d=difference: _close(float(e()), float(d()), tolerance),
+            )
         curvature = lambda n=inner, v=at.v: float(_dot(v, problem.hessian_vector(x, y, v, n)))
         yield (
-            f"client {client}: inner loss curves upwards",
+            f"{data.names[client]}: inner loss curves upwards",
             lambda c=curvature: (c() > 0, f"curvature {c():.3g} along a direction"),
         )
 
