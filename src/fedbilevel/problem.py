@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
+from .canonical import Traced, trace
 from .errors import InputError, check
 
 _MANY, _LONG = 64, 1000  # arrays and characters that a message spells out
@@ -217,26 +218,29 @@ def bind(problem: Problem, x_rest: PyTree, y_rest: PyTree) -> Problem:
     )
 
 
-def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> None:
+def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> dict[str, Traced]:
     """Refuse losses that do not return a floating-point scalar, before anything is compiled.
+
+    Returns:
+        The programs of the losses (and features), traced once, of (the problem's arrays, x, y, data).
 
     Raises:
         InputError: with the level and what its loss returned, or how it failed.
     """
-    for level, value, loss, rows in (
-        ("inner", problem.inner_value, problem.inner, inner),
-        ("outer", problem.outer_value, problem.outer, outer),
-    ):
+    found: dict[str, Traced] = {}
+    for level, rows in (("inner", inner), ("outer", outer)):
         own = getattr(type(problem), f"{level}_value") is not getattr(Problem, f"{level}_value")
         if own:  # the problem brings its own oracles: judge what those return
-            out = _shape_of(value, (x, y), (rows,), f"{level} loss")
+            traced = _trace(problem, f"{level}_value", (x, y), (rows,), f"{level} loss")
         else:
             first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows.examples)
             data = (rows.examples, rows.weights) if problem.batched else (first,)
             phi = ()
             if level == "inner" and problem.features is not None:
-                phi = (_features_shape(problem, x, data[:1]),)
-            out = _shape_of(loss, (x, y), (*data, *phi), f"{level} loss")
+                found["features"] = _features(problem, x, data[:1])
+                phi = (found["features"].out,)
+            traced = _trace(problem, level, (x, y), (*data, *phi), f"{level} loss")
+        found[level], out = traced, traced.out
         takes = "a batch" if problem.batched else "one example"
         check(
             not _is_complex(out),
@@ -247,11 +251,12 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
             isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating),
             f"the {level} loss must return a floating-point scalar for {takes}; it returned {describe(out)}.",
         )
+    return found
 
 
-def _features_shape(problem: Problem, x: PyTree, data: tuple) -> PyTree:
-    assert problem.features is not None
-    phi = _shape_of(problem.features, (x,), data, "features function")
+def _features(problem: Problem, x: PyTree, data: tuple) -> Traced:
+    traced = _trace(problem, "features", (x,), data, "features function")
+    phi = traced.out
     leaves, shape = jax.tree.leaves(phi), jax.tree.leaves(data)[0].shape
     good = leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     check(good, f"the features function must return a pytree of arrays; it returned {describe(phi)}.")
@@ -261,17 +266,28 @@ def _features_shape(problem: Problem, x: PyTree, data: tuple) -> PyTree:
         f"with batched=True the features function must return arrays with rows first, as many as in {describe(data[0])}; "
         f"it returned {describe(phi)}.",
     )
-    return phi
+    return traced
 
 
-def _shape_of(function: Callable, variables: tuple, data: tuple, what: str) -> PyTree:
+def _trace(problem: Problem, name: str, variables: tuple, data: tuple, what: str) -> Traced:
     try:
-        return eqx.filter_eval_shape(function, *variables, *data)
+        return trace_oracle(problem, name, *variables, *data)
     except InputError:
         raise
     except Exception as error:  # whatever the user's function raises, on whatever shapes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"the {what} failed on {describe(data[0])}: {type(error).__name__}: {reason}") from error
+
+
+def trace_oracle(problem: Problem, name: str, *args: PyTree) -> Traced:
+    """The program of an oracle or loss, by its name, over the problem's own arrays and `args`."""
+    arrays, rest = eqx.partition(problem, eqx.is_array)
+    leaves, structure = jax.tree.flatten(arrays)
+
+    def oracle(leaves, *args):
+        return getattr(eqx.combine(jax.tree.unflatten(structure, leaves), rest), name)(*args)
+
+    return trace(oracle, leaves, *args)
 
 
 def describe(tree: PyTree) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import equinox as eqx
@@ -20,11 +21,13 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
 from .algorithm import Algorithm
+from .canonical import canonical
 from .data import FederatedData
 from .errors import InputError, check
 from .exchanges import SAMPLED, Protocol, summary
 from .federation import Client, Reply, check_cohort, combine_replies
-from .problem import Problem, bind, check_losses, describe, strong, trainable
+from .problem import Problem, bind, describe, strong, trainable
+from .program import Kept, compiled_as, freeze
 from .tracing import TracedFederation, check_times
 
 _ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
@@ -63,17 +66,45 @@ def trace(
 ) -> Protocol:
     """The protocol of `program(algorithm, fed, state)`, by default of `algorithm.step`."""
     program = program or step
-    check_losses(problem, state.x, state.y, data.inner.client(0).all(), data.outer.client(0).all())
-    found, info = _discover(program, algorithm, problem, data, state, cohort)
-    draws, kind = _combinations(found.draws, found.loops_draw)
-    layout = {path: site.flags for path, site in found.sites.items()}
-    run = (as_leaves(algorithm), problem, data, state, cohort, tuple(sorted(layout.items())), jnp.asarray(draws))
-    counts, depends = _evaluate(program, *run, by_draw=found.loops_draw, most=False)
-    if found.depends_on_data or depends:
-        counts, _ = _evaluate(program, *run, by_draw=found.loops_draw, most=True)
-        counts, kind = jax.tree.map(lambda value: value.max(axis=0, keepdims=True), counts), "bound"
-    counts = jax.tree.map(np.asarray, counts)
-    return summary(algorithm, data.clients, cohort, found.sites, counts, kind, info)
+    problem = freeze(problem, state.x, state.y, data)
+    given = as_leaves(algorithm), state, data
+    known = _KNOWN.get(_key(program, problem, given, cohort), lambda: _Known(program, problem, given, cohort))
+    return known.protocol(algorithm, given)
+
+
+def _key(program, problem, given, cohort) -> Hashable:
+    """What an iteration's exchanges can depend on, but for numbers."""
+    arrays, rest = eqx.partition(given, eqx.is_array)
+    static, structure = jax.tree.flatten(rest)
+    leaves, places = jax.tree.flatten(arrays)
+    shapes = tuple((leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves)
+    config = jax.config.jax_enable_x64, jax.config.jax_numpy_dtype_promotion  # pyright: ignore[reportAttributeAccessIssue]
+    return program, compiled_as(problem), structure, tuple(static), places, shapes, cohort, config
+
+
+class _Known:
+    """The exchanges of an iteration, and what counts them, from traces; no rows are kept."""
+
+    def __init__(self, program, problem, given, cohort):
+        algorithm, state, data = given
+        found, self._info = _discover(program, algorithm, problem, data, state, cohort)
+        self._sites, self._cohort, self._clients = found.sites, cohort, data.clients
+        self._draws, self._kind = _combinations(found.draws, found.loops_draw)
+        layout = {path: site.flags for path, site in found.sites.items()}
+        counting = lambda most: _Counting(program, problem, given, cohort, layout, self._draws, found.loops_draw, most)
+        self._counting = counting(False)
+        if found.depends_on_data or self._counting.depends:
+            self._counting, self._kind = counting(True), "bound"
+
+    def protocol(self, algorithm, given) -> Protocol:
+        counts = self._counting(given)
+        if self._kind == "bound":
+            counts = jax.tree.map(lambda value: value.max(axis=0, keepdims=True), counts)
+        return summary(algorithm, self._clients, self._cohort, self._sites, counts, self._kind, self._info)
+
+
+_KNOWN = Kept(64)
+_COUNTERS = Kept(64)  # compiled, by their programs
 
 
 def step(algorithm: Algorithm, fed: Any, state: Any) -> tuple[Any, Any]:
@@ -173,7 +204,7 @@ def _discover(program, algorithm, problem, data, state, cohort) -> tuple[_Abstra
 
     name = type(algorithm).__name__
     try:
-        after, info = eqx.filter_eval_shape(run, as_leaves(algorithm), state, jnp.zeros(()), jax.random.key(0))
+        after, info = eqx.filter_eval_shape(run, algorithm, state, jnp.zeros(()), jax.random.key(0))
     except jax.errors.ConcretizationTypeError as error:
         raise InputError(
             f"{name} asks Python to decide (if, while, int, float) on a value known only while running: use jnp.where, "
@@ -217,31 +248,52 @@ def _combinations(ranges: list[tuple[int, int]], sample: bool) -> tuple[np.ndarr
     return np.stack([draw.integers(low, high, SAMPLED) for low, high in ranges], 1).astype(np.int32), "sampled"
 
 
-@eqx.filter_jit
-def _evaluate(program, algorithm, problem, data, state, cohort, layout, draws, *, by_draw, most):
-    """(counts per site, (draws, 1 + flags); whether they depend on data): the program with all but its exchanges cut away.
+class _Counting:
+    """Counts per site, (draws, 1 + flags): the program with all but its exchanges cut away.
 
-    by_draw: draws within loops get a key for each row of `draws`. most: count every conditional part, and every loop in
-    full.
+    Attributes:
+        depends: whether the counts depend on data.
+
+    Args:
+        by_draw: draws within loops get a key for each row of `draws`.
+        most: count every conditional part, and every loop in full.
     """
 
-    def run(opaque, given, key):
-        is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)  # what is drawn from it does not depend on data
-        fill = lambda a: a if is_key(a) else jnp.broadcast_to(opaque.astype(a.dtype), a.shape)
-        filled = jax.tree.map(fill, state)
-        kept = client_state(algorithm, state)
-        fed = _AbstractFederation(algorithm, problem, data, cohort, key, dict(layout), opaque, given, kept, most)
-        program(algorithm, fed, filled)
-        return fed.counts
+    def __init__(self, program, problem, given, cohort, layout, draws, by_draw, most):
+        arrays, rest = eqx.partition(given, eqx.is_array)
+        leaves, structure = jax.tree.flatten(arrays)
 
-    keys = jax.random.split(jax.random.key(0), len(draws))
-    whole, shape = jax.make_jaxpr(run, return_shape=True)(jnp.zeros(()), draws[0], keys[0])
-    kept, used = dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=[False, True, True])
-    counting = jaxpr_as_fun(ClosedJaxpr(kept, whole.consts))
-    depends = used[0]
+        def run(opaque, numbers, key, leaves):
+            algorithm, state, data = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
+            is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)  # what is drawn from it is not from data
+            fill = lambda a: a if is_key(a) else jnp.broadcast_to(opaque.astype(a.dtype), a.shape)
+            filled = jax.tree.map(fill, state)
+            kept = client_state(algorithm, state)
+            fed = _AbstractFederation(algorithm, problem, data, cohort, key, layout, opaque, numbers, kept, most)
+            program(algorithm, fed, filled)
+            return fed.counts
+
+        keys = jax.random.split(jax.random.key(0), len(draws))
+        whole, shape = jax.make_jaxpr(run, return_shape=True)(jnp.zeros(()), jnp.asarray(draws[0]), keys[0], leaves)
+        inputs = [False, True, True, *[False] * len(leaves)]
+        kept, used = dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=inputs)
+        self.depends, self._used = used[0], used[3:]
+        self._structure = jax.tree.structure(shape)
+        self._draws, self._keys = (draws, keys) if by_draw else (draws, keys[0])
+        counting = ClosedJaxpr(kept, whole.consts)
+        name = canonical([counting]).digest, by_draw, self.depends
+        self._run = _COUNTERS.get(name, lambda: _vectorised(jaxpr_as_fun(counting), by_draw, self.depends))
+        self._counts: Any = None
+
+    def __call__(self, given):
+        if self._counts is None or any(self._used):
+            leaves = jax.tree.leaves(eqx.filter(given, eqx.is_array))
+            used = [leaf for leaf, used in zip(leaves, self._used, strict=True) if used]
+            self._counts = [np.asarray(count) for count in self._run(self._draws, self._keys, used)]
+        return jax.tree.unflatten(self._structure, self._counts)
+
+
+def _vectorised(counting, by_draw, depends):
     opaque = (jnp.zeros(()),) if depends else ()
-
-    def counts(given, key):
-        return jax.tree.unflatten(jax.tree.structure(shape), counting(*opaque, given, key))
-
-    return jax.vmap(counts, in_axes=(0, 0 if by_draw else None))(draws, keys if by_draw else keys[0]), depends
+    one = lambda draw, key, used: counting(*opaque, draw, key, *used)
+    return jax.jit(jax.vmap(one, in_axes=(0, 0 if by_draw else None, None)))

@@ -8,11 +8,11 @@ the server says that its reply counted: a reply that came too late, or an exchan
 from __future__ import annotations
 
 import collections
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,7 @@ from ..errors import ClientError, InputError, RunError, check
 from ..exchanges import Protocol
 from ..federation import Client, Reply, client_key
 from ..problem import Problem, describe
+from ..program import run
 from ..tracing import reply_parts
 from ..wire import conditional_parts, decode, encode, message_schema, rebuild_message
 from .faults import StateLost
@@ -142,13 +143,14 @@ class Methods:
         if not self.jit:
             return getattr(algorithm, name)(client, *message)
         begin, before = time.perf_counter(), self.traced.total()
-        out = jax.block_until_ready(_call(algorithm, name, client, message))
+        problem, client = client.problem, dataclasses.replace(client, problem=None)
+        out = jax.block_until_ready(run(_call, problem, algorithm, name, client, message))
         if self.traced.total() > before:  # all of the call: what JAX calls compiling is not all there is to it
             spent_compiling(begin, time.perf_counter())
         return out
 
 
-@eqx.filter_jit
-def _call(algorithm, name, client, message):
+def _call(problem, algorithm, name, client, message):
     Methods.traced[name] += 1
+    client = dataclasses.replace(client, problem=problem)
     return getattr(algorithm, name)(client, *message)

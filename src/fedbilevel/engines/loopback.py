@@ -15,6 +15,7 @@ import numpy as np
 
 from ..federation import check_cohort, check_dropout
 from ..problem import strong
+from ..program import freeze
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
 from .base import Carry, Engine, plan
@@ -50,6 +51,7 @@ class Loopback(Engine):
 
     def bind(self, problem, data, algorithm, state, key, program=iteration):
         cohort = check_cohort(self.cohort, data.clients)
+        problem = freeze(problem, state.x, state.y, data)
         return _Looped(self, problem, data, key, plan(self, problem, data, algorithm, state, cohort, program), program)
 
 

@@ -28,6 +28,7 @@ from ..federation import (
     stays,
 )
 from ..problem import strong
+from ..program import freeze, run
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
 from ..tracing import TracedFederation
@@ -75,6 +76,7 @@ class Simulation(Engine):
 
     def bind(self, problem, data, algorithm, state, key, program=iteration):
         cohort = check_cohort(self.cohort, data.clients)
+        problem = freeze(problem, state.x, state.y, data)
         protocol = plan(self, problem, data, algorithm, state, cohort, program)
         if self.mesh is not None:
             data = _spread(data, self.mesh)
@@ -148,8 +150,8 @@ class _Simulated(Execution):
             self.program, self.protocol.cohort, engine.client_batch, engine.mesh, layout, engine.dropout > 0
         )
         count = lambda n: jnp.asarray(n, jnp.int32)
-        return (program or _chunk)(
-            static, self.problem, self.data, as_leaves(algorithm), (carry.state, carry.client_state),
+        return run(
+            program or _chunk, self.problem, as_leaves(algorithm), static, self.data, (carry.state, carry.client_state),
             self.key, count(carry.iteration), count(iterations), jnp.asarray(limit, jnp.result_type(float)),
             jnp.asarray(engine.dropout, jnp.float32),
         )  # fmt: skip
@@ -165,8 +167,7 @@ class _Static:
     drops: bool = False
 
 
-@eqx.filter_jit
-def _chunk(static, problem, data, algorithm, states, key, first, iterations, limit, dropout):
+def _chunk(problem, algorithm, static, data, states, key, first, iterations, limit, dropout):
     """Up to `iterations` iterations, counted from `first`; stops after one that blows up."""
 
     @jax.jit  # traced once, for the buffers' shapes and for the loop
@@ -195,11 +196,10 @@ def _chunk(static, problem, data, algorithm, states, key, first, iterations, lim
     return states, counts, info, jnp.where(fine, k, k - 1)
 
 
-@eqx.filter_jit
-def _many_chunks(static, problem, data, algorithms, states, key, first, iterations, limit, dropout):
+def _many_chunks(problem, algorithms, static, data, states, key, first, iterations, limit, dropout):
     """`_chunk` over a leading axis of the algorithm's leaves and of the states; what is drawn is common to all."""
     run = lambda algorithm, states: _chunk(
-        static, problem, data, algorithm, states, key, first, iterations, limit, dropout
+        problem, algorithm, static, data, states, key, first, iterations, limit, dropout
     )
     return eqx.filter_vmap(run)(algorithms, states)
 

@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, PyTree
 from ..data import FederatedData
 from ..errors import check, unknown_name, warn
 from ..influence import influence, named
-from ..problem import Problem, bind, check_losses, trainable
+from ..problem import Problem, bind, trainable
+from ..program import Kept, compiled_as, freeze, run
 from .judge import check_hypergradient, check_solved, narrowed, warn_if_indefinite
 from .linear import NEUMANN_TERMS as NEUMANN_TERMS
 from .linear import norm
@@ -55,7 +56,7 @@ def value(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> Scalar
     """Phi(x) = f(x, y*(x)); y is template and start. Raises as `solution`."""
     wide, data_wide, x_wide, start = _enter(problem, data, x, y)
     out = _run(_Lower.value, wide, data_wide, x_wide, _solution(wide, data_wide, x_wide, start), "outer")
-    return narrowed(out, _like_value(problem, data, x, y, "outer"), "Phi")
+    return narrowed(out, _like_value(out, problem, data, x, y, "outer"), "Phi")
 
 
 def hessian(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> Float[Array, "dim_y dim_y"]:
@@ -157,7 +158,7 @@ def _enter(problem, data, x, y):
     (x, x_rest), (y, y_rest) = trainable(x, "x"), trainable(y, "y")
     if any(map(_half, jax.tree.leaves((x, y)))):
         x, y, data = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if _half(leaf) else leaf, (x, y, data))
-    return bind(problem, x_rest, y_rest), data, x, y
+    return freeze(bind(problem, x_rest, y_rest), x, y, data), data, x, y
 
 
 def _half(leaf: Any) -> bool:
@@ -166,12 +167,14 @@ def _half(leaf: Any) -> bool:
 
 def _value(problem, data, x, y, level):
     out = _run(_Lower.value, *_enter(problem, data, x, y), level)
-    return narrowed(out, _like_value(problem, data, x, y, level), f"the {level} loss")
+    return narrowed(out, _like_value(out, problem, data, x, y, level), f"the {level} loss")
 
 
-def _like_value(problem, data, x, y, level):
+def _like_value(out, problem, data, x, y, level):
     """A scalar in the dtype that a loss has without `_enter`; the widest of x and y, where they do not go with the rows."""
     (x, x_rest), (y, y_rest) = trainable(x, "x"), trainable(y, "y")
+    if not any(map(_half, jax.tree.leaves((x, y)))):
+        return out
     value = getattr(bind(problem, x_rest, y_rest), f"{level}_value")
     try:
         return eqx.filter_eval_shape(value, x, y, getattr(data, level).client(0).all())
@@ -180,26 +183,30 @@ def _like_value(problem, data, x, y, level):
         return jnp.zeros((), max((leaf.dtype for leaf in leaves), key=lambda dtype: jnp.finfo(dtype).bits))
 
 
-@eqx.filter_jit
 def _run(method, problem, data, x, y, *args):
     """A method of `_Lower`, compiled."""
-    check_losses(problem, x, y, data.inner.client(0).all(), data.outer.client(0).all())
-    flat, unravel = ravel_pytree(y)
-    still = jax.tree.map(lambda _: None, y)
-    return method(_Lower(problem, data, x, still, unravel, flat.size <= DENSE_LIMIT), flat, *args)
+    everything = jax.tree.map(lambda _: True, y)
+    return run(_at, problem, None, method, everything, DENSE_LIMIT, data, x, y, *args)
 
 
-@eqx.filter_jit
 def _run_moving(method, problem, data, x, y, *args):
     """(A method of `_Lower` over the leaves of y that the inner loss depends on, compiled; the names of the others)."""
-    rows = data.inner.client(0).all()
-    check_losses(problem, x, y, rows, data.outer.client(0).all())
-    depends = influence(problem, "inner", "y", x, y, rows)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((x, y)))
+    depends = _INFLUENCE.get(
+        (compiled_as(problem), jax.tree.structure(data), shapes),
+        lambda: influence(problem, "inner", "y", x, y, data.inner.client(0).all()),
+    )
     check(any(jax.tree.leaves(depends)), "the inner loss does not depend on y: there is nothing to solve for.")
+    return run(_at, problem, None, method, depends, DENSE_LIMIT, data, x, y, *args), named(depends, "y")
+
+
+_INFLUENCE = Kept(64)
+
+
+def _at(problem, _, method, depends, limit, data, x, y, *args):
     moving, still = eqx.partition(y, depends)
     flat, unravel = ravel_pytree(moving)
-    lower = _Lower(problem, data, x, still, unravel, flat.size <= DENSE_LIMIT)
-    return method(lower, flat, *args), named(depends, "y")
+    return method(_Lower(problem, data, x, still, unravel, flat.size <= limit), flat, *args)
 
 
 def _solve(problem, data, x, y):

@@ -15,6 +15,7 @@ from ...app import App, load_app
 from ...callbacks import CSV, Callback, Checkpoint, Progress
 from ...errors import InputError, RunError, noting, warn
 from ...federation import check_cohort
+from ...program import freeze
 from ...protocol import step as iteration
 from ...result import Result, save_variables
 from ...solve import solve
@@ -189,6 +190,7 @@ class Collab(Engine):
 
     def bind(self, problem, data, algorithm, state, key, program=iteration):
         cohort = check_cohort(self.cohort, data.clients)
+        problem = freeze(problem, state.x, state.y, data)
         protocol = plan(self, problem, data, algorithm, state, cohort, program)
         return OverNetwork(
             self, problem, data, key, protocol, program,

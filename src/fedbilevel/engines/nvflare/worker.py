@@ -172,6 +172,7 @@ class _Inside:
         from ...app import schema
         from ...data import FederatedData
         from ...errors import check as expect
+        from ...program import freeze
         from ...protocol import as_leaves, client_state
         from ...sanity import told
         from ..client_side import ClientSide, Methods
@@ -190,9 +191,10 @@ class _Inside:
         if scale is not None:
             outer = eqx.tree_at(lambda rows: rows.scale, outer, jnp.asarray(scale, outer.scale.dtype))
         first = client_state(app.algorithm, state)
+        problem = freeze(problem, state.x, state.y, own)
         self.side = ClientSide(
-            problem, (inner, outer), as_leaves(app.algorithm), derived, jax.random.key(seed), index, first, Methods(),
-            self.site,
+            problem, (inner, outer), as_leaves(app.algorithm), derived,
+            jax.random.key(seed), index, first, Methods(), self.site,
         )  # fmt: skip
         self._store(resume)
         return ({"figures": told(problem, own, *self.variables)} if check else {}), b""

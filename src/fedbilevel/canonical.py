@@ -1,0 +1,230 @@
+"""Programs in a form that tells equal ones from others: what `program.py` and `identity.py` compare.
+
+A function is traced once, and its jaxpr is walked: operations, shapes and types, and every number that it has taken
+from Python (a global, a closure's cell, an attribute, a default argument, an array), by its bytes. Names, places in
+files and addresses do not count, so that the same text, read again in another process, gives the same digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import re
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jaxtyping import PyTree
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
+_LIBRARIES = tuple(str(Path(module.__file__).parent) for module in (jax, eqx))
+_NAMES = {"name", "debug_info", "debug", "fwd_debug", "bwd_debug"}  # how a nested function is called
+_RULES = {"jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "fwd", "bwd", "num_consts"}  # seen by their derivatives
+_FUNCTIONS = {"scan", "while", "cond", "remat2", "checkpoint", "jit", "pjit", "closed_call", "custom_lin"}
+
+
+class Traced(NamedTuple):
+    """A function's program: its jaxpr, with the arrays that it captured, and what it returns (shapes)."""
+
+    jaxpr: ClosedJaxpr
+    out: PyTree
+
+
+def trace(function: Callable, *args: PyTree) -> Traced:
+    """Trace a function of pytrees of arrays, whatever JAX knows of it from earlier: it runs, once."""
+    other = []
+
+    def anew(*args):  # another function each time: JAX traces no function twice at the same shapes
+        arrays, rest = eqx.partition(function(*args), eqx.is_array)
+        other.append(rest)
+        return arrays
+
+    jaxpr, out = jax.make_jaxpr(anew, return_shape=True)(*args)
+    return Traced(jaxpr, eqx.combine(out, other[-1]))
+
+
+class Canonical(NamedTuple):
+    """What a program does.
+
+    Attributes:
+        digest: equal for equal programs with equal constants, in every process.
+        objects: the Python functions that it calls while it runs (`jax.pure_callback`), which a digest cannot see into.
+        rules: whether it has derivatives of the user's own (`jax.custom_jvp`): they are no part of the digest.
+        helpers: whether it went through loops or branches, or nested `jit`s, whose functions JAX traces once for all.
+    """
+
+    digest: str
+    objects: tuple
+    rules: bool
+    helpers: bool
+
+
+def canonical(traced: Iterable[ClosedJaxpr]) -> Canonical:
+    """The canonical form of programs, in this order."""
+    writer = _Writer()
+    for jaxpr in traced:
+        writer.value(jaxpr)
+    return Canonical(writer.digest(), tuple(writer.objects), writer.rules, writer.helpers)
+
+
+def digest_of(value: Any) -> str:
+    """A digest of numbers, words, functions and containers of them: equal in every process for equal ones."""
+    writer = _Writer()
+    writer.value(value)
+    return writer.digest()
+
+
+class _Writer:
+    def __init__(self):
+        self._hash = hashlib.sha256()
+        self._numbers: dict[Var, int] = {}
+        self._within: list[int] = []
+        self.objects: list[Any] = []
+        self.rules = self.helpers = False
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def word(self, *words: Any) -> None:
+        self._hash.update("\0".join(map(str, words)).encode() + b"\1")
+
+    # Programs ---------------------------------------------------------------------------------------------------
+
+    def program(self, jaxpr: Jaxpr) -> None:
+        self.word("program", len(jaxpr.constvars), len(jaxpr.invars), len(jaxpr.outvars))
+        for var in (*jaxpr.constvars, *jaxpr.invars):
+            self.atom(var)
+        for equation in jaxpr.eqns:
+            self.word(equation.primitive.name, len(equation.invars), len(equation.outvars))
+            for atom in (*equation.invars, *equation.outvars):
+                self.atom(atom)
+            self.parameters(equation.primitive.name, equation.params)
+        for atom in jaxpr.outvars:
+            self.atom(atom)
+
+    def atom(self, atom: Any) -> None:
+        if isinstance(atom, Literal):
+            self.word("literal", atom.aval.str_short(), getattr(atom.aval, "weak_type", False))
+            self.value(np.asarray(atom.val))
+            return
+        known = atom in self._numbers
+        number = self._numbers.setdefault(atom, len(self._numbers))
+        self.word(number) if known else self.word(number, atom.aval.str_short(), getattr(atom.aval, "weak_type", ""))
+
+    def parameters(self, primitive: str, params: dict[str, Any]) -> None:
+        nested = params.get("call_jaxpr", params.get("jaxpr"))
+        if primitive.startswith("custom_") and _RULES & set(params):
+            self.rules |= not _of_library(nested)
+            self.word("rules of", _source(nested) if _of_library(nested) else "the user")
+        self.helpers |= primitive in _FUNCTIONS and not (nested is not None and _of_library(nested))
+        skipped = _NAMES if primitive != "name" else set()
+        skipped = skipped | (_RULES if primitive.startswith("custom_") else set())
+        for name in sorted(set(params) - skipped):
+            self.word(name)
+            self.value(params[name])
+
+    # Whatever stands in a program ---------------------------------------------------------------------------------
+
+    def value(self, value: Any) -> None:
+        if id(value) in self._within:  # a function that refers to itself
+            self.word("above", len(self._within) - self._within.index(id(value)))
+            return
+        self._within.append(id(value))
+        self._value(value)
+        self._within.pop()
+
+    def _value(self, value: Any) -> None:
+        if isinstance(value, ClosedJaxpr):
+            self.program(value.jaxpr)
+            self.value(list(value.consts))
+        elif isinstance(value, Jaxpr):
+            self.program(value)
+        elif isinstance(value, jax.core.Tracer):
+            self.word("traced", value.aval.str_short())
+        elif isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            self.word("key", jax.random.key_impl(value))
+            self.value(jax.random.key_data(value))
+        elif isinstance(value, (jax.Array, np.ndarray, np.generic)) or hasattr(value, "__array__"):
+            self.array(np.asarray(value))
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+            self.word(type(value).__name__, len(items))
+            for item in items:
+                self.value(item)
+        elif isinstance(value, dict):
+            self.word("dict", len(value))
+            for key in sorted(value, key=repr):
+                self.value(key)
+                self.value(value[key])
+        else:
+            self.other(value)
+
+    def array(self, array: np.ndarray) -> None:
+        self.word("array", array.dtype, array.shape)
+        if array.dtype == object:
+            self.value(array.tolist())
+        else:
+            self._hash.update(np.ascontiguousarray(array).tobytes())
+
+    def other(self, value: Any) -> None:
+        kind = type(value)
+        if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+            self.function(value)
+        elif isinstance(value, types.CodeType):
+            self.word("code", value.co_code.hex(), value.co_names, value.co_varnames)
+            self.value(value.co_consts)
+        elif isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType, np.ufunc)):
+            self.word(getattr(value, "__module__", ""), getattr(value, "__qualname__", value.__name__))
+        elif dataclasses.is_dataclass(value):
+            self.word(kind.__module__, kind.__qualname__)
+            self.value({f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)})
+        elif callable(value):
+            self.objects.append(value)
+            self.word(kind.__module__, kind.__qualname__)
+            self.value(dict(getattr(value, "__dict__", {})))
+        else:
+            self.word(kind.__module__, kind.__qualname__, _ADDRESS.sub("", repr(value)))
+
+    def function(self, value: Any) -> None:
+        """A function by its text and what it has hold of."""
+        if isinstance(value, functools.partial):
+            self.value((value.func, value.args, value.keywords))
+        elif isinstance(value, types.MethodType):
+            self.value((value.__func__, value.__self__))
+        elif value.__code__.co_filename.startswith(_LIBRARIES):
+            self.word("function", value.__module__, value.__qualname__)
+            self.value([_content(cell) for cell in value.__closure__ or ()])
+        else:
+            self.objects.append(value)
+            self.value((value.__code__, value.__defaults__, value.__kwdefaults__))
+            self.value([_content(cell) for cell in value.__closure__ or ()])
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _source(nested: Any) -> str:
+    """Where a nested program's function stands: `relu at .../jax/_src/nn/functions.py`."""
+    jaxpr = nested.jaxpr if isinstance(nested, ClosedJaxpr) else nested
+    place = str(getattr(getattr(jaxpr, "debug_info", None), "func_src_info", None) or "")
+    name, _, file = place.partition(" at ")
+    for library in _LIBRARIES:
+        file = file.removeprefix(library)
+    return f"{name} at {file.rpartition(':')[0]}"
+
+
+def _of_library(nested: Any) -> bool:
+    jaxpr = nested.jaxpr if isinstance(nested, ClosedJaxpr) else nested
+    place = str(getattr(getattr(jaxpr, "debug_info", None), "func_src_info", None) or "")
+    return place.partition(" at ")[2].startswith(_LIBRARIES)
