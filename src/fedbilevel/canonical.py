@@ -20,13 +20,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 from jaxtyping import PyTree
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
-_LIBRARIES = tuple(str(Path(module.__file__).parent) for module in (jax, eqx))
+_LIBRARIES = tuple(str(Path(module.__file__ or "").parent) for module in (jax, eqx))
 _NAMES = {"name", "debug_info", "debug", "fwd_debug", "bwd_debug"}  # how a nested function is called
-_RULES = {"jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "fwd", "bwd", "num_consts"}  # seen by their derivatives
+_RULES = {
+    "jvp_jaxpr_fun",
+    "jvp_jaxpr_thunk",
+    "fwd_jaxpr_thunk",
+    "fwd",
+    "bwd",
+    "num_consts",
+}  # seen by their derivatives
 _FUNCTIONS = {"scan", "while", "cond", "remat2", "checkpoint", "jit", "pjit", "closed_call", "custom_lin"}
 
 
@@ -146,7 +154,7 @@ class _Writer:
             self.value(list(value.consts))
         elif isinstance(value, Jaxpr):
             self.program(value)
-        elif isinstance(value, jax.core.Tracer):
+        elif isinstance(value, Tracer):
             self.word("traced", value.aval.str_short())
         elif isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             self.word("key", jax.random.key_impl(value))

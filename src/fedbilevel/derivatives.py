@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +10,12 @@ from jaxtyping import PyTree
 
 from .data import FederatedData
 from .problem import Problem
+from .program import run
 
 
 def not_finite(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> str | None:
     """The first derivative that is not finite there, in words; None if all are."""
-    numbers, slopes, curvatures = jax.tree.map(np.asarray, _found(problem, data, x, y))
+    numbers, slopes, curvatures = jax.tree.map(np.asarray, run(_found, problem, None, data, x, y))
     for (what, loss), finite in zip(_WORDS, (*numbers, *slopes, *curvatures), strict=True):
         places = jax.tree_util.tree_flatten_with_path(finite)[0]
         for path, good in places:
@@ -39,8 +39,7 @@ def name(data: FederatedData, index: int) -> str:
     return str(names[index]) if names else f"client {index}"
 
 
-@eqx.filter_jit
-def _found(problem, data, x, y):
+def _found(problem, _, data, x, y):
     """For each derivative and leaf, (clients,) whether it is finite."""
 
     def one(i):

@@ -25,7 +25,6 @@ from jaxtyping import PyTree
 
 from .canonical import Traced, canonical, digest_of
 from .data import FederatedData
-from .errors import InputError
 from .problem import Problem, Rows, check_losses, trace_oracle
 
 KEPT = 16  # programs kept compiled: 5 to 15 MB each
@@ -89,15 +88,14 @@ def digest(problem: Problem) -> str:
 
 
 def _program(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> Program:
-    rows = lambda data, key: tuple(
-        dataclasses.replace(level.client(0).all(), key=key) for level in (data.inner, data.outer)
-    )
-    data = jax.eval_shape(rows, data, jax.random.key(0))
-    traced = _traced(problem, x, y, data)
+    drawn = lambda level, key: dataclasses.replace(level.client(0).all(), key=key)
+    key = jax.random.key(0)
+    rows = jax.eval_shape(drawn, data.inner, key), jax.eval_shape(drawn, data.outer, key)
+    traced = _traced(problem, x, y, rows)
     found = canonical(t.jaxpr for t in traced)
     if found.helpers:  # JAX may know them with numbers of an earlier call
         with _HELPERS(next(_fresh)):
-            traced = _traced(problem, x, y, data)
+            traced = _traced(problem, x, y, rows)
             found = canonical(t.jaxpr for t in traced)
             derivatives = _derivatives(traced) if found.rules else ""
     else:
@@ -286,5 +284,3 @@ class Kept:
 
 
 _KEPT = Kept(KEPT)
-
-

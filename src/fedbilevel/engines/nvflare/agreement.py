@@ -26,7 +26,7 @@ def placeholder_data(schemas: list[str], sites: int, weights: list[float] | None
     return FederatedData.stack([inner] * sites, [outer] * sites, weights)
 
 
-def begin(app: App) -> tuple[Problem, tuple, object]:
+def begin(app: App) -> tuple[Problem, tuple, Any]:
     """(The problem over the trainable parts alone, those parts (x, y), the algorithm's first state)."""
     x, y = app.begin()
     x, x_rest = trainable(x, "x")
