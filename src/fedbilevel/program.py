@@ -194,18 +194,27 @@ def _parts(value: Any, depth: int):
 # Compiled programs ------------------------------------------------------------------------------------------------------
 
 
-def run(function: Callable[..., PyTree], problem: Problem, algorithm: Any, *args: Any) -> PyTree:
+def run(
+    function: Callable[..., PyTree],
+    problem: Problem,
+    algorithm: Any,
+    *args: Any,
+    options: tuple[tuple[str, Any], ...] = (),
+) -> PyTree:
     """`function(problem, algorithm, *args)`, compiled; what is compiled is shared between equal frozen problems.
 
     Args:
         function: of a module; it returns a pytree of arrays.
         algorithm: an algorithm (or None) whose numbers are arrays (`as_leaves`).
         args: pytrees; leaves that are no arrays are static, and must be hashable.
+        options: of the compiler.
     """
     arrays, rest = eqx.partition(algorithm, _is_array)
     static, structure = jax.tree.flatten(rest)
     program = program_of(problem)
-    compiled = _KEPT.get((compiled_as(problem), structure, tuple(static), function), lambda: _Compiled(function))
+    compiled = _KEPT.get(
+        (compiled_as(problem), structure, tuple(static), function), lambda: _Compiled(function, options)
+    )
     context = _HELPERS(program.digest) if program is not None and program.helpers else contextlib.nullcontext()
     with context:
         return compiled(problem, (arrays, rest), args)
@@ -227,9 +236,9 @@ def _is_array(leaf: Any) -> bool:
 class _Compiled:
     """A function compiled for a program, for the shapes it has met."""
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable, options: tuple):
         self._function, self._now = function, None
-        self._jitted = jax.jit(self._traced, static_argnums=0)
+        self._jitted = jax.jit(self._traced, static_argnums=0, compiler_options=dict(options) or None)
 
     def __call__(self, problem: Problem, algorithm: tuple, args: tuple) -> PyTree:
         own, rest = eqx.partition(problem, eqx.is_array)  # numpy's are constants, as they are in the trace

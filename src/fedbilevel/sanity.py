@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +23,7 @@ from .data import FederatedData, Level
 from .errors import check, warn
 from .influence import influence
 from .problem import Problem, Rows
+from .program import compiled_as, run
 
 DIRECTIONS = 8  # the most directions tried
 ROWS = 512  # rows of all clients together that are looked at first
@@ -98,7 +97,8 @@ def check_influence(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: 
 def measure(problem: Problem, x: PyTree, y: PyTree, v: PyTree, data: FederatedData, blocks) -> Figures:
     """The figures of some blocks of rows, in one compiled call."""
     rows = data.inner.rows, data.outer.rows
-    return jax.tree.map(np.asarray, _compiled(problem, x, y, v, rows, blocks))
+    found = run(_figures, problem, None, x, y, v, rows, blocks, options=tuple(_CHEAPLY.items()))
+    return jax.tree.map(np.asarray, found)
 
 
 def judge(figures: Figures, v: PyTree, y: PyTree) -> None:
@@ -189,7 +189,7 @@ def _without(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -
     """The (level, variable) pairs that are needed and have no influence; remembered for programs met before."""
     key = None
     with contextlib.suppress(TypeError):  # not hashable: traced anew
-        key = (_known_by(problem), _shapes((x, y, inner, outer)))
+        key = (compiled_as(problem), _shapes((x, y, inner, outer)))
         if key in _traced:
             return _traced[key]
     rows = {"inner": inner, "outer": outer}
@@ -200,11 +200,6 @@ def _without(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -
         if len(_traced) > _KNOWN:
             _traced.popitem(last=False)
     return found
-
-
-def _known_by(problem: Problem) -> Hashable:
-    static, structure = jax.tree.flatten(eqx.filter(problem, eqx.is_array, inverse=True))
-    return structure, tuple(static)
 
 
 def _shapes(tree: PyTree) -> Hashable:
@@ -282,7 +277,7 @@ def _blocks(level: Level, p: np.ndarray, rows: int | None) -> Blocks:
     return Blocks(index, real / lengths[:, None], share / share.sum(), lengths)
 
 
-def _figures(problem, x, y, v, rows, blocks) -> Figures:
+def _figures(problem, _, x, y, v, rows, blocks) -> Figures:
     v = jax.tree.map(jnp.asarray, v)
 
     def lower(block: Rows):
@@ -294,9 +289,6 @@ def _figures(problem, x, y, v, rows, blocks) -> Figures:
 
     curvature, inner = _mean(lower, rows[0], blocks[0])
     return Figures(curvature, inner, _mean(upper, rows[1], blocks[1]))
-
-
-_compiled: Any = functools.partial(eqx.filter_jit, compiler_options=_CHEAPLY)(_figures)  # pyright: ignore[reportCallIssue]
 
 
 def _derivatives(problem: Problem, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
