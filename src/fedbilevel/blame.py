@@ -69,8 +69,6 @@ class Replays:
     def _begin(self, algorithm: Any) -> Carry:
         """Where it starts: what the state holds of settings is these settings'."""
         state = self.start.state
-        if self.start.iteration == 0:
-            return self.execution.start(algorithm, algorithm.init(state.x, state.y))
         held = [name for name in kept_in(state) if name in rates(algorithm)]
         for name in held:
             value = rates(algorithm)[name]

@@ -74,6 +74,14 @@ def advice(algorithm: Any, blame: Blame) -> str:
     return why + _change(algorithm, blame.field)
 
 
+def advice_for(algorithm: Any, field: str, raised: bool = False) -> str:
+    """What to do about a step, with its value now."""
+    value = rates(algorithm).get(field)
+    if not field:
+        return advice(algorithm, Blame("", ""))
+    return f"raise {field} (now {value:g})" if raised and value is not None else _change(algorithm, field)
+
+
 def _change(algorithm: Any, field: str) -> str:
     value = getattr(algorithm, field)
     if field not in rates(algorithm) and isinstance_optimizer(value):

@@ -14,7 +14,7 @@ from jaxtyping import Key, PyTree
 
 from .callbacks.checkpoint import checksum, load
 from .diagnosis import LEAST, diagnose, largest
-from .engines.base import Carry, Engine, Execution
+from .engines.base import Carry, Engine, Execution, Record
 from .engines.simulation import Simulation
 from .errors import Diverged, InputError, check
 from .metrics import check_diagnostics, checked_metrics
@@ -25,6 +25,7 @@ from .recovery import recovery, saved_snapshot
 from .result import EMPTY, History, Result
 from .sanity import check_sane
 from .swing import Trail
+from .swinging import tell
 from .watch import Seen, precision
 
 _STRETCH = 0.5  # seconds between looks at a run: progress, Ctrl-C, checkpoints
@@ -100,6 +101,7 @@ class Run:
         self._healthy = self.carry
         self._recovery = recovery(self._execution, algorithm, self.carry)
         self._pace: float | None = None
+        self._last: Record | None = None
         self._last_info: Any = None
         self._trail, self._last_turn = Trail(), EMPTY
         self._recent: deque[Seen] = deque(maxlen=_RECENT)
@@ -185,6 +187,9 @@ class Run:
         finally:
             for callback in started:
                 callback.finish(self, error)
+        swing = self._trail.swing()
+        if swing is not None and self._last is not None:
+            tell(self._execution, self.algorithm, self.carry, swing, self._last)
         return self._result()
 
     # One stretch of iterations --------------------------------------------------------------------------------------
@@ -220,7 +225,7 @@ class Run:
         self.carry = after if self._recovery is None else self._recovery.note(after)
         if not any(callback.saves for callback in self._callbacks):
             self.keep(after)
-        self._pace = record.seconds / length
+        self._pace, self._last = record.seconds / length, record
         if not self._execution.replays and record.seen is not None:
             self._recent.append(record.seen)
         self._account(before.iteration, record)

@@ -21,10 +21,11 @@ from .watch import BUCKETS, Seen
 
 _FINE, _COARSE = 256, 256  # moves kept: the latest one by one; the whole run's, in sums of more and more iterations
 _LEAST = 24  # moves from which on anything is said
-_LEFT = 0.35  # how much of a swing is left half a period later, at least, for it to count
+_LEFT = 0.4  # how much of a swing is left half a period later, at least, for it to count
+_LEFT_OF_A_LONG_ONE = 0.3  # the same where a run saw it three times at most: noise leaves no such long trace
 _LEFT_AT_ONCE = 0.6  # the same where that is the next iteration: noise alone gives a half
 _NOISE = 4.5  # standard deviations of a correlation of pure noise
-_ALIVE = 1e-3  # how large the last moves are against the largest, at least
+_ALIVE = 1e-3  # how wide the last swings are against how far x has been, at least
 _ROUNDING = 8.0  # units in the last place of x that count as no move
 
 
@@ -72,18 +73,19 @@ class Trail:
             self._coarse, self._length = self._coarse[::2] + self._coarse[1::2], 2 * self._length
 
     def swing(self) -> Swing | None:
-        """How x swings at the end of the run so far, if it does."""
-        whole, late = self._coarse, self._coarse[len(self._coarse) // 2 :]
-        for moves, length in (
-            (self._fine, 1),
-            (self._fine[len(self._fine) // 2 :], 1),
-            (whole, self._length),
-            (late, self._length),
-        ):
-            found = swing_of(moves)
-            if found is not None and alive(self._coarse):
+        """How x swings at the end of the run so far, if it does: in a few iterations, or over the run."""
+        late = self._coarse[len(self._coarse) // 2 :]
+        looks = (self._fine[len(self._fine) // 2 :], 16, 1), (self._fine, 8, 1), (late, 8, self._length)
+        for moves, share, length in (*looks, (self._coarse, 3, self._length)):
+            found = swing_of(moves, share)
+            if found is not None and alive(moves, found.half, self._extent()):
                 return dataclasses.replace(found, half=found.half * length)
         return None
+
+    def _extent(self) -> float:
+        """How far apart the places are where x has been."""
+        places = np.cumsum(np.concatenate([np.zeros((1, BUCKETS)), self._coarse, self._open[None]]), axis=0)
+        return float(np.linalg.norm(np.ptp(places, axis=0)))
 
     def saved(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
@@ -98,24 +100,28 @@ class Trail:
         self._length, self._opened = int(saved["length"]), int(saved["opened"])
 
 
-def alive(moves: np.ndarray) -> bool:
-    """Whether the last eighth of the moves is no small thing against the largest."""
-    sizes = np.linalg.norm(moves, axis=1)
-    last = sizes[-max(4, len(sizes) // 8) :]
-    return bool(len(sizes)) and float(np.sqrt(np.mean(last**2))) > _ALIVE * float(sizes.max())
+def alive(moves: np.ndarray, half: int, extent: float) -> bool:
+    """Whether x still swings in the end, by more than a trifle of how far it has been."""
+    last = moves[-max(4, len(moves) // 8) :]
+    return float(np.sqrt(np.mean(np.sum(last**2, axis=1)))) * half > _ALIVE * extent
 
 
-def swing_of(moves: np.ndarray) -> Swing | None:
-    """The swing in a series of moves, (n, numbers); None where they show none."""
+def swing_of(moves: np.ndarray, share: int) -> Swing | None:
+    """The swing in a series of moves, (n, numbers), with half a period of up to n / share; None where they show none."""
     n = len(moves)
     scale = float(np.abs(moves).max(initial=0.0))
     if n < _LEAST or scale == 0:
         return None
     moves = moves / scale
     power = float(np.sum(moves**2))
-    together = np.array([np.sum(moves[: n - lag] * moves[lag:]) for lag in range(1, n // 4 + 1)]) / power
-    bound = np.full(len(together), max(_LEFT, _NOISE / np.sqrt(n)))
-    bound[0] = max(_LEFT_AT_ONCE, bound[0])
-    lag = int(np.argmin(together + bound))
-    left = -float(together[lag])
-    return Swing(lag + 1, min(left, 1.0)) if left > bound[lag] else None
+    lags = np.arange(1, n // share + 1)
+    left = -np.array([np.sum(moves[: n - lag] * moves[lag:]) for lag in lags]) / power
+    usual = np.where(lags > n / 6, _LEFT_OF_A_LONG_ONE, _LEFT)
+    bound = np.maximum(np.where(lags == 1, _LEFT_AT_ONCE, usual), _NOISE / np.sqrt(n))
+    beyond = np.flatnonzero(left > bound)
+    if not len(beyond):
+        return None
+    lag = beyond[0]  # the first time that x comes back, and how far it then goes
+    while lag + 1 < len(left) and left[lag + 1] > left[lag]:
+        lag += 1
+    return Swing(int(lag) + 1, min(float(left[lag]), 1.0))
