@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import jax
@@ -73,7 +73,10 @@ def listed(clients: Any, what: str) -> list[PyTree]:
         not one,
         f"{what}= is {_kind(clients)}: pass a list with one pytree of arrays for each client, or {{name: rows}}.",
     )
-    return list(clients)
+    clients = list(clients)
+    pairs = [one for one in clients if isinstance(one, tuple) and len(one) == 2 and _is_name(one[0])]
+    check(not pairs, f"{what}= has pairs of a name and rows: pass them as a mapping, dict({what}).")
+    return clients
 
 
 def called(clients: Any, names: Any, count: int) -> Names:
@@ -87,8 +90,10 @@ def called(clients: Any, names: Any, count: int) -> Names:
         return _distinct([key if isinstance(key, str) else f"client {key}" for key in clients])
     if names is None:
         return tuple(f"client {index}" for index in range(count))
-    good = isinstance(names, (Sequence, np.ndarray)) and not isinstance(names, (str, bytes)) and np.ndim(names) == 1
-    check(good, f"names= is a list with a name for each client; got {shown(names)}.")
+    ordered = isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping, Set))
+    names = list(names) if ordered else names
+    good = ordered and all(isinstance(name, (str, int, np.integer)) for name in names)
+    check(good, f"names= is a list with a name for each client; got {'' if good else shown(names)}.")
     check(len(names) == count, f"names= takes a name for each of the {count} clients; got {len(names)}.")
     return _distinct([name if isinstance(name, str) else f"client {name}" for name in names])
 
@@ -98,6 +103,10 @@ def _distinct(names: list[str]) -> Names:
     check(not twice, f"two clients are called {shown(twice[0] if twice else '')}: give each a name of its own.")
     check(all(name.strip() for name in names), "a client's name is empty: give each a name of its own.")
     return tuple(map(str, names))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, (str, int, np.integer)) and not isinstance(value, bool)
 
 
 def _data_set(rows: Any) -> bool:

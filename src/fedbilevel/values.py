@@ -46,7 +46,10 @@ class Whose:
 
     def no_numbers(self, what: str, place: str, values: Any, hint: str) -> InputError:
         """`values` are no numbers but `what`."""
-        first = f" (the first is {shown(np.ravel(values)[0])})" if np.size(values) else ""
+        flat = np.ravel(values)
+        odd = (value for value in flat if not isinstance(value, (int, float, np.number)))  # among objects
+        guilty = next(odd, flat[0] if len(flat) else None)
+        first = f" (the first is {shown(guilty)})" if len(flat) else ""
         return InputError(f"{self.name} has {what} in its {self.rows}{place}{first}, which are no numbers: {hint}.")
 
 
@@ -64,7 +67,7 @@ def numbers(array: np.ndarray, whose: Whose, place: str) -> np.ndarray:
         raise whose.no_numbers("dates or times", place, array[:1], DATES)
     if dtype.kind in "USTO":
         what = "Python objects" if dtype.kind == "O" else "text"
-        raise whose.no_numbers(what, place, array[:1], "encode them first, as an array of numbers")
+        raise whose.no_numbers(what, place, array, "encode them first, as an array of numbers")
     return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
 
 
