@@ -123,6 +123,28 @@ def test_after_ten_halvings_the_run_ends_with_the_sentence():
     assert result.history[-1]["rounds"] < (HALVINGS + 2) * (EVERY + 40)  # cheap
 
 
+def pulled(x, y, e):
+    return 0.5 * jnp.where(x[0] > 1, 30.0, 1.0) * jnp.sum((y - 3) ** 2)
+
+
+@pytest.mark.parametrize("engine", [fb.Simulation, pytest.param(fb.Loopback, marks=pytest.mark.slow)])
+def test_a_vector_that_grows_with_the_outer_loss_is_no_blow_up(engine):
+    """The outer loss is thirty times as steep once x has passed one: v is too, with the right step."""
+    problem = fb.Problem(lambda x, y, e: 0.5 * jnp.sum((y - x - e["c"]) ** 2), pulled)
+    lockstep = fb.Lockstep(inner_lr=0.5, hessian_lr="auto", outer_lr=0.003, local_steps=1)
+    start = jnp.full(DIM, 0.98), jnp.full(DIM, 0.98)
+    metrics = {"first": lambda x, y: x[0]}
+    end = fb.solve(problem, DATA, lockstep, *start, 100, key=KEY, engine=engine(), metrics=metrics)
+    np.testing.assert_allclose(end.x, [2.85, 3.15], atol=0.02)
+    assert end.history[-1]["halvings"] == 0
+    np.testing.assert_array_equal(end.history.column("iteration"), np.arange(101))
+    crossed = int(np.argmax(end.history.column("first") > 1))
+    rounds = np.diff(end.history.column("rounds"))
+    near = rounds[crossed - 1 : crossed + 3]
+    assert near.max() == 1 + 6  # taken again: one round in vain, and once more with a measurement
+    assert rounds.sum() == end.history[-1]["rounds"]
+
+
 # The same on every engine ---------------------------------------------------------------------------------------------
 
 
@@ -168,9 +190,10 @@ def test_every_engine_goes_back_alike(name):
     )  # those of the snapshot after 40 iterations, and later
 
 
+@pytest.mark.slow
 def test_draws_and_cohorts_come_again():
-    settings = {"batch_size": 1, "truncation": "full", "one_round": True}
-    ends = [solve("aggitd", 30, engine=engine(3), settings=settings) for engine in (fb.Simulation, fb.Loopback)]
+    settings = {"batch_size": 1, "inner_rounds": 2}
+    ends = [solve("aggitd-warm", 40, engine=engine(3), settings=settings) for engine in (fb.Simulation, fb.Loopback)]
     assert ends[0].history[-1]["halvings"] >= 1
     assert fb.testing.distance(ends[0].state, ends[1].state) <= 1e-12
     assert books(ends[0]) == books(ends[1])

@@ -5,9 +5,10 @@ which counted) and the iteration, and so the keys. It is taken after every 20th 
 stretches end there, so that it does not depend on how fast a machine is. A checkpoint holds it too.
 
 When an iteration blows up (a number is not finite, or out of range, or the state raises its alarm, see
-`algorithms.curvature`), the run measures the curvature at the last good iterate, goes back to the snapshot, and halves the
-step there. Iterations after the snapshot are given up: their rows leave the history, their rounds, bytes and seconds stay
-counted. After ten times the next blow-up ends the run. A step that is a number is never changed.
+`algorithms.curvature`), it is taken again from the last good iterate, with a measurement. If it was an alarm, and the step
+is found to have been right, the run goes on from there. Else it goes back to the snapshot, and halves the step. Iterations
+after the snapshot are given up: their rows leave the history, their rounds, bytes and seconds stay counted. After ten times
+the next blow-up ends the run. A step that is a number is never changed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,21 @@ from .diagnosis import largest
 from .engines.base import Carry, Execution, Record
 
 _ORDINARY = 1e3  # how far beyond the start's size x and y may be in a snapshot
+
+
+@dataclasses.dataclass(frozen=True)
+class Back:
+    """Where a run goes on after a blow-up.
+
+    Attributes:
+        carry: from there.
+        record: what the iteration did that was taken again; None: there were too few rounds for it.
+        last: where it was taken again, if the run goes on from its end; None: the run has gone back to the snapshot.
+    """
+
+    carry: Carry
+    record: Record | None
+    last: Carry | None
 
 
 class Recovery:
@@ -63,8 +79,8 @@ class Recovery:
     def _ordinary(self, state: Any) -> bool:
         return largest((state.x, state.y)) <= self._size and self._algorithm.calm(state)
 
-    def back(self, last: Carry, failed: Carry, limit: float, spare: int | None) -> tuple[Carry, Record | None] | None:
-        """Go back.
+    def back(self, last: Carry, failed: Carry, limit: float, spare: int | None) -> Back | None:
+        """Take the iteration again that blew up, or go back.
 
         Args:
             last: after the last good iteration.
@@ -72,8 +88,7 @@ class Recovery:
             spare: rounds that are left, or None.
 
         Returns:
-            The carry to go on from, and what the measurement at the last good iterate did (None: there were too few
-            rounds for it). None instead: the run has gone back as often as it may.
+            None: the run has gone back as often as it may.
         """
         if self.halvings >= HALVINGS:
             return None
@@ -81,9 +96,12 @@ class Recovery:
         if spare is None or spare >= self._execution.protocol.rounds_most:
             asking = dataclasses.replace(last, state=self._algorithm.measuring(last.state))
             seen, record = self._execution.advance(self._algorithm, asking, 1, limit)
+            right = record.finite and not self._algorithm.too_large(last.state, seen.state)
+            if right and self._algorithm.alarmed(failed.state):
+                return Back(seen, record, last)
         state = self._algorithm.halved(self.snapshot.state, self.halvings + 1, last.state, seen.state)
         self.snapshot = dataclasses.replace(self.snapshot, state=state)
-        return self.snapshot, record
+        return Back(self.snapshot, record, None)
 
     def spent(self, why: str) -> str:
         """The sentence that ends the run, with what was tried before."""

@@ -21,7 +21,7 @@ from .metrics import check_diagnostics, checked_metrics
 from .own_lower import Away, Lower
 from .problem import bind, describe, trainable
 from .protocol import check_kinds
-from .recovery import recovery, saved_snapshot
+from .recovery import Back, recovery, saved_snapshot
 from .result import EMPTY, History, Result
 from .sanity import check_sane
 from .swing import Trail
@@ -264,13 +264,13 @@ class Run:
         back = self._recovery.back(self._last_good(before, record), after, self._limit, spare)
         if back is None:
             return False
-        self.carry, measured = back
-        for spent in (record, measured):
+        if back.last is not None:
+            return self._took_again(back, before, record)
+        self.carry = back.carry
+        for spent in (record, back.record):
             if spent is not None:
-                self.rounds += sum(spent.rounds) + spent.spent[0]
-                self.bytes_down += sum(spent.bytes_down) + spent.spent[1]
-                self.bytes_up += sum(spent.bytes_up) + spent.spent[2]
-                self.seconds += spent.seconds
+                self._spend(*map(sum, (spent.rounds, spent.bytes_down, spent.bytes_up)), spent.seconds)
+                self._spend(*spent.spent)
         self._last_info, self._last_row, self._last_turn = None, None, EMPTY
         self._trail = Trail()  # moves that were given up say nothing
         self._first = self._healthy = self.carry
@@ -278,6 +278,21 @@ class Run:
         for callback in self._callbacks:
             callback.went_back(self)
         return True
+
+    def _took_again(self, back: Back, before: Carry, record) -> bool:
+        """Go on from the end of an iteration that was taken again."""
+        assert back.last is not None and back.record is not None and self._recovery is not None
+        self.carry = back.last
+        self._account(before.iteration, record)
+        self._spend(*record.spent)
+        self.carry = self._recovery.note(back.carry)
+        self._account(back.last.iteration, back.record)
+        return True
+
+    def _spend(self, rounds: int, down: int, up: int, seconds: float = 0.0) -> None:
+        """Count what no row tells of."""
+        self.rounds, self.bytes_down, self.bytes_up = self.rounds + rounds, self.bytes_down + down, self.bytes_up + up
+        self.seconds += seconds
 
     def _fail(self, before: Carry, after: Carry, record) -> NoReturn:
         """Go back to the last finite iteration, say what blew up, and raise with all there is."""

@@ -16,13 +16,16 @@ too large after four). Then lam = 1/(1.2 L):
 
 In either case the step travels with each message that a Hessian factor needs: one number more.
 
-Curvature may grow in between (a loss that is flat far from its data; a threshold that x passes). Then the vector that the
-factors act on grows: once it is four times as long as it was at the last measurement, the next iteration measures again. If
-it is ten times as long and the step is found to have been beyond 2/L, x moved along what is no estimate of anything: the
-state says so (`alarm`), and the run goes back to an earlier state, as it does after any blow-up (`fedbilevel.recovery`).
-There the step is half of what it was (`halved`), up to ten times; and the curvature where it went wrong is the least to
-reckon with for a while: this floor is halved every 20 iterations. Algorithms that keep no vector are watched by the length
-of what they make of it: v, or the hypergradient.
+Curvature may grow in between (a loss that is flat far from its data; a threshold that x passes).
+Then the vector that the factors act on grows: once it is four times as long as it was at the last
+measurement, the next iteration measures again. If it is ten times as long, and its step is found to
+have been beyond 2/L, x moved along what is no estimate of anything: the state raises an `alarm`. So
+does an iteration that did not measure and leaves the vector ten times as long; it is taken again,
+with a measurement (`fedbilevel.recovery`). Where the step was right the run goes on; else it goes
+back to an earlier state, as after any blow-up. There the step is half of what it was (`halved`), up
+to ten times; and the curvature where it went wrong is the least to reckon with for a while: this
+floor is halved every 20 iterations. Algorithms that keep no vector are watched by the length of what
+they make of it: v, or the hypergradient.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ..algorithm import Algorithm, State
 from ..federation import Client, Federation
@@ -96,7 +99,7 @@ class AutoStep(Algorithm):
             return {}
         none, zero = jnp.zeros((), jnp.int32), jnp.zeros((), optax.tree.norm(y).dtype)
         numbers = dict.fromkeys(("largest", "floor", "vector", "watched", "alarm"), zero)
-        return {"curvature": numbers | dict.fromkeys(("iteration", "again", "halvings"), none)}
+        return {"curvature": numbers | dict.fromkeys(("iteration", "again", "asked", "halvings"), none)}
 
     @property
     def measures_curvature(self) -> bool:
@@ -114,10 +117,9 @@ class AutoStep(Algorithm):
         if not self.measures_curvature:
             return None, kept
         before = kept["curvature"]
-        k, size = before["iteration"], self._watched(kept)
-        longer = lambda times: (before["watched"] > 0) & (size > times * before["watched"])
+        k, size = before["iteration"], before["vector"]
         due, soon = k % EVERY == 0, (k < EVERY) & (k & (k - 1) == 0)
-        soon = soon | longer(GROWN) | (before["again"] > 0)
+        soon = soon | _longer(before, GROWN) | (before["again"] > 0)
         x, y = state.x, state.y
         everything = fed.cohort_size == fed.clients and self.batch_size is None
         if everything and not self.local_factors:
@@ -131,37 +133,42 @@ class AutoStep(Algorithm):
             due = due | soon
             measured = fed.repeat(times, turn, _FORGET * before["largest"], most=most)
         largest = jnp.where(due, measured, before["largest"])
-        too_large = ~(_step(before) * largest <= 2)  # or no number
-        thrown = due & longer(THROWN) & too_large & (before["halvings"] < HALVINGS)
+        thrown = due & _longer(before, THROWN) & ~(_step(before) * largest <= 2) & (before["halvings"] < HALVINGS)
         now = {
             **before,
+            "alarm": _alarm(thrown, largest),
             "largest": largest,
             "floor": jnp.where(k % EVERY == 0, 0.5, 1.0).astype(largest.dtype) * before["floor"],
             "watched": jnp.where(due, size, before["watched"]),
-            "alarm": jnp.where(thrown, jnp.inf, 0.0).astype(largest.dtype),  # no state that a run goes on from
             "iteration": k + 1,
             "again": jnp.zeros_like(k),
+            "asked": jnp.asarray(due, jnp.int32),
         }
         return _step(now), {**kept, "curvature": now}
 
-    def _watched(self, kept: dict[str, PyTree]) -> Float[Array, ""]:
-        """How long the vector is that the factors act on, as far as the server knows."""
-        last = kept["curvature"]["vector"]
-        return optax.tree.norm(kept["v"]).astype(last.dtype) if "v" in kept else last
-
-    def watch(self, kept: dict[str, PyTree], size: Any) -> dict[str, PyTree]:
-        """What the state keeps, where no v is kept: with the length of what an iteration made of its vector."""
+    def watch(self, kept: dict[str, PyTree], size: Any = None) -> dict[str, PyTree]:
+        """What the state keeps after an iteration, with how long it left the vector: v, or what was made of it."""
         if not self.measures_curvature:
             return kept
-        curvature = kept["curvature"]
-        return {**kept, "curvature": {**curvature, "vector": jnp.asarray(size, curvature["vector"].dtype)}}
+        memory, size = kept["curvature"], optax.tree.norm(kept["v"]) if "v" in kept else size
+        memory = {**memory, "vector": jnp.asarray(size).astype(memory["vector"].dtype)}
+        alarm = _longer(memory, THROWN) & (memory["asked"] == 0) & (memory["halvings"] < HALVINGS)
+        alarm = jnp.maximum(memory["alarm"], _alarm(alarm, memory["alarm"]))
+        return {**kept, "curvature": {**memory, "alarm": alarm}}
 
     # Going back, of which `fedbilevel.recovery` makes use -----------------------------------------------------------
 
     def calm(self, state: Any) -> bool:
         """Whether the vector is no longer than may be, so that a run can come back to this state."""
-        memory = state.kept["curvature"]
-        return not bool(memory["watched"] > 0) or bool(self._watched(state.kept) <= GROWN * memory["watched"])
+        return not bool(_longer(state.kept["curvature"], GROWN))
+
+    def alarmed(self, state: Any) -> bool:
+        """Whether the state raises its alarm, and is no blow-up else."""
+        return not bool(jnp.isfinite(state.kept["curvature"]["alarm"]))
+
+    def too_large(self, state: Any, seen: Any) -> bool:
+        """Whether the state's step is too large for the curvature that another one has measured since."""
+        return not bool(_step(state.kept["curvature"]) * seen.kept["curvature"]["largest"] <= 2)  # or no number
 
     def measuring(self, state: Any) -> Any:
         """The state, from which the next iteration measures."""
@@ -203,6 +210,16 @@ def _step(memory: dict[str, Any]) -> Float[Array, ""]:
     largest = jnp.maximum(memory["largest"], memory["floor"])
     step = 1 / (MARGIN * jnp.maximum(largest, float(jnp.finfo(largest.dtype).tiny) ** 0.5))
     return jnp.ldexp(step, -memory["halvings"])
+
+
+def _alarm(raised: Any, like: Any) -> Float[Array, ""]:
+    """Infinite, so that no run goes on from the state, or zero."""
+    return jnp.where(raised, jnp.inf, 0.0).astype(like.dtype)
+
+
+def _longer(memory: dict[str, Any], times: float) -> Bool[Array, ""]:
+    """Whether the vector is so many times as long as at the last measurement."""
+    return (memory["watched"] > 0) & (memory["vector"] > times * memory["watched"])
 
 
 def _remembering(state: Any, **changes: Any) -> Any:

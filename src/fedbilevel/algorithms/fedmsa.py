@@ -64,7 +64,7 @@ class FedMSA(Simultaneous):
         x, y, v = optax.tree.add(z, fed.average(self.move, z, e, lam))
         after = {**kept, "v": v, "before": z, "estimate": e, "done": kept["done"] + 1}
         lag, after = residual(after, norm(e[2]))
-        return keeping(x, y, after), Info(norm(e[0]), jnp.zeros_like(norm(y)), lag, norm(e[1]))
+        return keeping(x, y, self.watch(after)), Info(norm(e[0]), jnp.zeros_like(norm(y)), lag, norm(e[1]))
 
     def look(self, client: Client, z: PyTree, before: PyTree, e: PyTree, forget: Any) -> PyTree:
         """e_i at z."""

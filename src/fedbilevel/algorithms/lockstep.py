@@ -84,7 +84,7 @@ class Lockstep(AutoStep):
         c = moved_mean(c, fed.share, change)
         lag, kept = residual(kept, norm(direction[2]))
         info = Info(norm(direction[0]), jnp.zeros_like(norm(y)), lag, norm(direction[1]))
-        return keeping(x, y, {**kept, "v": v, "control": c}), info
+        return keeping(x, y, self.watch({**kept, "v": v, "control": c})), info
 
     def moves(self, client: Client, x: PyTree, y: PyTree, v: PyTree, c: PyTree, lam: Any) -> Reply:
         """How far the client's steps go from (x, y, v), and a_i - c_i; it keeps a_i = D_i(x, y, v)."""

@@ -72,7 +72,7 @@ class LocalRounds(Simultaneous):
         # the mean directions, from the steps that all the local steps make
         h, q, w = (norm(part) / (rate * self.mean_steps) for part, rate in zip(moved, self.rates(lam), strict=True))
         lag, kept = residual(kept, w)
-        return keeping(x, y, {**kept, "v": v}), Info(h, jnp.zeros_like(h), lag, q)
+        return keeping(x, y, self.watch({**kept, "v": v})), Info(h, jnp.zeros_like(h), lag, q)
 
     def direction(self, problem: Problem, z: PyTree, inner: Rows, outer: Rows) -> PyTree:
         """D_i(z) on the rows."""
