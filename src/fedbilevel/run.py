@@ -269,10 +269,11 @@ class Run:
         self.carry = back.carry
         for spent in (record, back.record):
             if spent is not None:
-                self._spend(*map(sum, (spent.rounds, spent.bytes_down, spent.bytes_up)), spent.seconds)
+                self._spend(sum(spent.rounds), sum(spent.bytes_down), sum(spent.bytes_up), spent.seconds)
                 self._spend(*spent.spent)
         self._last_info, self._last_row, self._last_turn = None, None, EMPTY
         self._trail = Trail()  # moves that were given up say nothing
+        self._recent.clear()
         self._first = self._healthy = self.carry
         self.history.give_up(self.iteration)
         for callback in self._callbacks:
