@@ -38,7 +38,8 @@ def huber(x, y, e):
 
 
 def threshold(x, y, e):
-    return 0.5 * jnp.sum((y - e["c"] - 3) ** 2) + 0.5 * jnp.where(x[0] > 1, 1000.0, 1.0) * jnp.sum(y**2)
+    penalty = 0.5 * jnp.where(x[0] > 1, 1000.0, 1.0) * jnp.sum(y**2)
+    return 0.5 * jnp.sum((y - e["c"] - 3) ** 2) + penalty + 1e-3 * jnp.sum(x * y)
 
 
 PROBLEMS = {
