@@ -70,9 +70,9 @@ class Swings:
         y, v = self.paces.get("y"), self.paces.get("v")
         lower, vector = self.follows.get("y"), self.follows.get("v")
         if y and v and vector and v * _APART < y:
-            return [Cause(vector, True, f"v lags far behind y, and x answers too late"), *upper]
+            return [Cause(vector, True, "v lags far behind y, and x answers too late"), *upper]
         if y and v and lower and y * _APART < v:
-            return [Cause(lower, True, f"y lags far behind v, and x answers too late"), *upper]
+            return [Cause(lower, True, "y lags far behind v, and x answers too late"), *upper]
         return upper
 
     def _overstepping(self) -> list[Cause]:

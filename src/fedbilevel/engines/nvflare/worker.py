@@ -147,17 +147,17 @@ class _Inside:
         It says what one row looks like, how many there are where that is asked, and of what the app consists here.
         """
         import jax
-        import numpy as np
 
         from ...app import load_app, schema
+        from ...data import FederatedData
 
         self.app = load_app(self.file)
         jax.config.update("jax_enable_x64", self.app.precision == 64)
         self.rows = self.app.rows(self.site)
         schemas = [schema(rows, self.site, level) for rows, level in zip(self.rows, ("inner", "outer"), strict=True)]
-        counts = None
-        if self.app.weights == "rows":
-            counts = [int(np.shape(jax.tree.leaves(level)[0])[0]) for level in self.rows]
+        self.own = FederatedData.stack([self.rows[0]], [self.rows[1]], names=[self.site])
+        levels = self.own.inner, self.own.outer
+        counts = [int(level.counts[0]) for level in levels] if self.app.weights == "rows" else None
         return {"rows": schemas, "counts": counts, **self.app.bundle().told()}, b""
 
     def prepare(self, payload, *, index, sites, cohort, seed, scale, protocol, resume, check=False):
@@ -170,7 +170,6 @@ class _Inside:
         import jax.numpy as jnp
 
         from ...app import schema
-        from ...data import FederatedData
         from ...errors import check as expect
         from ...program import freeze
         from ...protocol import as_leaves, client_state
@@ -179,7 +178,6 @@ class _Inside:
         from .agreement import begin, derive, fingerprint, placeholder_data
 
         app = self.app
-        own = FederatedData.stack([self.rows[0]], [self.rows[1]], names=[self.site])
         problem, self.variables, state = begin(app)
         weights = None if scale is None else [1.0] * sites
         derived = derive(app, placeholder_data([schema(level) for level in self.rows], sites, weights), cohort)
@@ -187,17 +185,17 @@ class _Inside:
             fingerprint(derived) == protocol,
             f"site {self.site} derives another protocol than the server: both need the same app, fedbilevel and jax.",
         )
-        inner, outer = own.inner.alone(0), own.outer.alone(0)
+        inner, outer = self.own.inner.alone(0), self.own.outer.alone(0)
         if scale is not None:
             outer = eqx.tree_at(lambda rows: rows.scale, outer, jnp.asarray(scale, outer.scale.dtype))
         first = client_state(app.algorithm, state)
-        problem = freeze(problem, state.x, state.y, own)
+        problem = freeze(problem, state.x, state.y, self.own)
         self.side = ClientSide(
             problem, (inner, outer), as_leaves(app.algorithm), derived,
             jax.random.key(seed), index, first, Methods(), self.site,
         )  # fmt: skip
         self._store(resume)
-        return ({"figures": told(problem, own, *self.variables)} if check else {}), b""
+        return ({"figures": told(problem, self.own, *self.variables)} if check else {}), b""
 
     def answer(self, payload, *, place, tag, sent, wanted, counted, kept) -> tuple[dict, bytes]:
         """Answer a request."""
