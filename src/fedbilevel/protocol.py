@@ -90,8 +90,9 @@ class _Known:
         found, self._info = _discover(program, algorithm, problem, data, state, cohort)
         self._sites, self._cohort, self._clients = found.sites, cohort, data.clients
         self._draws, self._kind = _combinations(found.draws, found.loops_draw)
-        layout = {path: site.flags for path, site in found.sites.items()}
-        counting = lambda most: _Counting(program, problem, given, cohort, layout, self._draws, found.loops_draw, most)
+        counting = lambda most: _Counting(
+            program, problem, given, cohort, found.sites, self._draws, found.loops_draw, most
+        )
         self._counting = counting(False)
         if found.depends_on_data or self._counting.depends:
             self._counting, self._kind = counting(True), "bound"
@@ -113,16 +114,30 @@ def step(algorithm: Algorithm, fed: Any, state: Any) -> tuple[Any, Any]:
 
 
 class _AbstractFederation(TracedFederation):
-    """Replies are opaque: shaped like the real ones, filled with a number from outside."""
+    """Replies are opaque: shaped like the real ones, filled with a number from outside.
 
-    def __init__(self, algorithm, problem, data, cohort, key, layout, opaque, draws, client_state, most=False):
+    Args:
+        sites: the call sites, where they are known: the exchanges are counted, and no client method is traced again.
+    """
+
+    def __init__(self, algorithm, problem, data, cohort, key, sites, opaque, draws, client_state, most=False):
+        layout = None if sites is None else {path: site.flags for path, site in sites.items()}
         super().__init__(algorithm, data.clients, cohort, data.weights, key, layout)
+        self._known = sites
         self._problem, self._data, self._opaque, self._given = problem, data, opaque, draws
         self._client_shape, self._most = client_state, most
         self.draws: list[tuple[int, int]] = []
         self.loops_draw = self.depends_on_data = False
 
     def exchange(self, name, method, message, combine, wanted, key, cohort):
+        known = self._known
+        shapes = self._replied_with(name, method, message, wanted, key) if known is None else known[self._at].reply
+        one = jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), (1, *s.shape)), shapes)
+        return shapes, combine_replies(combine, one, None)
+
+    def _replied_with(self, name, method, message, wanted, key):
+        """The shapes of one client's reply: its method traced."""
+
         def reply(message, key):
             flags = tuple(jnp.asarray(True) for _ in wanted)
             rows = (self._data.inner.client(0), self._data.outer.client(0))
@@ -148,8 +163,7 @@ class _AbstractFederation(TracedFederation):
             ) from error
         good = jax.tree.leaves(shapes) and all(isinstance(s, jax.ShapeDtypeStruct) for s in jax.tree.leaves(shapes))
         check(good, f"{where} must return a pytree of arrays; it returned {describe(shapes)}.")
-        one = jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), (1, *s.shape)), shapes)
-        return shapes, combine_replies(combine, one, None)
+        return shapes
 
     def randint(self, low, high):
         self._scopes.check()
@@ -259,7 +273,7 @@ class _Counting:
         most: count every conditional part, and every loop in full.
     """
 
-    def __init__(self, program, problem, given, cohort, layout, draws, by_draw, most):
+    def __init__(self, program, problem, given, cohort, sites, draws, by_draw, most):
         arrays, rest = eqx.partition(given, eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
 
@@ -269,7 +283,7 @@ class _Counting:
             fill = lambda a: a if is_key(a) else jnp.broadcast_to(opaque.astype(a.dtype), a.shape)
             filled = jax.tree.map(fill, state)
             kept = client_state(algorithm, state)
-            fed = _AbstractFederation(algorithm, problem, data, cohort, key, layout, opaque, numbers, kept, most)
+            fed = _AbstractFederation(algorithm, problem, data, cohort, key, sites, opaque, numbers, kept, most)
             program(algorithm, fed, filled)
             return fed.counts
 

@@ -132,6 +132,7 @@ class TracedFederation(Federation):
             rows = (2,) if self.drops else ()
             self.counts = {path: jnp.zeros((*rows, 1 + flags), jnp.int32) for path, flags in layout.items()}
         self.client_state: PyTree = None
+        self._at: Path = ()  # the call site of the exchange being made
 
     @abc.abstractmethod
     def exchange(
@@ -150,6 +151,7 @@ class TracedFederation(Federation):
         cohort = check_given(cohort, self.clients)
         self._asked = self.cohort_size if cohort is None else cohort.shape[0]
         self._share = answered(self._weights, self._asked, None, self.clients)
+        self._at = path
         shapes, reply = self.exchange(name, method, message, combine, wanted, key, cohort)
         check_beside(beside, path, self.sites)
         self.sites[path] = site(path, name, message, shapes, sent, wanted, self._asked, not beside)
