@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .errors import InputError, check
 from .federation import Federation
+from .given import as_whole
 
 
 class State(eqx.Module):
@@ -57,7 +58,8 @@ def rate(default: float | None, *words: str) -> Any:
 
 def count(default: int | None) -> Any:
     """A field that holds how often something is done, or how many rows are drawn: at least one, static."""
-    return eqx.field(default=default, static=True, metadata={"role": "count", "optional": default is None})
+    metadata = {"role": "count", "optional": default is None}
+    return eqx.field(default=default, static=True, converter=_as_count, metadata=metadata)
 
 
 def option(default: Any) -> Any:
@@ -71,8 +73,27 @@ def choice(default: Any, converter: Any = None) -> Any:
     return eqx.field(default=default, static=True, **extra)
 
 
+def _as_count(value):
+    number = as_whole(value)
+    if number is None and getattr(value, "dtype", None) == np.bool_ and np.size(value) == 1:
+        return bool(value)  # refused, and no array in a static field
+    return value if number is None else number
+
+
 def _as_float(value):
     return float(value) if isinstance(value, (int, float, np.generic)) and not isinstance(value, bool) else value
+
+
+def _is_word(value, words) -> bool:
+    return (value is None or isinstance(value, str)) and value in words
+
+
+def _is_step(value) -> bool:
+    """Whether it is a positive number, or an array of them (a grid of step sizes, which is mapped over)."""
+    if isinstance(value, float):
+        return bool(np.isfinite(value) and value > 0)
+    real = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
+    return real and bool(jnp.all(jnp.isfinite(value) & (value > 0)))
 
 
 class Algorithm(eqx.Module):
@@ -92,8 +113,8 @@ class Algorithm(eqx.Module):
             value, role = getattr(self, field.name), field.metadata.get("role")
             where = f"{type(self).__name__}({field.name}=...)"
             words = field.metadata.get("words", ())
-            if role == "rate" and not isinstance(value, Tracer | jax.Array) and value not in words:
-                good = isinstance(value, float) and np.isfinite(value) and value > 0
+            if role == "rate" and not isinstance(value, Tracer) and not _is_word(value, words):
+                good = _is_step(value)
                 choice = "".join(f" or {word!r}" for word in words)
                 check(good, f"{where} is a step size, a positive number{choice}; got {value!r}.")
             if role == "count" and not (value is None and field.metadata["optional"]):

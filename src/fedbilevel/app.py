@@ -25,6 +25,7 @@ from .data import FederatedData
 from .engines.faults import Faults
 from .errors import InputError, check
 from .federation import check_cohort
+from .given import whole_number
 from .metrics import checked_metrics
 from .problem import Problem, trainable
 from .rows import as_array
@@ -94,8 +95,11 @@ class App:
         checked_metrics(self.metrics)
         checked_patterns(self.files)
         check(isinstance(self.check, bool), f"App(check=...) is True or False; got {self.check!r}.")
-        if self.cohort is not None:
-            check_cohort(self.cohort, 2**31)
+        for name, least in (("iterations", 1), ("rounds", 1), ("seed", 0), ("cohort", 1), ("evaluate_every", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                number = whole_number(value, least, f"App({name}=...) is a whole number from {least} on")
+                object.__setattr__(self, name, number)
 
     def begin(self) -> tuple[PyTree, PyTree]:
         """(x, y) to start from.

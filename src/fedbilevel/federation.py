@@ -11,7 +11,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from .data import ClientRows, random_below
 from .errors import InputError, check, unknown_name
+from .given import as_whole
 from .problem import Problem, Rows
 
 Combine = Literal["mean", "maximum"]
@@ -339,10 +339,10 @@ def check_cohort(cohort: int | None, clients: int) -> int:
     """How many clients one exchange asks; None means all."""
     if cohort is None:
         return clients
-    try:
-        cohort = operator.index(cohort)
-    except TypeError:
-        raise InputError(f"cohort= is how many clients one exchange asks, a whole number; got {cohort!r}.") from None
+    given = as_whole(cohort)
+    if given is None:
+        raise InputError(f"cohort= is how many clients one exchange asks, a whole number; got {cohort!r}.")
+    cohort = given
     check(cohort >= 1, f"cohort= must be at least 1; got {cohort}.")
     check(cohort <= clients, f"a cohort of {cohort} cannot be drawn from {clients} clients: use at most {clients}.")
     return cohort

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Int, Key
 
@@ -20,6 +21,10 @@ def as_key(key: Any) -> Key[Array, ""]:
     Raises:
         InputError: it is no key, or several.
     """
+    check(
+        not isinstance(key, Tracer),
+        "key= is a tracer: solve and its kin cannot be called within jax.jit, jax.grad or jax.vmap; call them outside.",
+    )
     raw = isinstance(key, jax.Array) and key.dtype == np.uint32 and key.shape == (2,)
     if raw:
         return jax.random.wrap_key_data(key, impl="threefry2x32")

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from .algorithm import Info
-from .errors import check
+from .errors import InputError, check
 
 COLUMNS = ("iteration", "rounds", "bytes_down", "bytes_up", "seconds")
 _BESIDE = (
@@ -18,6 +20,25 @@ _BESIDE = (
     "median_round_seconds",
     "rounds_with_failures",
 )  # in tables with them
+
+
+def measured(name: str, metric: Callable, x: Any, y: Any) -> float:
+    """What a metric says.
+
+    Raises:
+        InputError: it fails, or says anything else than one number.
+    """
+    try:
+        value = metric(x, y)
+    except Exception as error:  # whatever the user's metric raises
+        raise InputError(f"the metric {name!r} failed: {type(error).__name__}: {error}") from error
+    try:
+        if np.shape(value) == () and not isinstance(value, str | bytes):
+            return float(value)
+    except Exception:  # no number
+        pass
+    shown = str(value) if len(str(value)) < 200 else type(value).__name__
+    raise InputError(f"the metric {name!r} must return a scalar, one real number; it returned {shown}.")
 
 
 def checked_metrics(metrics: Any, diagnostics: Iterable[str] = ()) -> dict[str, Callable]:

@@ -9,6 +9,7 @@ oracles (a model in another framework, finite differences, clipped gradients) wi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .canonical import Traced, trace
@@ -118,7 +120,8 @@ class Problem(eqx.Module):
 
     def hessian_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
         """d2_yy g(x, y) v, like y; forward over reverse."""
-        return jax.jvp(lambda y: self.inner_gradient(x, y, rows), (y,), (v,))[1]
+        with _told_of_reverse_rules():
+            return jax.jvp(lambda y: self.inner_gradient(x, y, rows), (y,), (v,))[1]
 
     def cross_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
         """d2_xy g(x, y) v = d_x <d_y g(x, y), v>, like x; reverse over forward."""
@@ -126,7 +129,8 @@ class Problem(eqx.Module):
         def directional(x):
             return jax.jvp(lambda y: self.inner_value(x, y, rows), (y,), (v,))[1]
 
-        return jax.grad(directional)(x)
+        with _told_of_reverse_rules():
+            return jax.grad(directional)(x)
 
     def outer_gradients(self, x: PyTree, y: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
         """(d_x f, d_y f) at (x, y), like x and like y."""
@@ -137,6 +141,25 @@ class Problem(eqx.Module):
             return loss(x, y, rows.examples, rows.weights, *features)
         losses = jax.vmap(lambda example, *phi: loss(x, y, example, *phi))(rows.examples, *features)
         return jnp.sum(rows.weights.astype(losses.dtype) * losses)
+
+
+@contextlib.contextmanager
+def _told_of_reverse_rules():
+    """Refuse a part of the inner loss that has a reverse derivative of its own, and so no second ones.
+
+    Raises:
+        InputError: it is there.
+    """
+    try:
+        yield
+    except (TypeError, NotImplementedError) as error:
+        theirs = any(word in str(error) for word in ("custom_vjp", "custom_lin"))
+        check(
+            not theirs,
+            "the inner loss uses jax.custom_vjp, which has no derivative along a direction, and second derivatives of "
+            "the inner loss are made of these: write that part with jax.custom_jvp.",
+        )
+        raise
 
 
 class _Completed(eqx.Module):
@@ -167,7 +190,17 @@ def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
         InputError: no leaf is a floating-point array, or one is complex or not finite.
     """
     _check_real(variable, name)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(variable)[0]:
+        text = isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind not in "biufcV"
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        check(not text, f"{where} is an array of {getattr(leaf, 'dtype', '')}, which is no number: leave it out.")
     variable = strong(jax.tree.map(_as_array, variable))
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(variable))
+    check(
+        not traced,
+        f"{name} is a tracer: solve, estimate_hypergradient, protocol and reference.* compile what they run and cannot "
+        "be called within jax.jit, jax.grad or jax.vmap; call them outside.",
+    )
     arrays, rest = eqx.partition(variable, eqx.is_inexact_array)
     leaves = jax.tree.leaves(arrays)
     check(leaves, f"{name} holds no floating-point array to optimise: pass float arrays (got {describe(variable)}).")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import equinox as eqx
@@ -12,12 +12,15 @@ import jax
 import numpy as np
 from jaxtyping import Key, PyTree
 
+from .callbacks.base import Callback
 from .callbacks.checkpoint import checksum, load
 from .diagnosis import LEAST, diagnose, largest
 from .engines.base import Carry, Engine, Execution, Record
 from .engines.simulation import Simulation
-from .errors import Diverged, InputError, check
-from .metrics import check_diagnostics, checked_metrics
+from .errors import Diverged, InputError, RunError, check
+from .given import whole_number
+from .keys import as_key
+from .metrics import check_diagnostics, checked_metrics, measured
 from .own_lower import Away, Lower
 from .problem import bind, describe, trainable
 from .protocol import check_kinds
@@ -66,11 +69,12 @@ class Run:
             engine is None or isinstance(engine, Engine), f"engine is Simulation(...) or Loopback(...); got {engine!r}."
         )
         check((iterations is None) != (rounds is None), "give iterations= or rounds=, one of the two.")
-        for name, value in (("iterations", iterations), ("rounds", rounds), ("evaluate_every", evaluate_every)):
-            whole = value is None or (
-                isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
-            )
-            check(whole, f"{name}= is a whole number of at least 1; got {value!r}.")
+        count = lambda name, value: whole_number(value, 1, f"{name}= is a whole number of at least 1")
+        iterations = None if iterations is None else count("iterations", iterations)
+        rounds = None if rounds is None else count("rounds", rounds)
+        evaluate_every = count("evaluate_every", evaluate_every)
+        listed = isinstance(callbacks, Sequence) and all(isinstance(each, Callback) for each in callbacks)
+        check(listed, f"callbacks= is a list of callbacks such as fedbilevel.callbacks.CSV(...); got {callbacks!r}.")
         self.algorithm, self.metrics = algorithm, checked_metrics(metrics)
         self._x, self._x_rest = trainable(x, "x")
         self._y, self._y_rest = trainable(y, "y")
@@ -106,6 +110,7 @@ class Run:
         self._trail, self._last_turn = Trail(), EMPTY
         self._recent: deque[Seen] = deque(maxlen=_RECENT)
         self._last_row: dict[str, Any] | None = None
+        self._refused: InputError | None = None  # what a metric failed with
         if resume is not None:
             start = self.carry
             self.carry, totals, rows = load(resume, start, self.fingerprint())
@@ -197,7 +202,7 @@ class Run:
     def _next_stretch(self) -> int:
         """Iterations until the next look: what fits the goal, half a second, and the next evaluation."""
         if self._budget is None:
-            left = self._most_iterations - self.iteration
+            left = (self._most_iterations or 0) - self.iteration
         else:  # the last iterations one by one, as long as another one may fit
             spare = self._budget - self.rounds
             left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
@@ -313,6 +318,21 @@ class Run:
         self.history.add(rows)
         for callback in self._callbacks:
             callback.record(self, rows)
+        if self._refused is not None:
+            message, self._refused = str(self._refused), None
+            raise RunError(message, self._result())
+
+    def _measured(self, x: PyTree, y: PyTree) -> dict[str, float]:
+        """The metrics; one that fails while running leaves its place empty, and the run ends once that is recorded."""
+        found = {}
+        for name, metric in self.metrics.items():
+            try:
+                found[name] = y.number(name, metric, x) if isinstance(y, Away) else measured(name, metric, x, y)
+            except InputError as error:
+                if not self.iteration:
+                    raise
+                found[name], self._refused = EMPTY, self._refused or error
+        return found
 
     def _row(self, info: Any, iteration: int | None = None) -> dict[str, Any]:
         row = {"iteration": self.iteration if iteration is None else iteration, **self._figures()}
@@ -320,7 +340,7 @@ class Run:
         if self.metrics:
             x, y = self.variables()
             y = Away() if self.lower.away else y
-            row.update({name: _number(name, metric, x, y) for name, metric in self.metrics.items()})
+            row.update(self._measured(x, y))
         turn = {"turn": EMPTY if info is None else self._last_turn}
         halvings = {} if self._recovery is None else {"halvings": self._recovery.halvings}
         return row | self._diagnostics(info) | turn | halvings
@@ -349,14 +369,6 @@ class Run:
         return Result(x, y, self.history, self.protocol, self.carry.state, self.iteration, own)
 
 
-def _number(name: str, metric: Callable, x: PyTree, y: PyTree) -> float:
-    if isinstance(y, Away):
-        return y.number(name, metric, x)
-    value = metric(x, y)
-    check(np.shape(value) == (), f"the metric {name!r} must return a scalar; it returned {value!r}.")
-    return float(value)
-
-
 def _fields(info: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(info):
         return {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
@@ -364,11 +376,8 @@ def _fields(info: Any) -> dict[str, Any]:
 
 
 def check_key(key: Any) -> Key:
-    good = isinstance(key, jax.Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
-    if not good:
-        raise InputError(f"key= is a jax.random.key(seed), one key; got {describe(key)}.")
-    check(
-        jax.random.key_impl(key) == "threefry2x32",
-        f"key= must be a threefry key, jax.random.key(seed); got {describe(key)}.",
-    )
+    """A key as `solve` takes it; `jax.random.PRNGKey(seed)` means the same as `jax.random.key(seed)`."""
+    key = as_key(key)
+    kind = jax.random.key_impl(key)
+    check(kind == "threefry2x32", f"key= must be a threefry key, jax.random.key(seed); got {describe(key)} ({kind}).")
     return key

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 import optax.tree
 from jaxtyping import PyTree
@@ -21,6 +22,8 @@ def resolve(optimizer: Any, owner: str) -> Any:
         InputError: it is nothing of these.
     """
     if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
+        if optimizer is not None and owner:
+            _check_update(optimizer, owner)
         return optimizer
     name, _, rate = optimizer.partition(":") if isinstance(optimizer, str) else ("", "", "")
     try:
@@ -33,6 +36,23 @@ def resolve(optimizer: Any, owner: str) -> Any:
         f"({', '.join(NAMED)}); got {optimizer!r}.",
     )
     return getattr(optax, name)(value)
+
+
+def _check_update(optimizer: Any, owner: str) -> None:
+    """Refuse a transformation whose update needs more than updates, state and parameters."""
+    x = jax.ShapeDtypeStruct((2,), np.float32)
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            jax.eval_shape(lambda x: optimizer.update(x, optimizer.init(x), x), x)
+    except TypeError as error:
+        check(
+            "required keyword-only argument" not in str(error) and "required positional argument" not in str(error),
+            f"{owner}(outer_optimizer=...) needs more than the direction of its step ({error}): line searches and "
+            "plateau schedules ask for values of the loss, which an iteration does not compute. Take another, such as "
+            "optax.adam(0.01).",
+        )
+    except Exception:  # it is made for x of another structure: tried when there is one
+        pass
 
 
 def begin(optimizer: Any, x: PyTree) -> dict[str, PyTree]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from ..errors import RunError, check
+from ..given import whole_number
 
 REBUILD = "rebuild"
 
@@ -44,11 +45,11 @@ class Faults:
     lost_state: str = REBUILD
 
     def __post_init__(self):
-        whole = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least
         for name, least in (("minimum", 1), ("retries", 0), ("exclude_after", 1), ("readmit_after", 1)):
             value = getattr(self, name)
-            good = whole(value, least) or (name in ("minimum", "exclude_after") and value is None)
-            check(good, f"Faults({name}=...) is a whole number from {least} on; got {value!r}.")
+            if value is not None or name not in ("minimum", "exclude_after"):
+                number = whole_number(value, least, f"Faults({name}=...) is a whole number from {least} on")
+                object.__setattr__(self, name, number)
         good = isinstance(self.deadline, (int, float)) and not isinstance(self.deadline, bool) and self.deadline > 0
         check(good, f"Faults(deadline=...) is a number of seconds, more than zero; got {self.deadline!r}.")
         good = self.lost_state in (REBUILD, "stop")

@@ -27,6 +27,7 @@ from ..federation import (
     full_weights,
     stays,
 )
+from ..given import whole_number
 from ..problem import strong
 from ..program import freeze, run
 from ..protocol import as_leaves, client_state
@@ -62,8 +63,9 @@ class Simulation(Engine):
         if self.cohort is not None:
             check_cohort(self.cohort, 2**31)
         batch = self.client_batch
-        whole = batch is None or (isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1)
-        check(whole, f"client_batch= is how many clients run at a time, at least 1; got {batch!r}.")
+        if batch is not None:
+            batch = whole_number(batch, 1, "client_batch= is how many clients run at a time, at least 1")
+            object.__setattr__(self, "client_batch", batch)
         check_dropout(self.dropout)
         check(
             self.mesh is None or isinstance(self.mesh, jax.sharding.Mesh),

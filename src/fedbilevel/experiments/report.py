@@ -33,6 +33,9 @@ def read(folder: str | Path):
         frame = pandas.read_csv(file)
     except Exception as error:  # whatever pandas finds wrong with it
         raise InputError(f"{file} cannot be read as a table ({type(error).__name__}).") from error
+    if not {"algorithm", "seed"} & set(frame.columns):  # an app's own folder: one run
+        frame.insert(0, "algorithm", Path(folder).resolve().name)
+        frame.insert(1, "seed", 0)
     missing = [c for c in FIXED if c not in frame.columns]
     check(not missing, f"{file} has no column {', '.join(missing)}: it is no history of ours.")
     check(len(frame), f"{file} has no rows: let the run write some.")

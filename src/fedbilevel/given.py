@@ -1,0 +1,34 @@
+"""Whole numbers as callers give them: Python's, numpy's, or an array of one."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from jax.core import Tracer
+
+from .errors import InputError
+
+
+def as_whole(value: Any, least: int | None = None) -> int | None:
+    """The whole number as Python's int; None if it is no whole number (a bool is none), or below `least`."""
+    if isinstance(value, Tracer | bool) or getattr(value, "dtype", None) == np.bool_:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        return None
+    return number if least is None or number >= least else None
+
+
+def whole_number(value: Any, least: int, what: str) -> int:
+    """As `as_whole`.
+
+    Raises:
+        InputError: it is none; `what` is the sentence, before the value.
+    """
+    number = as_whole(value, least)
+    if number is None:
+        raise InputError(f"{what}; got {value!r}.")
+    return number
