@@ -15,8 +15,11 @@ from .program import run
 
 def not_finite(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> str | None:
     """The first derivative that is not finite there, in words; None if all are."""
-    numbers, slopes, curvatures = jax.tree.map(np.asarray, run(_found, problem, None, data, x, y))
-    for (what, loss), finite in zip(_WORDS, (*numbers, *slopes, *curvatures), strict=True):
+    try:
+        found = run(_found, problem, None, data, x, y)
+    except Exception:  # a problem may have no second derivatives: methods of first order do not ask for them
+        found = run(_found_first, problem, None, data, x, y)
+    for (what, loss), finite in zip(_WORDS, jax.tree.map(np.asarray, found), strict=False):
         places = jax.tree_util.tree_flatten_with_path(finite)[0]
         for path, good in places:
             if not good.all():
@@ -41,13 +44,25 @@ def name(data: FederatedData, index: int) -> str:
 
 def _found(problem, _, data, x, y):
     """For each derivative and leaf, (clients,) whether it is finite."""
+    ones = optax.tree.ones_like(y)
 
-    def one(i):
-        inner, outer = data.inner.client(i).all(), data.outer.client(i).all()
+    def products(inner):
+        return problem.hessian_vector(x, y, ones, inner), problem.cross_vector(x, y, ones, inner)
+
+    return (*_found_first(problem, _, data, x, y), *_by_client(data, lambda inner, outer: products(inner)))
+
+
+def _found_first(problem, _, data, x, y):
+    """The same of the losses and their first derivatives."""
+
+    def one(inner, outer):
         numbers = problem.inner_value(x, y, inner), problem.outer_value(x, y, outer)
-        slopes = problem.inner_gradient(x, y, inner), *problem.outer_gradients(x, y, outer)
-        ones = optax.tree.ones_like(y)
-        products = problem.hessian_vector(x, y, ones, inner), problem.cross_vector(x, y, ones, inner)
-        return jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), (numbers, slopes, products))
+        return *numbers, problem.inner_gradient(x, y, inner), *problem.outer_gradients(x, y, outer)
 
-    return jax.vmap(one)(jnp.arange(data.clients, dtype=jnp.int32))
+    return _by_client(data, one)
+
+
+def _by_client(data, of):
+    finite = lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
+    rows = lambda i: (data.inner.client(i).all(), data.outer.client(i).all())
+    return jax.vmap(lambda i: finite(of(*rows(i))))(jnp.arange(data.clients, dtype=jnp.int32))
