@@ -34,7 +34,7 @@ FAST = ("simfbo", "fedmsa", "fedbioacc", "fedbioacc-local")
 
 
 def start():
-    return jnp.zeros(DIM), jnp.zeros(DIM)
+    return jnp.zeros(DIM), jnp.full(DIM, 0.1)
 
 
 def solve(algorithm, iterations, engine=None):
