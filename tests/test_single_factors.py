@@ -25,7 +25,7 @@ PROBLEM = fb.Problem(
 )
 ROWS = [{"H": H[None]} for H in HESSIANS]
 DATA = fb.FederatedData.stack(ROWS, ROWS)
-STEPS = {"inner_lr": 0.05, "outer_lr": 0.02, "local_steps": 5}
+STEPS = {"inner_lr": 0.05, "outer_lr": 0.002, "local_steps": 5}
 LOCAL: dict[str, Any] = {
     "simfbo": fb.SimFBO, "shrofbo": fb.ShroFBO, "memfbo": fb.MemFBO, "fedbio": fb.FedBiO, "fedbioacc": fb.FedBiOAcc,
     "fedbioacc-local": fb.FedBiOAccLocal, "fedmsa": fb.FedMSA,
@@ -48,8 +48,8 @@ def largest(algorithm):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LOCAL])
 def test_local_steps_on_the_vector_take_single_clients_curvature(name):
-    end = solve(LOCAL[name](hessian_lr="auto", **STEPS), 300)
-    assert np.abs(end.x - GOAL).max() < 0.6 * GOAL.max()
+    end = solve(LOCAL[name](hessian_lr="auto", **STEPS), 60)
+    assert np.linalg.norm(end.x - GOAL) < 0.95 * np.linalg.norm(GOAL)  # on its way, slowly
     assert float(end.state.kept["curvature"]["largest"]) == pytest.approx(SINGLE)
 
     class MeanStep(LOCAL[name]):
@@ -58,7 +58,7 @@ def test_local_steps_on_the_vector_take_single_clients_curvature(name):
         local_factors = False
 
     with pytest.raises(fb.Diverged):
-        solve(MeanStep(hessian_lr=1 / (1.2 * MEAN), **STEPS), 300)
+        solve(MeanStep(hessian_lr=1 / (1.2 * MEAN), **STEPS), 60)
 
 
 @pytest.mark.parametrize(
