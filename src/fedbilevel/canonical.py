@@ -24,6 +24,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 from jaxtyping import PyTree
 
+FORM = 1  # of the digests: to be raised where the same program gives another one
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
 _LIBRARIES = tuple(str(Path(module.__file__ or "").parent) for module in (jax, eqx))
 _NAMES = {"name", "debug_info", "debug", "fwd_debug", "bwd_debug"}  # how a nested function is called

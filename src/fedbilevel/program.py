@@ -20,10 +20,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import PyTree
 
-from .canonical import Traced, canonical, digest_of
+from .canonical import Traced, canonical, digest_of, trace
 from .data import FederatedData
 from .problem import Problem, Rows, check_losses, trace_oracle
 
@@ -160,6 +161,46 @@ def _derivative(traced: Traced) -> str:
         with contextlib.suppress(Exception):  # `jax.custom_vjp` has no second one
             return canonical([jax.make_jaxpr(derivative)(*args)]).digest
     return "none"
+
+
+def settle(algorithm: Any, x: PyTree) -> Any:
+    """The same algorithm, whose optimizers are equal to others that compute the same.
+
+    optax makes new functions for every transformation: they are known by their programs, too.
+    """
+    settled = copy.copy(algorithm)
+    for field in dataclasses.fields(algorithm):
+        value = getattr(algorithm, field.name)
+        if isinstance(value, optax.GradientTransformation):
+            with contextlib.suppress(Exception):  # it says why where it is used
+                object.__setattr__(settled, field.name, _settled(value, x))
+    return settled
+
+
+def _settled(optimizer: Any, x: PyTree) -> Any:
+    if isinstance(optimizer.update, Settled):
+        return optimizer
+    with jax.numpy_dtype_promotion("standard"):
+        kept = trace(optimizer.init, x)
+        update = trace(optimizer.update, x, jax.eval_shape(lambda: optimizer.init(x)), x)
+    name = canonical([kept.jaxpr, update.jaxpr]).digest
+    return optimizer._replace(init=Settled(optimizer.init, name), update=Settled(optimizer.update, name))
+
+
+class Settled:
+    """A function that is equal to others of the same digest."""
+
+    def __init__(self, function: Callable, digest: str):
+        self.function, self.digest = function, digest
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __hash__(self):
+        return hash(self.digest)
+
+    def __eq__(self, other):
+        return isinstance(other, Settled) and self.digest == other.digest
 
 
 class _Same:

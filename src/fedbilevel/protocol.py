@@ -27,7 +27,7 @@ from .errors import InputError, check
 from .exchanges import SAMPLED, Protocol, summary
 from .federation import Client, Reply, check_cohort, combine_replies
 from .problem import Problem, bind, describe, strong, trainable
-from .program import Kept, compiled_as, freeze
+from .program import Kept, compiled_as, freeze, settle
 from .tracing import TracedFederation, check_times
 
 _ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
@@ -50,6 +50,7 @@ def protocol(
     check_kinds(problem, data, algorithm)
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
+    algorithm = settle(algorithm, x)
     cohort = check_cohort(getattr(engine, "cohort", None), data.clients)
     return trace(algorithm, bind(problem, x_rest, y_rest), data, algorithm.init(x, y), cohort)
 
@@ -77,7 +78,7 @@ def _key(program, problem, given, cohort) -> Hashable:
     arrays, rest = eqx.partition(given, eqx.is_array)
     static, structure = jax.tree.flatten(rest)
     leaves, places = jax.tree.flatten(arrays)
-    shapes = tuple((leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves)
+    shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
     config = jax.config.jax_enable_x64, jax.config.jax_numpy_dtype_promotion  # pyright: ignore[reportAttributeAccessIssue]
     return program, compiled_as(problem), structure, tuple(static), places, shapes, cohort, config
 

@@ -13,16 +13,18 @@ import numpy as np
 from jaxtyping import Key, PyTree
 
 from .callbacks.base import Callback
-from .callbacks.checkpoint import checksum, load
+from .callbacks.checkpoint import load
 from .diagnosis import LEAST, diagnose, largest
 from .engines.base import Carry, Engine, Execution, Record
 from .engines.simulation import Simulation
 from .errors import Diverged, InputError, RunError, check
 from .given import whole_number
+from .identity import Identity
 from .keys import as_key
 from .metrics import check_diagnostics, checked_metrics, measured
 from .own_lower import Away, Lower
 from .problem import bind, describe, trainable
+from .program import settle
 from .protocol import check_kinds
 from .recovery import Back, recovery, saved_snapshot
 from .result import EMPTY, History, Result
@@ -75,15 +77,18 @@ class Run:
         evaluate_every = count("evaluate_every", evaluate_every)
         listed = isinstance(callbacks, Sequence) and all(isinstance(each, Callback) for each in callbacks)
         check(listed, f"callbacks= is a list of callbacks such as fedbilevel.callbacks.CSV(...); got {callbacks!r}.")
-        self.algorithm, self.metrics = algorithm, checked_metrics(metrics)
         self._x, self._x_rest = trainable(x, "x")
         self._y, self._y_rest = trainable(y, "y")
+        algorithm = settle(algorithm, self._x)
+        self.algorithm, self.metrics = algorithm, checked_metrics(metrics)
         state = algorithm.init(self._x, self._y)
         bound = bind(problem, self._x_rest, self._y_rest)
         self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
         if sane and resume is None:
             check_sane(self._execution.problem, data, self._x, self._y)
-        self._data, self._key, self._every, self._callbacks = data, key, evaluate_every, list(callbacks)
+        self._every, self._callbacks = evaluate_every, list(callbacks)
+        whole = (self._x, self._x_rest), (self._y, self._y_rest)
+        self._identity = Identity(self._execution, algorithm, *whole, data, evaluate_every)
         self.protocol = self._execution.protocol
         check_diagnostics(type(algorithm).__name__, _fields(self.protocol.info))
         checked_metrics(metrics, _fields(self.protocol.info))
@@ -113,7 +118,7 @@ class Run:
         self._refused: InputError | None = None  # what a metric failed with
         if resume is not None:
             start = self.carry
-            self.carry, totals, rows = load(resume, start, self.fingerprint())
+            self.carry, totals, rows = load(resume, start, self._identity)
             if self._recovery is not None:
                 self._recovery.snapshot = saved_snapshot(resume, start)
             off_grid = (
@@ -157,16 +162,7 @@ class Run:
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes this run itself: a checkpoint of another one is refused."""
-        settings = {f.name: repr(getattr(self.algorithm, f.name)) for f in dataclasses.fields(self.algorithm)}
-        return {
-            "algorithm": type(self.algorithm).__name__,
-            **settings,
-            "cohort": self.protocol.cohort,
-            "evaluate_every": self._every,
-            "key": np.asarray(jax.random.key_data(self._key)).tolist(),
-            "start": checksum((self._x, self._y)),
-            "data": checksum(self._data),
-        }
+        return self._identity.saved(self.carry.state)
 
     def go(self) -> Result:
         """Run to the end; callbacks hear of the end however it comes."""

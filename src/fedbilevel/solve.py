@@ -17,6 +17,7 @@ from .engines.base import Engine
 from .engines.simulation import Simulation
 from .errors import Diverged
 from .problem import Problem, bind, trainable
+from .program import settle
 from .protocol import check_kinds
 from .result import Result
 from .run import Run, check_key
@@ -92,6 +93,7 @@ def estimate_hypergradient(
     check_kinds(problem, data, algorithm)
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
+    algorithm = settle(algorithm, x)
     execution = (engine or Simulation()).bind(
         bind(problem, x_rest, y_rest), data, algorithm, State(x, y), check_key(key), estimate
     )

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from .. import arrays
 from ..engines.base import Carry
 from ..errors import InputError, check
+from ..identity import Identity
 from ..result import EMPTY
 from .base import Callback
 
@@ -111,7 +110,7 @@ def read(path: Path, like: dict[str, Any]) -> Saved:
         return Saved(head, {name: arrays.read_leaves(file, length) for name, length in count.items()})
 
 
-def load(folder: str | os.PathLike[str], start: Carry, fingerprint: dict[str, Any]) -> tuple[Carry, dict, list]:
+def load(folder: str | os.PathLike[str], start: Carry, identity: Identity) -> tuple[Carry, dict, list]:
     """(carry, totals, history) of the checkpoint in a folder.
 
     Raises:
@@ -122,12 +121,13 @@ def load(folder: str | os.PathLike[str], start: Carry, fingerprint: dict[str, An
     like = {"state": start.state, "client_state": start.client_state}
     try:
         head, parts = read(path, like)
-        other = differences(head["fingerprint"], fingerprint)
-        check(
+        refuse = lambda other: check(
             not other,
             f"the checkpoint in {folder} is of another run: {other}. Use the same settings, or another folder.",
         )
+        refuse(identity.differences(head["fingerprint"]))
         state, client_state = (arrays.restore(tree, parts[name]) for name, tree in like.items())
+        refuse(identity.other_oracles(head["fingerprint"], state))
         rows = [{name: EMPTY if value is None else value for name, value in row.items()} for row in head["history"]]
     except InputError:
         raise
@@ -136,18 +136,3 @@ def load(folder: str | os.PathLike[str], start: Carry, fingerprint: dict[str, An
             f"{path} cannot be read as a checkpoint: start without resuming. ({type(error).__name__}: {error})"
         ) from error
     return Carry(state, client_state, int(head["iteration"])), head["totals"], rows
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two fingerprints, in words; empty if nothing does."""
-    names = sorted(set(saved) | set(now))
-    other = [f"{n} was {saved.get(n)!r} and is {now.get(n)!r}" for n in names if saved.get(n) != now.get(n)]
-    return "; ".join(other[:3]) + (f"; and {len(other) - 3} more" if len(other) > 3 else "")
-
-
-def checksum(tree: Any) -> str:
-    """A short digest of a pytree's numbers."""
-    value = 0
-    for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(arrays.numbers(leaf).tobytes(), value)
-    return f"{value:08x}"

@@ -16,10 +16,10 @@ from typing import Any
 import jax
 
 from ..callbacks import CSV, Callback, Checkpoint, Progress
-from ..callbacks.checkpoint import differences
 from ..engines import Loopback, Simulation
 from ..errors import Diverged, InputError, RunError, check, unknown_name
 from ..federation import check_cohort
+from ..identity import differences
 from ..result import History, Result
 from ..settings import algorithm_class, best
 from ..solve import solve
