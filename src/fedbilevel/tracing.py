@@ -270,11 +270,11 @@ def reply_parts(reply: PyTree, wanted: tuple) -> tuple:
     """The parts of a reply, one per flag."""
     if len(wanted) == 1:
         return (reply,)
-    fits = isinstance(reply, tuple) and len(reply) == len(wanted)
-    check(
-        fits,
-        f"replies= has {len(wanted)} flags, but the client's reply is {describe(reply)}: return a tuple of as many parts.",
-    )
+    if not (isinstance(reply, tuple) and len(reply) == len(wanted)):
+        raise InputError(
+            f"replies= has {len(wanted)} flags, but the client's reply is {describe(reply)}: "
+            "return a tuple of as many parts."
+        )
     return reply
 
 
@@ -352,10 +352,15 @@ def check_given(cohort: Any, clients: int) -> Any:
 
 def check_carry(before: PyTree, after: PyTree) -> None:
     """Refuse a loop body that changes the carry's structure, shapes or dtypes."""
-    signature = lambda tree: jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), tree)
-    same = jax.tree.structure(before) == jax.tree.structure(after) and signature(before) == signature(after)
-    check(
-        same,
-        f"the body of a loop must return a carry like the one it was given, {describe(before)}; "
-        f"it returned {describe(after)}.",
-    )
+    if not alike(before, after):
+        raise InputError(
+            f"the body of a loop must return a carry like the one it was given, {describe(before)}; "
+            f"it returned {describe(after)}."
+        )
+
+
+def alike(one: PyTree, other: PyTree) -> bool:
+    """Whether two pytrees of arrays, or of their shapes, have one structure, shapes and dtypes."""
+    (leaves, structure), (others, theirs) = jax.tree.flatten(one), jax.tree.flatten(other)
+    signature = lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf))
+    return structure == theirs and all(signature(a) == signature(b) for a, b in zip(leaves, others, strict=True))

@@ -20,12 +20,12 @@ from jaxtyping import Array, Key, PyTree
 
 from ..clock import spent_compiling
 from ..data import ClientRows
-from ..errors import ClientError, InputError, RunError, check
+from ..errors import ClientError, InputError, RunError
 from ..exchanges import Protocol
 from ..federation import Client, Reply, client_key
 from ..problem import Problem, describe
 from ..program import run
-from ..tracing import reply_parts
+from ..tracing import alike, reply_parts
 from ..wire import conditional_parts, decode, encode, message_schema, rebuild_message
 from .faults import StateLost
 from .transport import START, Request, Tag, attempt_key
@@ -90,11 +90,11 @@ class ClientSide:
             inner, outer = (rows.count for rows in self._rows)
             what = f"it was sent {describe(message)} and holds {int(inner)} inner and {int(outer)} outer rows"
             raise ClientError(f"{where}: {type(error).__name__}: {error} ({what}).") from error
-        check(
-            _signature(reply) == _signature(site.reply),
-            f"{self._name} replied to {site.name} with {describe(reply)}, "
-            f"where the protocol says {describe(site.reply)}.",
-        )
+        if not alike(reply, site.reply):  # words are made where they are needed alone
+            raise InputError(
+                f"{self._name} replied to {site.name} with {describe(reply)}, "
+                f"where the protocol says {describe(site.reply)}."
+            )
         if self.keeps:
             self.states[request.tag] = out.state
         return encode(reply_parts(reply, request.wanted), request.wanted)
@@ -120,11 +120,6 @@ class ClientSide:
         alive = lambda tag: request.kept <= tag <= request.counted
         self.states = {tag: state for tag, state in self.states.items() if alive(tag)}
         return self.states[request.counted]
-
-
-def _signature(tree: PyTree) -> tuple[Any, list]:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 class Methods:
