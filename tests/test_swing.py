@@ -20,9 +20,9 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.callbacks import CSV, Checkpoint
+from fedbilevel.diagnosis.swing import Trail
 from fedbilevel.engines.loopback import _Looped
 from fedbilevel.errors import FedbilevelWarning
-from fedbilevel.swing import Trail
 from fedbilevel.watch import Seen
 
 DRAW = np.random.default_rng(0)

@@ -28,8 +28,8 @@ from .federation import check_cohort
 from .given import whole_number
 from .metrics import checked_metrics
 from .problem import Problem, trainable
-from .rows import as_array
-from .values import Whose, columns_apart, whole
+from .rows.one import as_array
+from .rows.values import Whose, columns_apart, whole
 
 
 @dataclasses.dataclass(frozen=True)

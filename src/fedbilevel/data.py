@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from .alike import check_levels
-from .clients import called, levels, listed
 from .errors import InputError, check
-from .joined import Part, join
 from .keys import as_key, generator, random_below
-from .narrow import settle
 from .problem import Problem, Rows
-from .rows import read
-from .values import shown
+from .rows.alike import check_levels
+from .rows.clients import called, levels, listed
+from .rows.joined import Part, join
+from .rows.narrow import settle
+from .rows.one import read
+from .rows.values import shown
 
 Clients = Mapping[Any, PyTree] | Iterable[PyTree]
 LevelName = Literal["inner", "outer"]

@@ -15,6 +15,8 @@ from jaxtyping import Key, PyTree
 from .callbacks.base import Callback
 from .callbacks.checkpoint import load
 from .diagnosis import LEAST, diagnose, largest
+from .diagnosis.swing import Trail
+from .diagnosis.swinging import tell
 from .engines.base import Carry, Engine, Execution, Record
 from .engines.simulation import Simulation
 from .errors import Diverged, InputError, RunError, check
@@ -29,8 +31,6 @@ from .protocol import check_kinds
 from .recovery import Back, recovery, saved_snapshot
 from .result import EMPTY, History, Result
 from .sanity import check_sane
-from .swing import Trail
-from .swinging import tell
 from .watch import Seen, precision
 
 _STRETCH = 0.5  # seconds between looks at a run: progress, Ctrl-C, checkpoints

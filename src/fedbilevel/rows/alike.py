@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 
-from .errors import InputError, check
-from .problem import describe
-from .rows import Read, is_table
+from ..errors import InputError, check
+from ..problem import describe
+from .one import Read, is_table
 from .values import columns_apart, spot
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .watch import BUCKETS, Seen
+from ..watch import BUCKETS, Seen
 
 _FINE, _COARSE = 256, 256  # moves kept: the latest one by one; the whole run's, in sums of more and more iterations
 _LEAST = 24  # moves from which on anything is said

@@ -9,10 +9,10 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from ..engines.base import Carry, Execution
+from ..watch import Seen, parts
 from .blame import LEAST, Blame, Replays, followed, isinstance_optimizer, rates
 from .derivatives import not_finite
-from .engines.base import Carry, Execution
-from .watch import Seen, parts
 
 __all__ = ["LEAST", "diagnose", "largest", "of_estimate"]
 

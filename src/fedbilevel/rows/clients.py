@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .errors import InputError, check
-from .rows import is_table
+from ..errors import InputError, check
+from .one import is_table
 from .values import conversion, shown
 
 Names = tuple[str, ...]

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import optax
 
-from .algorithms.curvature import kept_in
-from .engines.base import Carry, Execution
+from ..algorithms.curvature import kept_in
+from ..engines.base import Carry, Execution
 
 LEAST, _MOST = 50, 200  # iterations repeated
 _UNSETTLED = 10.0  # how much the steps of a part grow, at least, where it diverges (noise keeps them alike)
@@ -227,7 +227,7 @@ def isinstance_optimizer(value: Any) -> bool:
 
 def slowed(optimizer: Any, factor: float) -> optax.GradientTransformation:
     """The optimizer with its steps scaled; its state stays as it is."""
-    from .algorithms.optimizer import resolve
+    from ..algorithms.optimizer import resolve
 
     own = resolve(optimizer, "")
 
@@ -240,7 +240,7 @@ def slowed(optimizer: Any, factor: float) -> optax.GradientTransformation:
 
 def gain(optimizer: Any) -> float:
     """How far the optimizer goes along a gradient of one: its learning rate, for those that do not scale gradients."""
-    from .algorithms.optimizer import resolve
+    from ..algorithms.optimizer import resolve
 
     own, one = resolve(optimizer, ""), np.ones(1, np.float32)
     with jax.numpy_dtype_promotion("standard"):

@@ -17,8 +17,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .errors import InputError
-from .problem import describe
+from ..errors import InputError
+from ..problem import describe
 from .values import Columns, Whose, conversion, numbers, shown, spot
 
 _PLAIN = frozenset("?bhilqBHILQefdFD")  # the numpy types that go on as they are

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ..errors import InputError, check
 from .alike import check_alike
-from .errors import InputError, check
 from .narrow import narrowed
-from .rows import Read
+from .one import Read
 from .values import Whose
 
 Part = tuple[Read, "slice | np.ndarray"]  # a client's rows, and which of them

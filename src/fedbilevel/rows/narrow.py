@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import InputError, warn
+from ..errors import InputError, warn
 from .values import Whose, shown, whole
 
 if TYPE_CHECKING:

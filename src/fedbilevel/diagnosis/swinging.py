@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from .algorithms.curvature import kept_in
+from ..algorithms.curvature import kept_in
+from ..engines.base import Carry, Execution, Record
+from ..errors import warn
+from ..watch import precision
 from .blame import changed, followed, gain, rates
-from .diagnosis import advice_for
-from .engines.base import Carry, Execution, Record
-from .errors import warn
+from .sentences import advice_for
 from .swing import Swing, swing_of
-from .watch import precision
 
 _APART = 3.0  # how far apart paces are where one of the two lags
 _CLEARLY = 1.5  # how much faster one of the two is, to be asked first whether it oversteps

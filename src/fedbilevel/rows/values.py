@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
 
 Columns = tuple[str, ...] | None  # of a table, or (name,) of a series that no key names; None: an array has no names
 

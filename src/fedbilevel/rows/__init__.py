@@ -1,0 +1,1 @@
+"""What users pass as rows, as arrays: read, compared between clients, narrowed, and put side by side."""
