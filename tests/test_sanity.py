@@ -73,6 +73,19 @@ def test_a_loss_without_what_it_needs_is_refused(case, engine):
         assert solve(inner, upper, engine=engine, check=False).iteration == 1
 
 
+THRESHOLDS = {
+    "a comparison": lambda x, y, e: jnp.where(jnp.sum(x) > 1, 1000.0, 1.0) * outer(x, y, e),
+    "a rounded number": lambda x, y, e: jnp.floor(x[0]) * outer(x, y, e) + y @ y,
+    "a branch": lambda x, y, e: jax.lax.cond(x[0] > 0, lambda: outer(x, y, e), lambda: y @ y),
+}
+
+
+@pytest.mark.parametrize("case", THRESHOLDS)
+def test_a_variable_that_is_only_compared_is_a_warning(case):
+    with pytest.warns(FedbilevelWarning, match="the inner loss reads x in comparisons or as whole numbers alone"):
+        solve(THRESHOLDS[case])
+
+
 def test_an_outer_loss_without_x_is_fine_and_so_is_a_leaf_without_influence():
     some = lambda x, y, e: good(x["k"], y["w"], e)
     upper = lambda x, y, e: outer(0, y["w"], e)

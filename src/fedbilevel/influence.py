@@ -8,7 +8,7 @@ be zero at some point (a ReLU that is off) is an influence.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,32 @@ def influence(problem: Problem, level: Level, variable: Variable, x: PyTree, y: 
     used = dce_jaxpr(program, [True])[1]
     structure = jax.tree.structure(like)
     return jax.tree.unflatten(structure, used[len(used) - structure.num_leaves :])
+
+
+def compared(problem: Problem, level: Level, variable: Variable, x: PyTree, y: PyTree, rows: Rows) -> bool:
+    """Whether the loss reads a variable without influence all the same: in comparisons, or as whole numbers.
+
+    Its value then depends on the variable, and its derivative is zero wherever there is one. What is read through
+    `jax.lax.stop_gradient` was meant to be a constant, and does not count.
+    """
+    if _oracles_of_its_own(problem, level):
+        return False
+    loss = getattr(problem, f"{level}_value")
+    program = jax.make_jaxpr(loss)(x, y, rows).jaxpr
+    used, first = dce_jaxpr(program, [True])[1], len(jax.tree.leaves(x))
+    place = slice(first) if variable == "x" else slice(first, first + len(jax.tree.leaves(y)))
+    return any(used[place]) and "stop_gradient" not in _primitives(program)
+
+
+def _primitives(program: Any) -> set[str]:
+    """The names of what a traced program does, nested programs included."""
+    found = set()
+    for eqn in program.eqns:
+        found.add(eqn.primitive.name)
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            nested = getattr(value, "jaxpr", value)
+            found |= _primitives(nested) if hasattr(nested, "eqns") else set()
+    return found
 
 
 def named(tree: PyTree, name: str, value: bool = False) -> list[str]:

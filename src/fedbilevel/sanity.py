@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 
 from .data import FederatedData, Level
 from .errors import check, warn
-from .influence import influence
+from .influence import compared, influence
 from .problem import Problem, Rows
 from .program import compiled_as, run
 
@@ -89,8 +89,14 @@ def check_influence(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: 
     Raises:
         InputError: with the loss and the variable.
     """
-    for level, variable in _without(problem, x, y, inner, outer):
+    for level, variable, read in _without(problem, x, y, inner, outer):
         what = _NEEDS[level, variable]
+        if read:
+            warn(
+                f"the {level} loss reads {variable} in comparisons or as whole numbers alone, so that its derivative in "
+                f"{variable} is zero: no hypergradient sees it."
+            )
+            continue
         check(False, f"{what}: is it {level}(x, y, example), x the upper variable and y the lower one? {NO_CHECK}")
 
 
@@ -185,8 +191,11 @@ def _bounds(figures: Figures, v: PyTree, y: PyTree) -> _Bounds | None:
 _traced: collections.OrderedDict[Hashable, list] = collections.OrderedDict()
 
 
-def _without(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> list[tuple[str, str]]:
-    """The (level, variable) pairs that are needed and have no influence; remembered for programs met before."""
+def _without(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> list[tuple[str, str, bool]]:
+    """What is needed and has no influence: (level, variable, whether it is read all the same).
+
+    Remembered for programs met before.
+    """
     key = None
     with contextlib.suppress(TypeError):  # not hashable: traced anew
         key = (compiled_as(problem), _shapes((x, y, inner, outer)))
@@ -194,7 +203,8 @@ def _without(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -
             return _traced[key]
     rows = {"inner": inner, "outer": outer}
     influenced = lambda level, variable: jax.tree.leaves(influence(problem, level, variable, x, y, rows[level]))
-    found = [pair for pair in _NEEDS if not any(influenced(*pair))]
+    read = lambda level, variable: compared(problem, level, variable, x, y, rows[level])
+    found = [(*pair, read(*pair)) for pair in _NEEDS if not any(influenced(*pair))]
     if key is not None:
         _traced[key] = found
         if len(_traced) > _KNOWN:
