@@ -252,13 +252,17 @@ def run(
     """
     arrays, rest = eqx.partition(algorithm, _is_array)
     static, structure = jax.tree.flatten(rest)
-    program = program_of(problem)
     compiled = _KEPT.get(
         (compiled_as(problem), structure, tuple(static), function), lambda: _Compiled(function, options)
     )
-    context = _HELPERS(program.digest) if program is not None and program.helpers else contextlib.nullcontext()
-    with context:
+    with helpers_of(problem):
         return compiled(problem, (arrays, rest), args)
+
+
+def helpers_of(problem: Problem) -> contextlib.AbstractContextManager:
+    """Within it, nested functions are those of this very program: JAX traces loops' bodies once for all otherwise."""
+    program = program_of(problem)
+    return _HELPERS(program.digest) if program is not None and program.helpers else contextlib.nullcontext()
 
 
 def compiled_as(problem: Problem) -> Hashable:
@@ -321,6 +325,9 @@ class Kept:
     def __init__(self, most: int):
         self.most = most
         self._held: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What is held for a key, made if need be."""

@@ -24,7 +24,7 @@ from ..errors import ClientError, InputError, RunError
 from ..exchanges import Protocol
 from ..federation import Client, Reply, client_key
 from ..problem import Problem, describe
-from ..program import run
+from ..program import helpers_of, run
 from ..tracing import alike, reply_parts
 from ..wire import conditional_parts, decode, encode, message_schema, rebuild_message
 from .faults import StateLost
@@ -136,7 +136,8 @@ class Methods:
 
     def __call__(self, algorithm: Any, name: str, client: Client, message: tuple) -> Any:
         if not self.jit:
-            return getattr(algorithm, name)(client, *message)
+            with helpers_of(client.problem):
+                return getattr(algorithm, name)(client, *message)
         begin, before = time.perf_counter(), self.traced.total()
         problem, client = client.problem, dataclasses.replace(client, problem=None)
         out = jax.block_until_ready(run(_call, problem, algorithm, name, client, message))
