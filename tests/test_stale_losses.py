@@ -15,6 +15,9 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel import program, reference
+from fedbilevel.algorithm import State
+from fedbilevel.engines.nvflare.agreement import derive, fingerprint
+from fedbilevel.engines.nvflare.worker import _Inside
 
 RNG = np.random.default_rng(0)
 ROWS = [RNG.normal(size=(3, 2)) + i for i in range(2)]
@@ -244,6 +247,66 @@ def test_every_way_counts_at_every_entry(way, entry, expected):
     if way is by_rule and entry == "hypergradient":
         pytest.skip("a derivative that is none of its loss has no solution")
     counts(way, entry, expected)
+
+
+class AtSite(fb.Algorithm):
+    def gradient(self, client, x, y):
+        return client.problem.outer_gradients(x, y, client.outer)[0]
+
+    def step(self, fed, state):
+        h = fed.average(self.gradient, state.x, state.y)
+        return State(state.x - h, state.y), {"norm": jnp.sqrt(jnp.sum(h**2))}
+
+
+def test_a_worker_at_a_site_goes_by_what_its_app_reads_when_it_is_prepared(tmp_path):
+    app = fb.App(
+        name="site", algorithm=AtSite(), iterations=1, precision=64, start=lambda: (X, Y),
+        load=lambda site: (ROWS[0], ROWS[1]),
+        problem=fb.Problem(loss(lambda: 1.0), lambda x, y, e: 0.5 * SCALE * jnp.sum(x**2) + outer(x, y, e)),
+    )  # fmt: skip
+    inside = _Inside("app.py", "site-1", tmp_path)
+    inside.app, inside.rows = app, (ROWS[0], ROWS[1])
+    inside.own = fb.FederatedData.stack([ROWS[0]], [ROWS[1]])
+    agreed = fingerprint(derive(app, inside.own, 1))
+    for value in (1.0, 2.0, 1.0):
+        globals()["SCALE"] = value
+        inside.prepare(b"", index=0, sites=1, cohort=1, seed=0, scale=None, protocol=agreed, resume=False, check=False)
+        request = {
+            "place": 0,
+            "tag": (0, 0, 0),
+            "sent": [],
+            "wanted": [True],
+            "counted": (-1, 0, 0),
+            "kept": (-1, 0, 0),
+        }
+        numbers = inside.answer(np.concatenate([X, Y]).tobytes(), **request)[1]
+        np.testing.assert_allclose(np.frombuffer(numbers), (1 + value) * X)
+
+
+class Own(fb.Algorithm):
+    """An algorithm of the user's own, whose methods read globals, themselves and through a function."""
+
+    def gradient(self, client, x, y):
+        return client.problem.outer_gradients(x, y, client.outer)[0] + SCALE
+
+    def step(self, fed, state):
+        h = fed.repeat(_times(), lambda t, h: fed.average(self.gradient, state.x, state.y), jnp.zeros_like(state.x))
+        norm = jnp.sqrt(jnp.sum(h**2))
+        return State(state.x - 0.1 * h, state.y), {"norm": norm}
+
+
+def _times():
+    return int(SCALE)
+
+
+@pytest.mark.parametrize("engine", [fb.Simulation(), fb.Loopback()], ids=["simulation", "loopback"])
+def test_what_an_algorithm_of_ones_own_reads_counts_too(engine):
+    problem = fb.Problem(loss(lambda: 1.0), outer)
+    for value in (1.0, 2.0, 1.0):
+        globals()["SCALE"] = value
+        res = fb.solve(problem, DATA, Own(), X, Y, 1, key=KEY, engine=engine, check=False)
+        np.testing.assert_allclose(res.x, X - 0.1 * (X + value), rtol=1e-12)
+        assert res.history[-1]["rounds"] == int(value) == res.protocol.rounds
 
 
 # Compiled once ---------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from jaxtyping import PyTree
 FORM = 1  # of the digests: to be raised where the same program gives another one
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
 _LIBRARIES = tuple(str(Path(module.__file__ or "").parent) for module in (jax, eqx))
+_TRUSTED = (*_LIBRARIES, str(Path(__file__).parent))
 _NAMES = {"name", "debug_info", "debug", "fwd_debug", "bwd_debug"}  # how a nested function is called
 _RULES = {
     "jvp_jaxpr_fun",
@@ -95,6 +96,7 @@ class _Writer:
         self._hash = hashlib.sha256()
         self._numbers: dict[Var, int] = {}
         self._within: list[int] = []
+        self._written: dict[int, int] = {}
         self.objects: list[Any] = []
         self.rules = self.helpers = False
 
@@ -210,10 +212,38 @@ class _Writer:
         elif value.__code__.co_filename.startswith(_LIBRARIES):
             self.word("function", value.__module__, value.__qualname__)
             self.value([_content(cell) for cell in value.__closure__ or ()])
+        elif id(value) in self._written:
+            self.word("again", self._written[id(value)])
         else:
-            self.objects.append(value)
+            self._written[id(value)] = len(self._written)
+            self.objects.append(value)  # and so alive: no other takes its place in memory
             self.value((value.__code__, value.__defaults__, value.__kwdefaults__))
             self.value([_content(cell) for cell in value.__closure__ or ()])
+            self.value({name: value.__globals__[name] for name in _read(value) if name in value.__globals__})
+
+
+def digest_of_class(kind: type) -> str:
+    """A digest of the functions of a class and of its bases, but for libraries' and this package's own."""
+    writer = _Writer()
+    for each in kind.__mro__:
+        functions = {name: value for name, value in vars(each).items() if isinstance(value, types.FunctionType)}
+        writer.value({n: f for n, f in functions.items() if not f.__code__.co_filename.startswith(_TRUSTED)})
+    return writer.digest()
+
+
+def _read(function: types.FunctionType) -> list[str]:
+    """The globals that a function and those within it may read, but for modules, classes and what libraries made."""
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names |= set(code.co_names)
+        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return sorted(name for name in names if _plain(function.__globals__.get(name)))
+
+
+def _plain(value: Any) -> bool:
+    numbers = (bool, int, float, complex, str, bytes, tuple, list, dict, np.ndarray, np.generic, jax.Array)
+    return isinstance(value, (*numbers, types.FunctionType))
 
 
 def _content(cell: types.CellType) -> Any:

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -24,7 +25,7 @@ import optax
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import PyTree
 
-from .canonical import Traced, canonical, digest_of, trace
+from .canonical import Traced, canonical, digest_of, digest_of_class, trace
 from .data import FederatedData
 from .problem import Problem, Rows, check_losses, trace_oracle
 
@@ -168,6 +169,7 @@ def settle(algorithm: Any, x: PyTree) -> Any:
 
     optax makes new functions for every transformation: they are known by their programs, too.
     """
+    _note(type(algorithm))
     settled = copy.copy(algorithm)
     for field in dataclasses.fields(algorithm):
         value = getattr(algorithm, field.name)
@@ -175,6 +177,20 @@ def settle(algorithm: Any, x: PyTree) -> Any:
             with contextlib.suppress(Exception):  # it says why where it is used
                 object.__setattr__(settled, field.name, _settled(value, x))
     return settled
+
+
+_CLASSES: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
+
+
+def _note(kind: type) -> None:
+    """Note what the functions of a user's own algorithm are, and what they read, at this call."""
+    if not kind.__module__.startswith(f"{__package__}."):
+        _CLASSES[kind] = digest_of_class(kind)
+
+
+def class_of(algorithm: Any) -> Hashable:
+    """What an algorithm's class is known by."""
+    return type(algorithm), _CLASSES.get(type(algorithm))
 
 
 def _settled(optimizer: Any, x: PyTree) -> Any:
@@ -253,7 +269,8 @@ def run(
     arrays, rest = eqx.partition(algorithm, _is_array)
     static, structure = jax.tree.flatten(rest)
     compiled = _KEPT.get(
-        (compiled_as(problem), structure, tuple(static), function), lambda: _Compiled(function, options)
+        (compiled_as(problem), class_of(algorithm), structure, tuple(static), function),
+        lambda: _Compiled(function, options),
     )
     with helpers_of(problem):
         return compiled(problem, (arrays, rest), args)

@@ -27,7 +27,7 @@ from .errors import InputError, check
 from .exchanges import SAMPLED, Protocol, summary
 from .federation import Client, Reply, check_cohort, combine_replies
 from .problem import Problem, bind, describe, strong, trainable
-from .program import Kept, compiled_as, freeze, settle
+from .program import Kept, class_of, compiled_as, freeze, settle
 from .tracing import TracedFederation, check_times
 
 _ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
@@ -80,7 +80,7 @@ def _key(program, problem, given, cohort) -> Hashable:
     leaves, places = jax.tree.flatten(arrays)
     shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
     config = jax.config.jax_enable_x64, jax.config.jax_numpy_dtype_promotion  # pyright: ignore[reportAttributeAccessIssue]
-    return program, compiled_as(problem), structure, tuple(static), places, shapes, cohort, config
+    return program, compiled_as(problem), class_of(given[0]), structure, tuple(static), places, shapes, cohort, config
 
 
 class _Known:

@@ -171,7 +171,7 @@ class _Inside:
 
         from ...app import schema
         from ...errors import check as expect
-        from ...program import freeze
+        from ...program import freeze, settle
         from ...protocol import as_leaves, client_state
         from ...sanity import told
         from ..client_side import ClientSide, Methods
@@ -191,7 +191,7 @@ class _Inside:
         first = client_state(app.algorithm, state)
         problem = freeze(problem, state.x, state.y, self.own)
         self.side = ClientSide(
-            problem, (inner, outer), as_leaves(app.algorithm), derived,
+            problem, (inner, outer), as_leaves(settle(app.algorithm, state.x)), derived,
             jax.random.key(seed), index, first, Methods(), self.site,
         )  # fmt: skip
         self._store(resume)
