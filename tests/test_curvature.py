@@ -107,7 +107,15 @@ def test_a_curvature_that_grows_at_first_is_followed(cohort):
     data = fb.FederatedData.stack([np.ones(1)] * 2, [np.ones(1)] * 2)
     algorithm = fb.AggITD(inner_rounds=1, inner_lr=1e-3, local_steps=1, outer_lr=1.0, hessian_lr="auto")
     run = lambda iterations: fb.solve(
-        problem, data, algorithm, jnp.zeros(()), jnp.zeros(()), iterations, key=KEY, engine=fb.Simulation(cohort=cohort)
+        problem,
+        data,
+        algorithm,
+        jnp.zeros(()),
+        jnp.zeros(()),
+        iterations,
+        key=KEY,
+        engine=fb.Simulation(cohort=cohort),
+        check=False,  # the outer loss is flat in y: x is driven from outside
     )
     for iterations, measured in ((1, 0), (2, 1), (4, 2), (5, 4), (8, 4), (9, 8)):  # x grows by one in each iteration
         largest = run(iterations).state.kept["curvature"]["largest"]
@@ -179,7 +187,8 @@ class MeanStep(fb.LFedNest):
 def test_local_factors_need_the_largest_curvature_of_the_clients():
     own = {"neumann_terms": 20, "iterations": 100}
     assert distance("auto", fb.LFedNest, **own) < 0.5
-    assert distance("auto", MeanStep, **own) > 10
+    with pytest.warns(fb.errors.FedbilevelWarning, match="x swings"):
+        assert distance("auto", MeanStep, **own) > 10
 
 
 def test_where_the_default_step_diverges_the_measured_one_does_not():

@@ -95,8 +95,8 @@ ALGORITHMS: dict[str, Callable[..., fb.Algorithm]] = {
 }
 
 
-def run(problem, algorithm, engine, x=X):
-    result = fb.solve(problem, DATA, algorithm, x, Y, 2, key=KEY, engine=engine)
+def run(problem, algorithm, engine, x=X, **options):
+    result = fb.solve(problem, DATA, algorithm, x, Y, 2, key=KEY, engine=engine, **options)
     return flat(eqx.filter((result.x, result.y), eqx.is_inexact_array))
 
 
@@ -142,10 +142,8 @@ def test_features_change_no_number(name, problem, batch_size, engine):
 
 
 def test_the_comparison_sees_a_derivative_that_is_missing():
-    assert (
-        np.abs(run(STOPPED, ALGORITHMS["aggitd"](**STEPS), fb.Simulation()) - expected("aggitd", None, None)).max()
-        > 1e-4
-    )
+    stopped = run(STOPPED, ALGORITHMS["aggitd"](**STEPS), fb.Simulation(), check=False)
+    assert np.abs(stopped - expected("aggitd", None, None)).max() > 1e-4
 
 
 class SameClients(fb.Algorithm):

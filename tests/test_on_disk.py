@@ -246,7 +246,7 @@ def test_a_last_row_off_the_grid_is_taken_again_with_the_new_metrics(tmp_path):
 
 def test_columns_that_appear_later_rewrite_the_whole_file(tmp_path):
     history = fb.History()
-    run = types.SimpleNamespace(history=history)
+    run = types.SimpleNamespace(history=history, metrics={})
     sink = CSV(tmp_path / "h.csv")
     sink.start(run)
     for row in ({"a": 1, "b": 2.0}, {"a": 2, "c": None}, {"d": 4}):

@@ -202,9 +202,12 @@ def test_blocks_give_the_mean_over_all_rows(clients):
 
 
 def test_a_gradient_of_exactly_zero_is_a_warning():
-    product = lambda x, y, e: (e["a"][0] * y[0] * y[1] - e["b"]) ** 2 + x[0] * (y @ y)
-    with pytest.warns(FedbilevelWarning, match="inner loss in y is exactly zero at the start"):
-        solve(product, lambda x, y, e: y @ y + y.sum(), y=jnp.zeros(2))
+    product = lambda x, y, e: (9 * y[0] * y[1] - e["b"]) ** 2 + x[0] * (y @ y)
+    for inner in (product, lambda x, y, e: x[0] * jnp.sum(y**4)):  # a saddle, and flat
+        with pytest.warns(FedbilevelWarning, match="inner loss in y is exactly zero at the start"):
+            solve(inner, lambda x, y, e: y @ y + y.sum(), y=jnp.zeros(2))
+    bowl = lambda x, y, e: jnp.exp(x[0]) * (y @ y)
+    solve(bowl, lambda x, y, e: y @ y + y.sum(), y=jnp.zeros(2))  # at its minimum already
     with pytest.warns(FedbilevelWarning, match="outer loss in y is exactly zero at the start"):
         solve(good, lambda x, y, e: y @ y, y=jnp.zeros(3))
     solve(good, y=jnp.zeros(3))

@@ -123,22 +123,21 @@ def judge(figures: Figures, v: PyTree, y: PyTree) -> None:
         f"the inner loss curves downwards in y along every one of the {tried} directions tried at the start (curvature "
         f"from {low:.3g} to {high:.3g}), so that it has no minimum there: is its sign right? {NO_CHECK}",
     )
-    if mixed:
+    if not np.any(figures.inner) and low <= noise:  # where it curves upwards, y may well be the solution
+        warn(
+            "the gradient of the inner loss in y is exactly zero at the start, which is no strict minimum: a saddle point "
+            "(a product of weights that are all zero), or flat. Start y from small random numbers."
+        )
+    elif mixed:
         warn(
             f"the inner loss curves downwards in y along some directions at the start, upwards along others (curvature "
             f"from {low:.3g} to {high:.3g}): a hypergradient means something only where the lower level has a strict "
             "minimum, so look at what it reaches, or add a regulariser."
         )
-    if low == high == 0:
+    elif low == high == 0:
         warn(
             "the inner loss has no curvature in y at the start along any direction tried: it has no strict minimum in y "
             "if it is linear there, so add a regulariser such as 1e-3 * |y|^2."
-        )
-    if not np.any(figures.inner):
-        warn(
-            "the gradient of the inner loss in y is exactly zero at the start, as in a saddle point (a product of "
-            "weights that are all zero) or where it is flat: unless y solves the lower level already, start y from "
-            "small random numbers."
         )
     if not np.any(figures.outer):
         warn(
@@ -306,7 +305,19 @@ def _derivatives(problem: Problem, x: PyTree, y: PyTree, v: PyTree, rows: Rows) 
     gradient = lambda y: problem.inner_gradient(x, y, rows)
     if type(problem).hessian_vector is Problem.hessian_vector:
         return jax.vmap(lambda d: jax.jvp(gradient, (y,), (d,)), out_axes=(None, 0))(v)
-    return gradient(y), jax.vmap(lambda d: problem.hessian_vector(x, y, d, rows))(v)
+    try:
+        return gradient(y), jax.vmap(lambda d: problem.hessian_vector(x, y, d, rows))(v)
+    except Exception:  # it has first derivatives only, as some algorithms need no others
+        return gradient(y), jax.vmap(lambda d: _difference(gradient, y, d))(v)
+
+
+def _difference(gradient, y: PyTree, d: PyTree) -> PyTree:
+    """H d by central differences of the gradient: exact enough for a sign."""
+    square = lambda tree: sum(jnp.sum(leaf.astype(jnp.result_type(float)) ** 2) for leaf in jax.tree.leaves(tree))
+    coarse = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y))
+    reach = coarse ** (1 / 3) * (1 + jnp.sqrt(square(y))) / jnp.sqrt(square(d))
+    beside = lambda sign: jax.tree.map(lambda a, b: a + sign * reach.astype(a.dtype) * b, y, d)
+    return jax.tree.map(lambda a, b: (a - b) / (2 * reach.astype(a.dtype)), gradient(beside(1)), gradient(beside(-1)))
 
 
 def _mean(oracle, rows: PyTree, blocks: Blocks) -> PyTree:
