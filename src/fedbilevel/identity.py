@@ -79,7 +79,10 @@ class Identity:
         Where another version wrote it, what was traced is left to `other_oracles`.
         """
         if "losses" not in saved:
-            return "an earlier version of fedbilevel wrote it, which did not note what the losses compute"
+            return (
+                "an earlier version of fedbilevel wrote it, which did not note what the losses compute "
+                "(that version can go on with it)"
+            )
         both = {**self.fields, "written by": _WRITTEN_BY, "oracles": None}
         left_out = {"written by", "oracles"}
         if saved.get("written by") != _WRITTEN_BY:
