@@ -148,3 +148,21 @@ def test_a_checkpoint_that_does_not_say_what_the_losses_compute_is_refused(tmp_p
     solve(2, callbacks=[Checkpoint(tmp_path)])
     rewritten(tmp_path, lambda run: [run.pop(name) for name in ("losses", "written by", "oracles")])
     assert "an earlier version of fedbilevel wrote it" in refused(tmp_path)
+
+
+class FirstOrder(fb.Problem):
+    """A problem that has no second derivatives to give."""
+
+    def hessian_vector(self, x, y, v, rows):
+        raise RuntimeError("a second derivative was asked for")
+
+    def cross_vector(self, x, y, v, rows):
+        raise RuntimeError("a second derivative was asked for")
+
+
+def test_a_problem_without_second_derivatives_is_kept_and_goes_on(tmp_path):
+    given = {"algorithm": fb.MemFBO(**STEPS), "check": True}
+    problem = lambda: FirstOrder(losses().inner, losses().outer)
+    whole = solve(problem=problem(), **given)
+    solve(2, problem=problem(), callbacks=[Checkpoint(tmp_path)], **given)
+    np.testing.assert_array_equal(solve(problem=problem(), resume=tmp_path, **given).x["a"], whole.x["a"])
