@@ -137,6 +137,7 @@ def check_optimizer(name, problem, good, bad, dtype=jnp.float64):
     assert not isinstance(bad, str) or f"now {bad!r}" in text
 
 
+@pytest.mark.slow
 def test_the_optimizers_rate_is_named():
     check_optimizer("aggitd", "quadratic", *RATES[0])
 
@@ -158,12 +159,14 @@ def test_a_step_is_named_beside_an_optimizer_that_is_good():
 WARM = {"truncation": "full", "inner_rounds": 2, "local_steps": 2, "warm_start_v": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["inner_lr", "hessian_lr", "outer_lr"])
 def test_a_vector_that_is_kept_is_looked_at_too(field):
     text = blown_up("quadratic", fb.AggITD(**WARM, **(STEPS["quadratic"] | {field: 100.0})))
     assert text is not None and named(text) == {field}, text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings", "field", "what"),
     [
@@ -196,6 +199,7 @@ def steep(name):
     }[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [None, fb.Loopback()], ids=["simulation", "loopback"])
 @pytest.mark.parametrize(
     "case", ["the inner loss in y", "the outer loss in x", "the outer loss in y", "the value of the inner loss"]
@@ -248,6 +252,7 @@ def test_an_algorithm_of_ones_own_says_what_follows_what(field):
     assert set(re.findall(r"\w*pace", text)) == {field}, text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["inner_lr", "hessian_lr", "outer_lr"])
 def test_what_was_seen_names_candidates_where_nothing_can_be_repeated(field, monkeypatch):
     monkeypatch.setattr(_Looped, "replays", False)

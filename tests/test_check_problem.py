@@ -51,6 +51,7 @@ def failures(problem, data=DATA, x=X, y=Y):
     return [what for what, good, _ in failed.value.report.lines if not good], str(failed.value)
 
 
+@pytest.mark.slow
 def test_what_is_right_passes():
     assert fb.testing.check_problem(fb.Problem(inner, outer), DATA, X, Y).passed
     assert fb.testing.check_problem(fb.Problem(mean(inner, RIGHT), mean(outer, RIGHT), batched=True), DATA, X, Y).passed
@@ -103,6 +104,7 @@ def test_oracles_that_are_wrong_fail_from_a_start_of_zeros(kind, what):
 # Ids ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("level", "wrong"), [("inner", 3), ("outer", -4), pytest.param("outer", 7, marks=pytest.mark.slow)]
 )

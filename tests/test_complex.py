@@ -160,6 +160,7 @@ def closed_form(x):
     return np.array([(phi(x + width * e) - phi(x - width * e)) / (2 * width) for e in np.eye(3)])
 
 
+@pytest.mark.slow
 def test_complex_rows_have_the_hypergradient_of_finite_differences():
     data = fb.FederatedData.stack(*spectra(), weights=WEIGHTS)
     problem = fb.Problem(inner, outer)
@@ -188,6 +189,7 @@ def test_complex_rows_are_solved_alike_by_both_engines():
     assert np.linalg.norm(closed_form(np.asarray(ravel_pytree(end.x)[0]))) < 1e-6
 
 
+@pytest.mark.slow
 def test_complex_rows_as_users_have_them():
     """complex64 rows with float32 variables under standard promotion, features that are complex."""
     lift = lambda x, e: e["s"] * jnp.exp(x["k"])

@@ -77,6 +77,7 @@ def test_lockstep_ends_where_the_weighted_hypergradient_is_zero():
     assert np.linalg.norm(flat(plain.x) - flat(end.x)) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one-round", "one-round, apart", "fedf2sa"])
 def test_the_lower_level_ends_at_the_weighted_solution(name):
     q = problem()
@@ -89,6 +90,7 @@ def test_the_lower_level_ends_at_the_weighted_solution(name):
 SLOW = ("one-round", "fedf2sa")  # what they share with the others is seen in these
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CONTROLLED])
 def test_both_engines_agree_after_thirty_iterations(name):
     runs = [flat(solve(name, 30, engine(dropout=DROPOUT)).state) for engine in (fb.Simulation, fb.Loopback)]

@@ -93,6 +93,7 @@ TABLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "case"), TABLE)
 def test_every_algorithm_survives_curvature_that_grows(name, case):
     end = solve(name, 400, case)

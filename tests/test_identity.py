@@ -116,6 +116,7 @@ def elsewhere(folder, pull=1.0, rate=0.1):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
 
 
+@pytest.mark.slow
 def test_another_process_resumes_the_same_run_and_refuses_another(tmp_path):
     solve(2, **with_optimizer(optax.adam(0.1)), callbacks=[Checkpoint(tmp_path)])
     same = elsewhere(tmp_path)

@@ -50,6 +50,7 @@ def test_a_grid_of_rates_is_one_vmap_still():
 whole_numbers = pytest.mark.parametrize("make", [np.int64, np.uint8, np.asarray, jnp.asarray], ids=lambda m: m.__name__)
 
 
+@pytest.mark.slow
 @whole_numbers
 def test_whole_numbers_of_any_kind_are_counts(make):
     algorithm = fb.FedNest(inner_rounds=make(2), batch_size=make(2), neumann_terms=make(2), **STEP)
@@ -80,6 +81,7 @@ def test_what_is_no_whole_number_is_refused_everywhere(bad):
             make()
 
 
+@pytest.mark.slow
 def test_a_raw_key_means_the_same():
     np.testing.assert_array_equal(flat(solve(key=jax.random.PRNGKey(3)).x), flat(solve(key=jax.random.key(3)).x))
     for bad in (0, None, jax.random.split(KEY), np.zeros(2), "a"):
@@ -123,6 +125,7 @@ def halved(z):
 halved.defvjp(lambda z: (halved(z), None), lambda _, d: (0.5 * d,))
 
 
+@pytest.mark.slow
 def test_a_reverse_rule_in_the_inner_loss_is_named():
     problem = fb.Problem(lambda x, y, e: halved(Q0.problem.inner(x, y, e)), Q0.problem.outer)
     for use in (
@@ -224,6 +227,7 @@ def test_nonsense_is_told_in_one_sentence(name, bad):
     assert 10 < len(str(refusal.value)) < 1000 and "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_an_app_s_own_folder_is_plotted(tmp_path, fedbilevel):
     file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=2, metrics={{'m': lambda x, y: y @ y}}, {apps.LOCKSTEP}")
     assert fedbilevel("run", file, "--out", tmp_path / "mine")[0] == 0

@@ -115,6 +115,7 @@ def half(dtype="bfloat16"):
     return fb.Problem(loss, loss), fb.FederatedData.stack(rows, rows), Half(), jnp.asarray(0.7, dtype), y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("engine", [fb.Simulation(), fb.Loopback()], ids=["simulation", "loopback"])
 def test_half_precision_is_resumed_bit_for_bit(tmp_path, dtype, engine):
@@ -164,6 +165,7 @@ def rewritten(folder, change):
     (folder / FILE).write_bytes(json.dumps(change(json.loads(head))).encode() + b"\n" + arrays)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_later_format_is_refused_and_an_earlier_one_read(tmp_path):
     whole = solve()
     solve(4, callbacks=[Checkpoint(tmp_path)])
@@ -277,6 +279,7 @@ def test_histories_with_other_columns_are_gathered_summarised_and_drawn(tmp_path
 # Seconds --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both_engines
 def test_seconds_of_a_resumed_run_go_on_without_compilation_and_without_the_time_between(tmp_path, engine):
     """Compilation takes a second and more here, an iteration some milliseconds."""

@@ -63,6 +63,7 @@ def test_every_client_has_its_own_solution_and_y_is_their_mean(engine, data, p):
     assert jax.tree.structure(result.clients_y) == jax.tree.structure(Q.y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [fb.Simulation(cohort=2), fb.Loopback(cohort=2)])
 def test_a_client_that_was_never_asked_has_the_start(engine):
     own = each(run(MOVING, 1, engine))
@@ -112,6 +113,7 @@ def test_what_is_not_trained_is_as_in_the_start():
     np.testing.assert_allclose(flat(bare(result.y)), flat(run(MOVING, 2).y), rtol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "other", "data"),
     [
@@ -287,6 +289,7 @@ def app(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_each_site_writes_down_its_own_and_the_server_has_none(app, tmp_path):
     file = app(share=False, more='iterations=8, metrics={"x": lambda x, y: x[0]}')
     sites, loaded = Sites(file, tmp_path), load_app(file)

@@ -55,6 +55,7 @@ def small(value, largest=1.0):
     return np.concatenate([[value], np.geomspace(0.1, largest, DIM - 1)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [1e-8, 1e-7])
 def test_a_small_residual_along_a_small_eigenvalue_is_an_error(value):
     """The part of d_y f along it is far below the accuracy of residuals, and v's part is not."""
@@ -125,6 +126,7 @@ def test_no_minimum_is_a_warning():
     Case(small(0.1)).error("exact", solve_inner=False)  # and no warning where there is one
 
 
+@pytest.mark.slow
 def test_extreme_curvatures_without_the_dense_hessian():
     matrix = np.diag(np.concatenate([[-3.0, 1e-3], np.linspace(1, 2, 150), [7.0]]))
     for dtype, accuracy in ((jnp.float64, 1e-8), (jnp.float32, 1e-4)):
@@ -211,6 +213,7 @@ def frozen_data():
     return fb.FederatedData.stack([client(i, 3 + i) for i in range(3)], [client(i, 5 - i) for i in range(3)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [fb.Problem, Bringing])
 def test_leaves_that_stand_still_stay_at_their_start(frozen_data, kind):
     given = kind(frozen_inner, frozen_outer), frozen_data

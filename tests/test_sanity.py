@@ -250,6 +250,7 @@ def look(problem, data, x, y):
     sanity.check_sane(bind(problem, x_rest, y_rest), data, x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dataset"), [(k.name, d) for k in TASKS.values() for d in k.datasets])
 def test_every_task_at_its_own_start_passes_without_a_warning(name, dataset):
     with jax.enable_x64(False):
@@ -277,6 +278,7 @@ CONCAVE = apps.CLOSED_FORM.replace("return 0.5 * (e", "return -0.5 * (e", 1).rep
 MIXED = apps.CLOSED_FORM.replace("jnp.exp(x) * y**2", "jnp.array([-9.0, 1, 1, 1]) * jnp.exp(x) * y**2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["simulation", "loopback"])
 def test_an_app_is_looked_at_unless_it_or_the_command_says_no(tmp_path, fedbilevel, engine):
     file = apps.write(tmp_path, CONCAVE, f"iterations=1, {apps.LOCKSTEP}")
@@ -296,6 +298,7 @@ def test_the_command_prints_a_warning_once(tmp_path, fedbilevel):
     assert "curves downwards in y along some directions" in warned[0] and "sanity.py" not in said
 
 
+@pytest.mark.slow
 def test_a_task_runs_and_compares_with_and_without_it(fedbilevel):
     words = ("compare", "quadratic", "--iterations", 1, "--json", "--algorithms", "lockstep", "--seeds", 1)
     assert fedbilevel(*words)[1].split("seconds")[0] == fedbilevel(*words, "--no-check")[1].split("seconds")[0]

@@ -46,6 +46,7 @@ def largest(algorithm):
     return float(solve(algorithm, 1).state.kept["curvature"]["largest"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LOCAL])
 def test_local_steps_on_the_vector_take_single_clients_curvature(name):
     end = solve(LOCAL[name](hessian_lr="auto", **STEPS), 60)
@@ -86,6 +87,7 @@ def test_whose_curvature_counts(algorithm, expected):
     assert (own, mean) == (expected == SINGLE, expected == MEAN)
 
 
+@pytest.mark.slow
 def test_the_chains_of_fedmbo_do_not_stretch():
     """Four terms, all at one client each: the deviation of an estimate is what a chain's factors make of d_y f."""
 

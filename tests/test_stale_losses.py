@@ -235,6 +235,7 @@ def test_it_counts_at_every_entry(entry, expected):
     counts(by_cell, entry, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["Loopback", "Loopback(jit=False)"])
 def test_what_jax_would_trace_once_for_all_counts_too(entry, expected):
     counts(by_scan, entry, expected)
@@ -347,6 +348,7 @@ def text(scale, seen):
 ONCE = [name for name in ENTRIES if "jit=False" not in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ONCE)
 def test_equal_programs_are_compiled_once_and_traced_once_a_call(entry):
     seen = []
@@ -358,6 +360,7 @@ def test_equal_programs_are_compiled_once_and_traced_once_a_call(entry):
     assert compiled(lambda: ENTRIES[entry](text(1.625, seen))) > 0
 
 
+@pytest.mark.slow
 def test_an_optimizer_made_anew_is_the_same_program():
     import dataclasses
 
@@ -369,6 +372,7 @@ def test_an_optimizer_made_anew_is_the_same_program():
     assert np.abs(run(0.3) - first).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_x_and_y_hold_beside_their_arrays_counts():
     class Model(eqx.Module):
         weight: jax.Array
@@ -387,6 +391,7 @@ def test_what_x_and_y_hold_beside_their_arrays_counts():
     np.testing.assert_allclose(found(1.0, 2), plain, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_precision_and_promotion_are_told_apart():
     problem = fb.Problem(loss(lambda: 1.0), outer)
     wide = solved(problem)
@@ -399,6 +404,7 @@ def test_precision_and_promotion_are_told_apart():
         np.testing.assert_array_equal(solved(problem), wide)
 
 
+@pytest.mark.slow
 def test_few_programs_are_kept_and_other_peoples_stay_compiled():
     theirs = jax.jit(lambda x: jnp.sin(x) * 3)
     theirs(X)
@@ -473,6 +479,7 @@ def grown(**how) -> float:
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 
 
+@pytest.mark.slow
 @LINUX
 def test_memory_does_not_grow_with_new_functions():
     assert grown(solve=True, reference=True, changes=0) <= 50
