@@ -38,7 +38,7 @@ RIGHT = lambda values, weights: jnp.sum(values * weights)
 WRONG = {
     "ignores weights": lambda values, weights: jnp.mean(values),
     "ignores padding only": lambda values, weights: (
-        jnp.sum(jnp.where(weights > 0, values, 0)) / jnp.sum(1.0 * (weights > 0))
+        jnp.sum(jnp.where(weights > 0, values, 0)) / jnp.sum((weights > 0).astype(weights.dtype))
     ),
     "counts padding": lambda values, weights: jnp.sum(values * weights) + 1e-3 * jnp.sum(values),
     "normalises": lambda values, weights: jnp.sum(values * weights) / jnp.sum(weights) + 0.1 * jnp.sum(weights**2),

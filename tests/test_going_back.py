@@ -86,8 +86,11 @@ FAST = {
     ("fedmsa", "flat"),
     ("fedbioacc-local", "flat"),
 }
+MARKS = {  # a local hypergradient of a thousandfold cross derivative throws x within one round, where nothing is seen
+    ("adafbio", "jump"): pytest.mark.xfail(reason="x is thrown far off within a round and stays there", strict=True)
+}
 TABLE = [
-    pytest.param(name, case, marks=() if (name, case) in FAST else pytest.mark.slow)
+    pytest.param(name, case, marks=MARKS.get((name, case), () if (name, case) in FAST else pytest.mark.slow))
     for name in KINDS
     for case in PROBLEMS
 ]
