@@ -105,9 +105,7 @@ def test_oracles_that_are_wrong_fail_from_a_start_of_zeros(kind, what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("level", "wrong"), [("inner", 3), ("outer", -4), pytest.param("outer", 7, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("level", "wrong"), [("inner", 3), ("outer", -4), ("outer", 7)])
 def test_ids_out_of_range_are_named(wrong, level):
     bad = [ROWS[0], {**ROWS[1], "id": np.array([0, 1, wrong, 2])}]
     data = fb.FederatedData.stack(bad, bad, names=["north", "south"])

@@ -87,11 +87,8 @@ def test_the_lower_level_ends_at_the_weighted_solution(name):
     assert np.linalg.norm(q.solution(flat(end.x)) - best) > 1e-2
 
 
-SLOW = ("one-round", "fedf2sa")  # what they share with the others is seen in these
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CONTROLLED])
+@pytest.mark.parametrize("name", CONTROLLED)
 def test_both_engines_agree_after_thirty_iterations(name):
     runs = [flat(solve(name, 30, engine(dropout=DROPOUT)).state) for engine in (fb.Simulation, fb.Loopback)]
     assert np.linalg.norm(runs[0] - runs[1]) <= 1e-12 * np.linalg.norm(runs[0])

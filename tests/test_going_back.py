@@ -79,21 +79,10 @@ def books(result, *columns):
 
 # Nothing blows up -----------------------------------------------------------------------------------------------------
 
-FAST = {
-    ("lockstep", "flat"),
-    ("lockstep", "jump"),
-    ("lfednest", "flat"),
-    ("fedmsa", "flat"),
-    ("fedbioacc-local", "flat"),
-}
 MARKS = {  # a local hypergradient of a thousandfold cross derivative throws x within one round, where nothing is seen
     ("adafbio", "jump"): pytest.mark.xfail(reason="x is thrown far off within a round and stays there", strict=True)
 }
-TABLE = [
-    pytest.param(name, case, marks=MARKS.get((name, case), () if (name, case) in FAST else pytest.mark.slow))
-    for name in KINDS
-    for case in PROBLEMS
-]
+TABLE = [pytest.param(name, case, marks=MARKS.get((name, case), ())) for name in KINDS for case in PROBLEMS]
 
 
 @pytest.mark.slow

@@ -30,7 +30,6 @@ LOCAL: dict[str, Any] = {
     "simfbo": fb.SimFBO, "shrofbo": fb.ShroFBO, "memfbo": fb.MemFBO, "fedbio": fb.FedBiO, "fedbioacc": fb.FedBiOAcc,
     "fedbioacc-local": fb.FedBiOAccLocal, "fedmsa": fb.FedMSA,
 }  # fmt: skip
-FAST = ("simfbo", "fedmsa", "fedbioacc", "fedbioacc-local")
 
 
 def start():
@@ -47,7 +46,7 @@ def largest(algorithm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LOCAL])
+@pytest.mark.parametrize("name", LOCAL)
 def test_local_steps_on_the_vector_take_single_clients_curvature(name):
     end = solve(LOCAL[name](hessian_lr="auto", **STEPS), 60)
     assert np.linalg.norm(end.x - GOAL) < 0.95 * np.linalg.norm(GOAL)  # on its way, slowly
