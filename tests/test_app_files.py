@@ -411,6 +411,7 @@ def test_rows_that_cannot_be_used_are_refused_when_they_are_loaded(tmp_path, row
         inside.do("load", b"", {})
 
 
+@pytest.mark.slow
 def test_a_site_s_worker_says_of_what_its_app_consists(tmp_path, monkeypatch):
     file = write(tmp_path / "app")
     worker = Worker(str(file), "site-2", str(tmp_path / "state"))

@@ -150,6 +150,7 @@ def test_the_optimizers_rate_is_named_by_every_algorithm(name, problem, good, ba
     check_optimizer(name, problem, good, bad, dtype)
 
 
+@pytest.mark.slow
 def test_a_step_is_named_beside_an_optimizer_that_is_good():
     good = build("aggitd", "quadratic", outer_optimizer="adam:0.05")
     text = blown_up("quadratic", dataclasses.replace(good, inner_lr=100.0))

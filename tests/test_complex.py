@@ -178,6 +178,7 @@ def batched(loss):
     return mean
 
 
+@pytest.mark.slow
 def test_complex_rows_are_solved_alike_by_both_engines():
     data = fb.FederatedData.stack(*spectra(), weights=WEIGHTS)
     algorithm = fb.Lockstep(inner_lr=0.05, hessian_lr=0.05, outer_lr=0.05, local_steps=2)

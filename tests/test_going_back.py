@@ -79,14 +79,10 @@ def books(result, *columns):
 
 # Nothing blows up -----------------------------------------------------------------------------------------------------
 
-MARKS = {  # a local hypergradient of a thousandfold cross derivative throws x within one round, where nothing is seen
-    ("adafbio", "jump"): pytest.mark.xfail(reason="x is thrown far off within a round and stays there", strict=True)
-}
-TABLE = [pytest.param(name, case, marks=MARKS.get((name, case), ())) for name in KINDS for case in PROBLEMS]
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "case"), TABLE)
+@pytest.mark.parametrize("case", PROBLEMS)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_algorithm_survives_curvature_that_grows(name, case):
     end = solve(name, 400, case)
     if case == "jump":
@@ -94,11 +90,18 @@ def test_every_algorithm_survives_curvature_that_grows(name, case):
         np.testing.assert_allclose(end.y, 3 / 1001, atol=1e-3)
     else:  # the clients' data are at 30, and y goes there
         assert ((end.y > 28.9) & (end.y < 30.3)).all()
-        assert 1 <= end.history[-1]["halvings"] <= 4
+        assert 1 <= end.history[-1]["halvings"] <= 6  # on its way y meets a curvature 150 times that of the start
     halvings, rounds = (end.history.column(name) for name in ("halvings", "rounds"))
     assert (np.diff(halvings) >= 0).all() and (np.diff(rounds) > 0).all()
     np.testing.assert_array_equal(end.history.column("iteration"), np.arange(401))
     assert list(end.history[0])[-1] == "halvings"
+
+
+def test_clients_that_meet_the_jump_within_a_round_do_not_throw_x():
+    """The clients' own x pass one within a round; at the server, where the curvature is measured, it has not."""
+    end = solve("adafbio", 30, "jump", metrics={"first": lambda x, y: x[0]})
+    assert np.abs(end.history.column("first")).max() < 3
+    assert end.history[-1]["halvings"] > 2
 
 
 def test_a_step_that_is_a_number_is_never_changed():
@@ -165,10 +168,8 @@ class OneByOne(Messaging):
     longest = 1
 
 
-CLIENTS_REMEMBER = ["lockstep", pytest.param("fedbioacc-local", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("name", CLIENTS_REMEMBER)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lockstep", "fedbioacc-local"])
 def test_every_engine_goes_back_alike(name):
     settings = {"share_lower": True} if name == "fedbioacc-local" else {}
     chosen = algorithm(name, **settings)

@@ -78,6 +78,7 @@ def test_a_leaf_that_is_no_float_counts_by_its_value(tmp_path):
         assert refused(tmp_path, **other).count(" was ") == 1
 
 
+@pytest.mark.slow
 def test_how_it_is_computed_does_not_count(saved, tmp_path):
     engine = fb.Simulation(client_batch=2)
     np.testing.assert_allclose(solve(resume=saved, engine=engine).x["a"], solve().x["a"], rtol=1e-13)

@@ -92,6 +92,7 @@ def test_a_run_that_blows_up_keeps_what_was_last_finite(engine):
     np.testing.assert_allclose(flat(kept.y), each(again).mean(0), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [fb.Simulation, pytest.param(fb.Loopback, marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same(kind, tmp_path):
     engine = kind(cohort=3)
@@ -188,6 +189,7 @@ class Elsewhere(fb.Loopback):
         return execution
 
 
+@pytest.mark.slow
 def test_there_is_no_y_but_a_warning_where_it_stays_with_the_clients(tmp_path):
     with pytest.warns(fb.errors.FedbilevelWarning, match="share_lower=True") as told:
         result = run(MOVING, 3, Elsewhere(), metrics={"size_of_x": lambda x, y: flat(x).sum()})
@@ -302,6 +304,7 @@ def test_each_site_writes_down_its_own_and_the_server_has_none(app, tmp_path):
     assert np.abs(sites.own()).min(axis=1).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_what_counts_is_what_they_write_down_also_where_answers_were_lost(app, tmp_path):
     file = app(share=True, more="iterations=8, weights='rows'")
     sites = Sites(file, tmp_path, silent=(2, 8, 9))  # the last but one of site-2 and site-3, the last of them too

@@ -77,12 +77,14 @@ def right_or_refused(case, method, accuracy=1e-6):
         assert "error of the result about" in str(error)
 
 
+@pytest.mark.slow
 def test_series_that_converge_are_right():
     case = Case(small(2e-2))
     for method in ("neumann", "unrolled"):
         assert case.error(method) < 1e-6
 
 
+@pytest.mark.slow
 def test_conjugate_gradients_are_right_where_they_need_more_steps_than_dimensions():
     case = Case(np.geomspace(1e-9, 1, DIM))
     assert case.error("cg") < 1e-5

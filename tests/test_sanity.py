@@ -80,6 +80,7 @@ THRESHOLDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", THRESHOLDS)
 def test_a_variable_that_is_only_compared_is_a_warning(case):
     with pytest.warns(FedbilevelWarning, match="the inner loss reads x in comparisons or as whole numbers alone"):

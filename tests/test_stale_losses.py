@@ -14,7 +14,8 @@ import optax
 import pytest
 
 import fedbilevel as fb
-from fedbilevel import program, reference
+from fedbilevel import compiled as programs
+from fedbilevel import reference
 from fedbilevel.algorithm import State
 from fedbilevel.engines.nvflare.agreement import derive, fingerprint
 from fedbilevel.engines.nvflare.worker import _Inside
@@ -408,9 +409,9 @@ def test_precision_and_promotion_are_told_apart():
 def test_few_programs_are_kept_and_other_peoples_stay_compiled():
     theirs = jax.jit(lambda x: jnp.sin(x) * 3)
     theirs(X)
-    for k in range(program.KEPT + 3):
+    for k in range(programs.KEPT + 3):
         reference.inner_value(fb.Problem(loss(lambda k=k: 10.0 + k), outer), DATA, X, Y)
-    assert len(program._KEPT) <= program.KEPT
+    assert len(programs._KEPT) <= programs.KEPT
     assert compiled(lambda: theirs(X)) == 0
 
 

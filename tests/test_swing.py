@@ -129,6 +129,7 @@ def test_a_vector_that_oversteps_is_named():
     assert len(told) == 1 and f"lower hessian_lr (now {step:g})" in told[0], told
 
 
+@pytest.mark.slow
 def test_candidates_are_named_where_nothing_can_be_repeated(monkeypatch):
     monkeypatch.setattr(_Looped, "replays", False)
     one = fb.FederatedData.stack(ROWS[:1], ROWS[:1])
@@ -166,6 +167,7 @@ def test_columns_come_last_and_are_what_they_say(tmp_path):
     assert first[-1] == "" and all(first[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [fb.LFedNest, fb.FedF2SA, fb.FedBiOAccLocal])
 def test_what_does_not_travel_is_empty_and_not_zero(kind):
     names = {"inner_lr": 0.1, "hessian_lr": 0.1, "outer_lr": 0.05, "local_steps": 1, "inner_rounds": 1}

@@ -31,6 +31,16 @@ Clients = Mapping[Any, PyTree] | Iterable[PyTree]
 LevelName = Literal["inner", "outer"]
 
 
+def entry(leaf: Array, index: Array | int) -> Array:
+    """`leaf[index]` for indices known to lie in it, without the look at negative ones, of which a run would be full."""
+    return leaf.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def on_device(array: Any) -> Array:
+    """A numpy array as JAX holds it. (`jnp.asarray` without a dtype compiles a program for every shape, in jax 0.10.)"""
+    return jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
+
+
 class ClientRows(eqx.Module):
     """One client's rows at one level: a window on a flat array.
 
@@ -66,7 +76,7 @@ class ClientRows(eqx.Module):
             return dataclasses.replace(self.all(), key=own)
         place = random_below(key, stream, jnp.broadcast_to(self.count, (size,)))
         weights = jnp.full((size,), self.scale / size)
-        features = jax.tree.map(lambda leaf: leaf.at[place].get(mode="promise_in_bounds"), self.features)
+        features = jax.tree.map(lambda leaf: entry(leaf, place), self.features)
         return Rows(self._take(place), weights, jnp.asarray(size, jnp.int32), own, features, self.at)
 
     def with_features(self, problem: Problem, x: PyTree) -> ClientRows:
@@ -81,7 +91,7 @@ class ClientRows(eqx.Module):
 
     def _take(self, place):
         index = self.offset + place
-        return jax.tree.map(lambda leaf: leaf.at[index].get(mode="promise_in_bounds"), self.rows)
+        return jax.tree.map(lambda leaf: entry(leaf, index), self.rows)
 
 
 class Level(eqx.Module):
@@ -102,12 +112,13 @@ class Level(eqx.Module):
 
     def client(self, index: Int[Array, ""] | int) -> ClientRows:
         """A window on the rows of one client (the index may be traced)."""
-        return ClientRows(self.rows, self.offsets[index], self.counts[index], self.scale[index], self.most)
+        offset, count, scale = (entry(leaf, index) for leaf in (self.offsets, self.counts, self.scale))
+        return ClientRows(self.rows, offset, count, scale, self.most)
 
     def alone(self, index: int) -> ClientRows:
         """The rows of one client, cut out and unpadded: what it would hold in a process of its own."""
         start, count = int(self.offsets[index]), int(self.counts[index])
-        rows = jax.tree.map(lambda leaf: leaf[start : start + count], self.rows)
+        rows = jax.tree.map(lambda leaf: on_device(np.asarray(leaf)[start : start + count]), self.rows)
         zero = jnp.zeros((), jnp.int32)
         return ClientRows(rows, zero, self.counts[index], self.scale[index], count)
 

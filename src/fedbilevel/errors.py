@@ -84,7 +84,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     return InputError(f"there is no {kind} {name!r}: {hint}known are {', '.join(known)}.")
 
 
-def check(condition: object, message: str) -> None:
-    """Raise `InputError(message)` unless `condition` holds."""
+def check(condition: object, message: str | Callable[[], str]) -> None:
+    """Raise `InputError(message)` unless `condition` holds. A message that takes time to write is a function."""
     if not condition:
-        raise InputError(message)
+        raise InputError(message if isinstance(message, str) else message())

@@ -17,12 +17,13 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from .data import ClientRows, random_below
 from .errors import InputError, check, unknown_name
 from .given import as_whole
-from .problem import Problem, Rows
+from .problem import Problem, Rows, describe
 
 Combine = Literal["mean", "maximum"]
 
@@ -357,13 +358,30 @@ def check_dropout(dropout: Any) -> None:
     )
 
 
+def answer(problem: Problem, algorithm: Any, name: str, client: Client, message: tuple) -> PyTree:
+    """What a client replies to a message, for `compiled.traced`.
+
+    Raises:
+        InputError: something else than arrays.
+    """
+    out = getattr(algorithm, name)(dataclasses.replace(client, problem=problem), *message)
+    leaves = jax.tree.leaves(out)
+    good = all(isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex) for leaf in leaves)
+    where = f"{type(algorithm).__name__}.{name}"
+    check(good, lambda: f"{where} must return a pytree of arrays; it returned {describe(out)}.")
+    return out
+
+
 def client_method(algorithm: Any, method: Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
     """A client method's name, and that method of the algorithm as configured (what a client's own copy would run)."""
     name, owner = getattr(method, "__name__", None), getattr(method, "__self__", None)
     known = isinstance(name, str) and type(owner) is type(algorithm) and hasattr(algorithm, name)
     check(
         known,
-        f"fed.average takes a method of {type(algorithm).__name__}, as in fed.average(self.anchor, x, y); got {method!r}.",
+        lambda: (
+            f"fed.average takes a method of {type(algorithm).__name__}, as in fed.average(self.anchor, x, y); "
+            f"got {method!r}."
+        ),
     )
     assert isinstance(name, str)
     check(not name.startswith("_"), f"{name!r} is private: clients run public methods only. Drop the underscore.")

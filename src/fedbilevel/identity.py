@@ -20,9 +20,10 @@ import optax
 from jaxtyping import PyTree
 
 from .canonical import FORM, digest_of
+from .compiled import run
 from .data import FederatedData
 from .engines.base import Execution
-from .program import Settled, digest, run
+from .program import Settled, digest
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _CLIENTS = 4  # whose rows the oracles are compared on

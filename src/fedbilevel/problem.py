@@ -203,7 +203,10 @@ def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
     )
     arrays, rest = eqx.partition(variable, eqx.is_inexact_array)
     leaves = jax.tree.leaves(arrays)
-    check(leaves, f"{name} holds no floating-point array to optimise: pass float arrays (got {describe(variable)}).")
+    check(
+        leaves,
+        lambda: f"{name} holds no floating-point array to optimise: pass float arrays (got {describe(variable)}).",
+    )
     for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
         check(
             bool(jnp.all(jnp.isfinite(leaf))),
@@ -282,7 +285,9 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
         )
         check(
             isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating),
-            f"the {level} loss must return a floating-point scalar for {takes}; it returned {describe(out)}.",
+            lambda level=level, takes=takes, out=out: (
+                f"the {level} loss must return a floating-point scalar for {takes}; it returned {describe(out)}."
+            ),
         )
     return found
 
@@ -292,12 +297,14 @@ def _features(problem: Problem, x: PyTree, data: tuple) -> Traced:
     phi = traced.out
     leaves, shape = jax.tree.leaves(phi), jax.tree.leaves(data)[0].shape
     good = leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    check(good, f"the features function must return a pytree of arrays; it returned {describe(phi)}.")
+    check(good, lambda: f"the features function must return a pytree of arrays; it returned {describe(phi)}.")
     rows_first = all(leaf.shape[:1] == shape[:1] for leaf in leaves)
     check(
         not problem.batched or rows_first,
-        f"with batched=True the features function must return arrays with rows first, as many as in {describe(data[0])}; "
-        f"it returned {describe(phi)}.",
+        lambda: (
+            f"with batched=True the features function must return arrays with rows first, as many as in "
+            f"{describe(data[0])}; it returned {describe(phi)}."
+        ),
     )
     return traced
 

@@ -1,14 +1,13 @@
-"""What the losses compute, and the compiled programs of those that compute the same.
+"""What the losses compute, at the call.
 
 JAX knows a compiled function by the identity of the Python functions in it. A loss is the user's: what it reads (a
 global, a closure's cell, an attribute, an array) may change between two calls, and a new lambda may compute what an old
 one did. So every entry into the library traces the two losses once (`freeze`), and compiled code is known by what that
-trace says (`run`). A few programs are kept; the others are forgotten, with what was compiled for them.
+trace says (`compiled.run`).
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -20,7 +19,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import PyTree
@@ -29,7 +27,6 @@ from .canonical import Traced, canonical, digest_of, digest_of_class, trace
 from .data import FederatedData
 from .problem import Problem, Rows, check_losses, trace_oracle
 
-KEPT = 16  # programs kept compiled: 5 to 15 MB each
 ORACLES = {
     "inner_value": 0,
     "inner_gradient": 0,
@@ -72,14 +69,36 @@ def freeze(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> Probl
     """
     if program_of(problem) is not None:
         return problem
+    return known_as(problem, _program(problem, x, y, data))
+
+
+def known_as(problem: Problem, program: Program | None) -> Problem:
+    """The same problem, of which it is known what it computes; as it is if that is None."""
+    if program is None:
+        return problem
     frozen = copy.copy(problem)
-    object.__setattr__(frozen, "_program", _program(problem, x, y, data))
+    object.__setattr__(frozen, "_program", program)
     return frozen
 
 
 def program_of(problem: Problem) -> Program | None:
     """What a frozen problem computes; None for one that is not frozen."""
     return problem.__dict__.get("_program")
+
+
+def compiled_as(problem: Problem) -> Hashable:
+    """What compiled code of a problem is known by: its program, or the identity of its functions if it is not frozen."""
+    program = program_of(problem)
+    if program is not None:
+        return program.key
+    static, structure = jax.tree.flatten(eqx.filter(problem, eqx.is_array, inverse=True))
+    return structure, tuple(static)
+
+
+def helpers_of(problem: Problem) -> contextlib.AbstractContextManager:
+    """Within it, nested functions are those of this very program: JAX traces loops' bodies once for all otherwise."""
+    program = program_of(problem)
+    return _HELPERS(program.digest) if program is not None and program.helpers else contextlib.nullcontext()
 
 
 def digest(problem: Problem) -> str:
@@ -246,115 +265,3 @@ def _parts(value: Any, depth: int):
     for cell in cells:
         with contextlib.suppress(ValueError):
             yield from _parts(cell.cell_contents, depth + 1)
-
-
-# Compiled programs ------------------------------------------------------------------------------------------------------
-
-
-def run(
-    function: Callable[..., PyTree],
-    problem: Problem,
-    algorithm: Any,
-    *args: Any,
-    options: tuple[tuple[str, Any], ...] = (),
-) -> PyTree:
-    """`function(problem, algorithm, *args)`, compiled; what is compiled is shared between equal frozen problems.
-
-    Args:
-        function: of a module; it returns a pytree of arrays.
-        algorithm: an algorithm (or None) whose numbers are arrays (`as_leaves`).
-        args: pytrees; leaves that are no arrays are static, and must be hashable.
-        options: of the compiler.
-    """
-    arrays, rest = eqx.partition(algorithm, _is_array)
-    static, structure = jax.tree.flatten(rest)
-    compiled = _KEPT.get(
-        (compiled_as(problem), class_of(algorithm), structure, tuple(static), function),
-        lambda: _Compiled(function, options),
-    )
-    with helpers_of(problem):
-        return compiled(problem, (arrays, rest), args)
-
-
-def helpers_of(problem: Problem) -> contextlib.AbstractContextManager:
-    """Within it, nested functions are those of this very program: JAX traces loops' bodies once for all otherwise."""
-    program = program_of(problem)
-    return _HELPERS(program.digest) if program is not None and program.helpers else contextlib.nullcontext()
-
-
-def compiled_as(problem: Problem) -> Hashable:
-    """What compiled code of a problem is known by: its program, or the identity of its functions if it is not frozen."""
-    program = program_of(problem)
-    if program is not None:
-        return program.key
-    static, structure = jax.tree.flatten(eqx.filter(problem, eqx.is_array, inverse=True))
-    return structure, tuple(static)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-
-
-class _Compiled:
-    """A function compiled for a program, for the shapes it has met."""
-
-    def __init__(self, function: Callable, options: tuple):
-        self._function, self._now = function, None
-        self._jitted = jax.jit(self._traced, static_argnums=0, compiler_options=dict(options) or None)
-
-    def __call__(self, problem: Problem, algorithm: tuple, args: tuple) -> PyTree:
-        own, rest = eqx.partition(problem, eqx.is_array)  # numpy's are constants, as they are in the trace
-        own, structure = jax.tree.flatten(own)
-        arrays, other = eqx.partition(args, _is_array)
-        static = _Static(*jax.tree.flatten(other))
-        before, self._now = self._now, (rest, structure, algorithm[1])
-        try:
-            return self._jitted(static, own, algorithm[0], arrays)
-        finally:
-            self._now = before
-
-    def _traced(self, static, own, algorithm, args):
-        assert self._now is not None
-        problem, structure, rest = self._now  # of this very call, not of the one that was compiled first
-        problem = eqx.combine(jax.tree.unflatten(structure, own), problem)
-        args = eqx.combine(args, jax.tree.unflatten(static.structure, static.leaves))
-        return self._function(problem, eqx.combine(algorithm, rest), *args)
-
-
-class _Static:
-    """Leaves that are no arrays, as a key."""
-
-    def __init__(self, leaves: list, structure: Any):
-        self.leaves, self.structure = leaves, structure
-        self._key = (structure, tuple(leaves))
-        self._hash = hash(self._key)
-
-    def __hash__(self):
-        return self._hash
-
-    def __eq__(self, other):
-        return isinstance(other, _Static) and self._key == other._key
-
-
-class Kept:
-    """The latest `most` things by key; those not asked for the longest are forgotten."""
-
-    def __init__(self, most: int):
-        self.most = most
-        self._held: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What is held for a key, made if need be."""
-        if key not in self._held:
-            made = make()
-            self._held[key] = made
-        self._held.move_to_end(key)
-        while len(self._held) > self.most:
-            self._held.popitem(last=False)
-        return self._held[key]
-
-
-_KEPT = Kept(KEPT)

@@ -22,12 +22,13 @@ from jaxtyping import PyTree
 
 from .algorithm import Algorithm
 from .canonical import canonical
+from .compiled import Kept
 from .data import FederatedData
 from .errors import InputError, check
 from .exchanges import SAMPLED, Protocol, summary
 from .federation import Client, Reply, check_cohort, combine_replies
 from .problem import Problem, bind, describe, strong, trainable
-from .program import Kept, class_of, compiled_as, freeze, settle
+from .program import class_of, compiled_as, freeze, settle
 from .tracing import TracedFederation, check_times
 
 _ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
@@ -59,7 +60,7 @@ def check_kinds(problem: Any, data: Any, algorithm: Any) -> None:
     """Refuse arguments of another kind, such as swapped ones."""
     check(isinstance(data, FederatedData), f"data is a FederatedData (stack or split); got {type(data).__name__}.")
     check(isinstance(problem, Problem), f"problem is a fedbilevel.Problem; got {type(problem).__name__}.")
-    check(isinstance(algorithm, Algorithm), f"algorithm is an instance such as AggITD(...); got {algorithm!r}.")
+    check(isinstance(algorithm, Algorithm), lambda: f"algorithm is an instance such as AggITD(...); got {algorithm!r}.")
 
 
 def trace(
@@ -143,7 +144,7 @@ class _AbstractFederation(TracedFederation):
             flags = tuple(jnp.asarray(True) for _ in wanted)
             rows = (self._data.inner.client(0), self._data.outer.client(0))
             client = Client(self._problem, rows, self._client_shape, key, flags, jnp.zeros((), jnp.int32))
-            out = method(client, *message)
+            out = self.replied(name, method, client, message)
             if isinstance(out, Reply):
                 stateful = jax.tree.leaves(self._client_shape)
                 check(
@@ -163,7 +164,7 @@ class _AbstractFederation(TracedFederation):
                 f"{where} fails on the message {sent}: {type(error).__name__}: {_first_line(error)}"
             ) from error
         good = jax.tree.leaves(shapes) and all(isinstance(s, jax.ShapeDtypeStruct) for s in jax.tree.leaves(shapes))
-        check(good, f"{where} must return a pytree of arrays; it returned {describe(shapes)}.")
+        check(good, lambda: f"{where} must return a pytree of arrays; it returned {describe(shapes)}.")
         return shapes
 
     def randint(self, low, high):
@@ -213,7 +214,7 @@ def _discover(program, algorithm, problem, data, state, cohort) -> tuple[_Abstra
         )
         out = program(algorithm, fed, state)
         pair = isinstance(out, tuple) and len(out) == 2
-        check(pair, f"{name}.step must return (state, diagnostics), two things; it returned {describe(out)}.")
+        check(pair, lambda: f"{name}.step must return (state, diagnostics), two things; it returned {describe(out)}.")
         found.append(fed)
         return out
 
@@ -232,8 +233,10 @@ def _discover(program, algorithm, problem, data, state, cohort) -> tuple[_Abstra
     )
     check(
         same or program is not step,
-        f"{name}.step must return a state like the one it was given, {describe(before)}; "
-        f"it returned {describe(after)}.",
+        lambda: (
+            f"{name}.step must return a state like the one it was given, {describe(before)}; "
+            f"it returned {describe(after)}."
+        ),
     )
     check(found[0].sites, f"{type(algorithm).__name__} exchanges nothing: its step never calls fed.average.")
     return found[0], info

@@ -1,14 +1,19 @@
 """Going back after a blow-up: where the step of the Hessian factors is found while running, it is halved, and a run goes on.
 
-A run with an automatic step keeps a snapshot: the server's state, the clients' states (over a network, the tags that say
-which counted) and the iteration, and so the keys. It is taken after every 20th iteration whose state is of ordinary size;
-stretches end there, so that it does not depend on how fast a machine is. A checkpoint holds it too.
+A run with an automatic step keeps a snapshot: the server's state, the clients' states (over a
+network, the tags that say which counted) and the iteration, and so the keys. It is taken after
+every 20th iteration whose state is of ordinary size; stretches end there, so that it does not
+depend on how fast a machine is. A checkpoint holds it too.
 
-When an iteration blows up (a number is not finite, or out of range, or the state raises its alarm, see
-`algorithms.curvature`), it is taken again from the last good iterate, with a measurement. If it was an alarm, and the step
-is found to have been right, the run goes on from there. Else it goes back to the snapshot, and halves the step. Iterations
-after the snapshot are given up: their rows leave the history, their rounds, bytes and seconds stay counted. After ten times
-the next blow-up ends the run. A step that is a number is never changed.
+When an iteration blows up (a number is not finite, or out of range, or the state raises its alarm,
+see `algorithms.curvature`), it is taken again from the last good iterate, with a measurement. If it
+was an alarm, and the step is found to have been right, the run goes on from there. (Clients that
+move before the factors act may have met another curvature on their way: the iteration is then taken
+with half the step first, which makes what is right half as long at the least, and shortens much
+more what a step beyond 2/L has thrown.) Else it goes back to the snapshot, and halves the step.
+Iterations after the snapshot are given up: their rows leave the history, their rounds, bytes and
+seconds stay counted. After ten times the next blow-up ends the run. A step that is a number is
+never changed.
 """
 
 from __future__ import annotations
@@ -32,12 +37,12 @@ class Back:
 
     Attributes:
         carry: from there.
-        record: what the iteration did that was taken again; None: there were too few rounds for it.
+        tried: what the iteration did each time that it was taken again; none if there were too few rounds for it.
         last: where it was taken again, if the run goes on from its end; None: the run has gone back to the snapshot.
     """
 
     carry: Carry
-    record: Record | None
+    tried: list[Record]
     last: Carry | None
 
 
@@ -92,16 +97,32 @@ class Recovery:
         """
         if self.halvings >= HALVINGS:
             return None
-        record, seen = None, failed
-        if spare is None or spare >= self._execution.protocol.rounds_most:
-            asking = dataclasses.replace(last, state=self._algorithm.measuring(last.state))
-            seen, record = self._execution.advance(self._algorithm, asking, 1, limit)
-            right = record.finite and not self._algorithm.too_large(last.state, seen.state)
+        tried, seen, right = [], failed, False
+        takes = self._takes(last, failed)
+        if spare is None or spare >= len(takes) * self._execution.protocol.rounds_most:
+            for state in takes:
+                asking = dataclasses.replace(last, state=state)
+                seen, record = self._execution.advance(self._algorithm, asking, 1, limit)
+                tried.append(record)
+                right = record.finite and not self._algorithm.too_large(last.state, seen.state)
+                right = right and not self._algorithm.made_by_step(failed.state, seen.state)
+                if not right:
+                    break
             if right and self._algorithm.alarmed(failed.state):
-                return Back(seen, record, last)
+                return Back(seen, tried, last)
         state = self._algorithm.halved(self.snapshot.state, self.halvings + 1, last.state, seen.state)
         self.snapshot = dataclasses.replace(self.snapshot, state=state)
-        return Back(self.snapshot, record, None)
+        return Back(self.snapshot, tried, None)
+
+    def _takes(self, last: Carry, failed: Carry) -> list[Any]:
+        """The states from which the iteration is taken again, each measuring.
+
+        Where clients move before the factors act, no measurement tells of the curvature that they met on their way:
+        there, half the step comes first.
+        """
+        again = self._algorithm.measuring(last.state)
+        probed = self._algorithm.local_factors and self._algorithm.alarmed(failed.state)
+        return [self._algorithm.with_half_the_step(again), again] if probed else [again]
 
     def spent(self, why: str) -> str:
         """The sentence that ends the run, with what was tried before."""

@@ -268,10 +268,7 @@ class Run:
         if back.last is not None:
             return self._took_again(back, before, record)
         self.carry = back.carry
-        for spent in (record, back.record):
-            if spent is not None:
-                self._spend(sum(spent.rounds), sum(spent.bytes_down), sum(spent.bytes_up), spent.seconds)
-                self._spend(*spent.spent)
+        self._give_up(record, *back.tried)
         self._last_info, self._last_row, self._last_turn = None, None, EMPTY
         self._trail = Trail()  # moves that were given up say nothing
         self._recent.clear()
@@ -283,13 +280,21 @@ class Run:
 
     def _took_again(self, back: Back, before: Carry, record) -> bool:
         """Go on from the end of an iteration that was taken again."""
-        assert back.last is not None and back.record is not None and self._recovery is not None
+        assert back.last is not None and self._recovery is not None
+        *given_up, counted = back.tried
         self.carry = back.last
         self._account(before.iteration, record)
         self._spend(*record.spent)
+        self._give_up(*given_up)
         self.carry = self._recovery.note(back.carry)
-        self._account(back.last.iteration, back.record)
+        self._account(back.last.iteration, counted)
         return True
+
+    def _give_up(self, *records: Record) -> None:
+        """Count what iterations cost of which no row tells."""
+        for record in records:
+            self._spend(sum(record.rounds), sum(record.bytes_down), sum(record.bytes_up), record.seconds)
+            self._spend(*record.spent)
 
     def _spend(self, rounds: int, down: int, up: int, seconds: float = 0.0) -> None:
         """Count what no row tells of."""

@@ -9,8 +9,6 @@ as y has numbers. Whatever looks wrong on a part of the rows is looked at again 
 
 from __future__ import annotations
 
-import collections
-import contextlib
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,18 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .data import FederatedData, Level
+from .compiled import Kept, run
+from .data import FederatedData, Level, entry
 from .errors import check, warn
 from .influence import compared, influence
 from .problem import Problem, Rows
-from .program import compiled_as, run
+from .program import compiled_as
 
 DIRECTIONS = 8  # the most directions tried
 ROWS = 512  # rows of all clients together that are looked at first
 _BLOCK, _TOGETHER = 64, 8  # rows of one client in a block, and blocks at a time: they bound the memory
 _NUMBERS = 2**23  # the most numbers in all directions together
 _SMALL = 64  # up to so many numbers in y, mixed signs are looked for in the plane of all directions
-_KNOWN = 64  # traced programs whose dependence is remembered
 _CHEAPLY = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -187,7 +185,7 @@ def _bounds(figures: Figures, v: PyTree, y: PyTree) -> _Bounds | None:
 
 # Which variables a loss depends on --------------------------------------------------------------------------------------
 
-_traced: collections.OrderedDict[Hashable, list] = collections.OrderedDict()
+_KNOWN = Kept(64)  # what was found, by program
 
 
 def _without(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> list[tuple[str, str, bool]]:
@@ -195,20 +193,19 @@ def _without(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -
 
     Remembered for programs met before.
     """
-    key = None
-    with contextlib.suppress(TypeError):  # not hashable: traced anew
-        key = (compiled_as(problem), _shapes((x, y, inner, outer)))
-        if key in _traced:
-            return _traced[key]
     rows = {"inner": inner, "outer": outer}
-    influenced = lambda level, variable: jax.tree.leaves(influence(problem, level, variable, x, y, rows[level]))
-    read = lambda level, variable: compared(problem, level, variable, x, y, rows[level])
-    found = [(*pair, read(*pair)) for pair in _NEEDS if not any(influenced(*pair))]
-    if key is not None:
-        _traced[key] = found
-        if len(_traced) > _KNOWN:
-            _traced.popitem(last=False)
-    return found
+
+    def look():
+        influenced = lambda level, variable: jax.tree.leaves(influence(problem, level, variable, x, y, rows[level]))
+        read = lambda level, variable: compared(problem, level, variable, x, y, rows[level])
+        return [(*pair, read(*pair)) for pair in _NEEDS if not any(influenced(*pair))]
+
+    key = compiled_as(problem), _shapes((x, y, inner, outer))
+    try:
+        hash(key)
+    except TypeError:  # a problem that is not frozen, of functions that are no keys
+        return look()
+    return _KNOWN.get(key, look)
 
 
 def _shapes(tree: PyTree) -> Hashable:
@@ -327,7 +324,7 @@ def _mean(oracle, rows: PyTree, blocks: Blocks) -> PyTree:
     blocks = blocks._replace(weights=blocks.weights.astype(real), share=blocks.share.astype(real))
 
     def one(block: Blocks):
-        examples = jax.tree.map(lambda leaf: leaf.at[block.index].get(mode="promise_in_bounds"), rows)
+        examples = jax.tree.map(lambda leaf: entry(leaf, block.index), rows)
         return oracle(Rows(examples, block.weights, block.count))
 
     every = jax.lax.map(one, blocks, batch_size=_TOGETHER)

@@ -18,11 +18,14 @@ import numpy as np
 from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Key, PyTree
 
+from .compiled import traced
 from .errors import InputError, check
 from .federation import (
+    Client,
     Combine,
     Federation,
     When,
+    answer,
     answered,
     check_cohort,
     client_method,
@@ -139,6 +142,14 @@ class TracedFederation(Federation):
         self, name: str, method: Callable, message: PyTree, combine: Combine, wanted: tuple, key: Any, cohort: Any
     ) -> tuple[PyTree, PyTree]:
         """(The shapes of one client's reply, the cohort's combined) to a message (`When` parts masked)."""
+
+    def replied(self, name: str, method: Callable, client: Client, message: tuple) -> PyTree:
+        """What a client replies. Its method is traced once for all programs, but where features know x by its very arrays,
+        of which a part of a program has others."""
+        problem = client.problem
+        if problem.features is not None:
+            return method(client, *message)
+        return traced(answer, problem, self._algorithm, name, dataclasses.replace(client, problem=None), message)
 
     # The capability -------------------------------------------------------------------------------------------------
 

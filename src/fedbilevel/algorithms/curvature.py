@@ -48,6 +48,7 @@ MARGIN = 1.2
 GROWN = 4.0  # how much longer a vector is than at the last measurement, for another one
 THROWN = 10.0  # how much longer, for going back where the step was too large
 HALVINGS = 10  # at most
+_EXPLAINED = 2.0  # how much longer a vector may be than in proportion to the step
 _FORGET = 0.9  # how much of an earlier, larger curvature of sampled clients is kept
 
 
@@ -169,6 +170,18 @@ class AutoStep(Algorithm):
     def too_large(self, state: Any, seen: Any) -> bool:
         """Whether the state's step is too large for the curvature that another one has measured since."""
         return not bool(_step(state.kept["curvature"]) * seen.kept["curvature"]["largest"] <= 2)  # or no number
+
+    def made_by_step(self, state: Any, other: Any) -> bool:
+        """Whether the vector is longer than that of another state by more than their steps explain.
+
+        A series that converges is at most so many times as long; one that does not grows by a power of it.
+        """
+        one, two = (each.kept["curvature"] for each in (state, other))
+        return bool(one["vector"] > _EXPLAINED * _step(one) / _step(two) * two["vector"])
+
+    def with_half_the_step(self, state: Any) -> Any:
+        """The state, to try the next iteration with."""
+        return _remembering(state, halvings=state.kept["curvature"]["halvings"] + 1)
 
     def measuring(self, state: Any) -> Any:
         """The state, from which the next iteration measures."""

@@ -8,9 +8,9 @@ import numpy as np
 import optax.tree
 from jaxtyping import PyTree
 
+from ..compiled import run
 from ..data import FederatedData
 from ..problem import Problem
-from ..program import run
 
 
 def not_finite(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> str | None:

@@ -8,10 +8,8 @@ the server says that its reply counted: a reply that came too late, or an exchan
 from __future__ import annotations
 
 import collections
-import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +17,13 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from ..clock import spent_compiling
-from ..data import ClientRows
+from ..compiled import Bound
+from ..data import ClientRows, on_device
 from ..errors import ClientError, InputError, RunError
 from ..exchanges import Protocol
-from ..federation import Client, Reply, client_key
+from ..federation import Client, Reply, answer, client_key
 from ..problem import Problem, describe
-from ..program import helpers_of, run
+from ..program import helpers_of
 from ..tracing import alike, reply_parts
 from ..wire import conditional_parts, decode, encode, message_schema, rebuild_message
 from .faults import StateLost
@@ -40,7 +39,7 @@ class ClientSide:
     Args:
         index: which of the clients this one is: it decides its random keys.
         state: what it keeps at the start (`Algorithm.client_init`), or None.
-        run: runs (algorithm, method's name, client, message), compiled or not.
+        run: runs client methods, compiled or not.
         name: what it is called in messages; None: client INDEX.
     """
 
@@ -53,12 +52,18 @@ class ClientSide:
         key: Key[Array, ""],
         index: int,
         state: PyTree,
-        run: Callable[..., Any],
+        run: Methods,
         name: str | None = None,
     ):
         self.states: dict[Tag, PyTree] = {START: state}
         self.keeps = state is not None
-        self._problem, self._rows, self._algorithm, self._key, self._index = problem, rows, algorithm, key, index
+        self._problem, self._rows, self._algorithm, self._key, self._index = (
+            problem,
+            rows,
+            algorithm,
+            key,
+            np.int32(index),
+        )
         self._sites = [protocol.sites[path] for path in sorted(protocol.sites)]
         self._run = run
         self._name = f"client {index}" if name is None else name
@@ -74,13 +79,12 @@ class ClientSide:
         site = self._site(request)
         schema, travels = message_schema(site.message, request.sent)
         message = rebuild_message(site.message, decode(schema, request.payload, travels), request.sent)
-        message = jax.tree.map(jnp.asarray, message)
         state = self._state(request)
-        flags = tuple(jnp.asarray(flag) for flag in request.wanted)
-        key = client_key(attempt_key(self._key, request.tag), self._index)
-        client = Client(self._problem, self._rows, state, key, flags, jnp.asarray(self._index, jnp.int32))
+        parts = _Parts(
+            self._rows, state, self._run.key(self._key, request.tag), tuple(map(np.bool_, request.wanted)), self._index
+        )
         try:
-            out = self._run(self._algorithm, site.name, client, message)
+            out = self._run(self._problem, self._algorithm, site.name, parts, message)
             out = out if isinstance(out, Reply) else Reply(out, state)
             reply = jax.tree.map(np.asarray, out.reply)
         except InputError:
@@ -122,6 +126,26 @@ class ClientSide:
         return self.states[request.counted]
 
 
+class _Parts(NamedTuple):
+    """What a `Client` is made of, in numpy's arrays where that is cheaper: thousands of calls spend their time on this.
+
+    Attributes:
+        key: (2,) uint32, that of the attempt; the client's own follows from it and its index.
+    """
+
+    rows: tuple[ClientRows, ClientRows]
+    state: PyTree
+    key: np.ndarray
+    wanted: tuple[np.bool_, ...]
+    index: np.int32
+
+    def client(self) -> Client:
+        index = jnp.asarray(self.index, jnp.int32)
+        key = client_key(jax.random.wrap_key_data(jnp.asarray(self.key, jnp.uint32), impl="threefry2x32"), index)
+        wanted = tuple(jnp.asarray(flag, bool) for flag in self.wanted)
+        return Client(None, self.rows, self.state, key, wanted, index)  # pyright: ignore[reportArgumentType]
+
+
 class Methods:
     """Runs client methods, each compiled once for its shapes.
 
@@ -133,20 +157,30 @@ class Methods:
 
     def __init__(self, jit: bool = True):
         self.jit = jit
+        self._bound: tuple[Any, Any, Bound | None] = (None, None, None)
+        self._key: tuple[Any, Tag, Any] = (None, START, None)
 
-    def __call__(self, algorithm: Any, name: str, client: Client, message: tuple) -> Any:
+    def key(self, base: Key[Array, ""], tag: Tag) -> np.ndarray:
+        """The numbers of an attempt's key, which all clients that are asked here share."""
+        if self._key[0] is not base or self._key[1] != tag:
+            self._key = base, tag, np.asarray(jax.random.key_data(attempt_key(base, tag)))
+        return self._key[2]
+
+    def __call__(self, problem: Problem, algorithm: Any, name: str, parts: _Parts, message: tuple) -> Any:
         if not self.jit:
-            with helpers_of(client.problem):
-                return getattr(algorithm, name)(client, *message)
+            with helpers_of(problem):
+                return answer(problem, algorithm, name, parts.client(), jax.tree.map(on_device, message))
+        known, same, bound = self._bound
+        if known is not problem or same is not algorithm or bound is None:
+            bound = Bound(_call, problem, algorithm)
+            self._bound = problem, algorithm, bound
         begin, before = time.perf_counter(), self.traced.total()
-        problem, client = client.problem, dataclasses.replace(client, problem=None)
-        out = jax.block_until_ready(run(_call, problem, algorithm, name, client, message))
+        out = jax.block_until_ready(bound(name, parts, message))
         if self.traced.total() > before:  # all of the call: what JAX calls compiling is not all there is to it
             spent_compiling(begin, time.perf_counter())
         return out
 
 
-def _call(problem, algorithm, name, client, message):
+def _call(problem, algorithm, name, parts, message):
     Methods.traced[name] += 1
-    client = dataclasses.replace(client, problem=problem)
-    return getattr(algorithm, name)(client, *message)
+    return answer(problem, algorithm, name, parts.client(), message)

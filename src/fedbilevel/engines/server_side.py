@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..clock import Stopwatch
+from ..data import on_device
 from ..errors import RunError, check
 from ..federation import (
     Federation,
@@ -152,7 +153,7 @@ class MessageFederation(Federation):
         index, answers = self._until_enough(exchange, cohort)
         slots = [slot for slot, client in enumerate(index) if int(client) in answers]
         arrived = [answers[int(index[slot])] for slot in slots]
-        stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *arrived)
+        stacked = jax.tree.map(lambda *leaves: on_device(np.stack(leaves)), *arrived)
         stacked = stacked[0] if len(wanted) == 1 else stacked
         everyone, asked = self._run.data.weights, jnp.asarray(index)
         weights = full_weights(everyone, asked, self.clients)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..clock import Stopwatch
+from ..compiled import run
+from ..data import entry
 from ..errors import check
 from ..federation import (
     Client,
@@ -29,7 +31,7 @@ from ..federation import (
 )
 from ..given import whole_number
 from ..problem import strong
-from ..program import freeze, run
+from ..program import freeze
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
 from ..tracing import TracedFederation
@@ -181,7 +183,7 @@ def _chunk(problem, algorithm, static, data, states, key, first, iterations, lim
         return (state, fed.client_state), fed.counts, (info, observe(states[0], state))
 
     shapes = eqx.filter_eval_shape(one, first, states)[1:]
-    buffers = jax.tree.map(lambda s: jnp.zeros((_CAPACITY, *s.shape), s.dtype), shapes)
+    buffers = {kind: jnp.zeros((_CAPACITY, size), kind) for kind, size in _Books(shapes).sizes.items()}
 
     def going(loop):
         k, fine, _, _ = loop
@@ -190,12 +192,48 @@ def _chunk(problem, algorithm, static, data, states, key, first, iterations, lim
     def body(loop):
         k, _, states, buffers = loop
         states, *out = one(k, states)
-        buffers = jax.tree.map(lambda b, new: b.at[k].set(new), buffers, tuple(out))
+        write = lambda b, new: jax.lax.dynamic_update_index_in_dim(b, new, k, 0, allow_negative_indices=False)
+        buffers = jax.tree.map(write, buffers, _Books(shapes).packed(tuple(out)))
         return k + 1, within(states[0], out[1][0], limit), states, buffers
 
     start = (jnp.zeros((), jnp.int32), jnp.asarray(True), states, buffers)
-    k, fine, states, (counts, info) = jax.lax.while_loop(going, body, start)
+    k, fine, states, buffers = jax.lax.while_loop(going, body, start)
+    counts, info = _Books(shapes).unpacked(buffers)
     return states, counts, info, jnp.where(fine, k, k - 1)
+
+
+class _Books:
+    """What an iteration leaves behind, some dozens of numbers, as one row of a buffer for each dtype: a loop over dozens of
+    buffers takes twice as long to compile.
+
+    Attributes:
+        sizes: by dtype, how many numbers.
+    """
+
+    def __init__(self, shapes: Any):
+        self._leaves, self._structure = jax.tree.flatten(shapes)
+        self.sizes: dict[str, int] = {}
+        self._places = []
+        for leaf in self._leaves:
+            kind = str(leaf.dtype)
+            start = self.sizes.get(kind, 0)
+            self.sizes[kind] = start + leaf.size
+            self._places.append((kind, start))
+
+    def packed(self, tree: Any) -> dict[str, Any]:
+        """The rows of one iteration."""
+        parts: dict[str, list] = {kind: [] for kind in self.sizes}
+        for leaf, (kind, _) in zip(jax.tree.leaves(tree), self._places, strict=True):
+            parts[kind].append(jax.lax.reshape(leaf, (leaf.size,)))
+        return {kind: jax.lax.concatenate(leaves, 0) for kind, leaves in parts.items()}
+
+    def unpacked(self, buffers: dict[str, Any]) -> Any:
+        """Of buffers of such rows, the tree with a leading axis."""
+        cut = lambda leaf, kind, start: jax.lax.reshape(
+            jax.lax.slice_in_dim(buffers[kind], start, start + leaf.size, axis=1), (_CAPACITY, *leaf.shape)
+        )
+        leaves = [cut(leaf, *place) for leaf, place in zip(self._leaves, self._places, strict=True)]
+        return jax.tree.unflatten(self._structure, leaves)
 
 
 def _many_chunks(problem, algorithms, static, data, states, key, first, iterations, limit, dropout):
@@ -258,8 +296,9 @@ class _SimulatedFederation(TracedFederation):
             inner, outer = self._data.inner.client(i), self._data.outer.client(i)
             if phi is not None:
                 inner = dataclasses.replace(inner, features=phi, at=self._x)
-            state = jax.tree.map(lambda leaf: leaf[i], self.client_state)
-            out = method(Client(self._problem, (inner, outer), state, client_key(key, i), flags, i), *message)
+            state = jax.tree.map(lambda leaf: entry(leaf, i), self.client_state)
+            client = Client(self._problem, (inner, outer), state, client_key(key, i), flags, i)
+            out = self.replied(name, method, client, message)
             return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
 
         batch = self._static.client_batch

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from ..compiled import Kept, run
 from ..data import FederatedData
 from ..errors import check, unknown_name, warn
 from ..influence import influence, named
 from ..problem import Problem, bind, trainable
-from ..program import Kept, compiled_as, freeze, run
+from ..program import compiled_as, freeze
 from .judge import check_hypergradient, check_solved, narrowed, warn_if_indefinite
 from .linear import NEUMANN_TERMS as NEUMANN_TERMS
 from .linear import norm

@@ -61,13 +61,19 @@ class Lower(NamedTuple):
         p = jnp.pad(jnp.full((m,), 1 / m) if p is None else p, (0, -m % together)).reshape(-1, together)
         index = jnp.minimum(jnp.arange(p.size, dtype=jnp.int32), m - 1).reshape(p.shape)
 
+        @jax.jit  # traced once, for its shapes and for the loop
         def reply(index, p):
             out = oracle(self.x, *args, getattr(self.data, level).client(index).all())
             return jax.tree.map(lambda leaf: p.astype(leaf.dtype) * leaf, out)
 
-        def add(total, chunk):
-            return jax.tree.map(lambda t, r: t + jnp.sum(r, axis=0), total, jax.vmap(reply)(*chunk)), None
+        def some(index, p):
+            return jax.tree.map(lambda r: jnp.sum(r, axis=0), jax.vmap(reply)(index, p))
 
+        def add(total, chunk):
+            return jax.tree.map(jnp.add, total, some(*chunk)), None
+
+        if len(index) == 1:
+            return some(index[0], p[0])
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(reply, index[0, 0], p[0, 0]))
         return jax.lax.scan(add, zero, (index, p))[0]
 

@@ -48,7 +48,7 @@ class Joined:
     @property
     def rows(self) -> PyTree:
         """The arrays in their pytree, as JAX holds them."""
-        return jax.tree.unflatten(self.first.structure, [jnp.asarray(leaf) for leaf in self.leaves])
+        return jax.tree.unflatten(self.first.structure, [jnp.asarray(leaf, leaf.dtype) for leaf in self.leaves])
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:

@@ -1,0 +1,148 @@
+"""Compiled programs, shared between problems that compute the same; of those that were not used for long none is kept."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from .problem import Problem
+from .program import class_of, compiled_as, helpers_of, known_as, program_of
+
+KEPT = 16  # programs kept compiled: 5 to 15 MB each
+TRACED = 8  # problems of which parts are kept traced: about 2 MB each
+
+_ARRAY = object()  # where an array stood
+
+
+def run(
+    function: Callable[..., PyTree],
+    problem: Problem,
+    algorithm: Any,
+    *args: Any,
+    options: tuple[tuple[str, Any], ...] = (),
+) -> PyTree:
+    """`function(problem, algorithm, *args)`, compiled; what is compiled is shared between equal frozen problems.
+
+    Args:
+        function: of a module; it returns a pytree of arrays.
+        algorithm: an algorithm (or None) whose numbers are arrays (`as_leaves`).
+        args: pytrees; leaves that are no arrays are static, and must be hashable.
+        options: of the compiler.
+    """
+    return Bound(function, problem, algorithm, options)(*args)
+
+
+def traced(function: Callable[..., PyTree], problem: Problem, algorithm: Any, *args: Any) -> PyTree:
+    """As `run`, as a part of a program that is being traced: traced once for all programs that hold it at these shapes."""
+    return Bound(function, problem, algorithm, (), _TRACED)(*args)
+
+
+class Bound:
+    """`run` for one problem and algorithm, to be called often."""
+
+    def __init__(
+        self,
+        function: Callable[..., PyTree],
+        problem: Problem,
+        algorithm: Any,
+        options: tuple[tuple[str, Any], ...] = (),
+        kept: Kept | None = None,
+    ):
+        own, rest = eqx.partition(problem, eqx.is_array)  # numpy's are constants, as they are in the trace
+        self._own, structure = jax.tree.flatten(own)
+        leaves, whole = jax.tree.flatten(algorithm)
+        self._algorithm, static = _apart(leaves)
+        self._now = rest, structure, program_of(problem), static, whole
+        self._problem = problem
+        self._compiled = (_KEPT if kept is None else kept).get(
+            (compiled_as(problem), class_of(algorithm), whole, static, function), lambda: _Compiled(function, options)
+        )
+
+    def __call__(self, *args: Any) -> PyTree:
+        leaves, structure = jax.tree.flatten(args)
+        arrays, static = _apart(leaves)
+        with helpers_of(self._problem):
+            return self._compiled(self._now, _Static(static, structure), self._own, self._algorithm, arrays)
+
+
+def _apart(leaves: list[Any]) -> tuple[list[Any], tuple]:
+    """(The arrays, what stands in their places: itself where it is none)."""
+    is_array = [isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in leaves]
+    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    return arrays, tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+
+
+def _together(static: tuple, structure: Any, arrays: list[Any]) -> PyTree:
+    left = iter(arrays)
+    return jax.tree.unflatten(structure, [next(left) if leaf is _ARRAY else leaf for leaf in static])
+
+
+class _Compiled:
+    """A function compiled for a program, for the shapes it has met."""
+
+    def __init__(self, function: Callable, options: tuple):
+        self._function, self._now = function, None
+        named = functools.partial(self._traced)
+        functools.update_wrapper(named, function)  # what JAX calls it in its log and in profiles
+        self._jitted = jax.jit(named, static_argnums=0, compiler_options=dict(options) or None)
+
+    def __call__(self, now: tuple, static: _Static, own: list, algorithm: list, arrays: list) -> PyTree:
+        before, self._now = self._now, now
+        try:
+            return self._jitted(static, own, algorithm, arrays)
+        finally:
+            self._now = before
+
+    def _traced(self, static, own, algorithm, arrays):
+        assert self._now is not None
+        problem, structure, program, fixed, whole = (
+            self._now
+        )  # of this very call, not of the one that was compiled first
+        problem = known_as(eqx.combine(jax.tree.unflatten(structure, own), problem), program)
+        args = _together(static.leaves, static.structure, arrays)
+        return self._function(problem, _together(fixed, whole, algorithm), *args)
+
+
+class _Static:
+    """Leaves that are no arrays, as a key."""
+
+    def __init__(self, leaves: tuple, structure: Any):
+        self.leaves, self.structure = leaves, structure
+        self._hash = hash((leaves, structure))
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        return isinstance(other, _Static) and (self.leaves, self.structure) == (other.leaves, other.structure)
+
+
+class Kept:
+    """The latest `most` things by key; those not asked for the longest are forgotten."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._held: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is held for a key, made if need be."""
+        if key not in self._held:
+            made = make()
+            self._held[key] = made
+        self._held.move_to_end(key)
+        while len(self._held) > self.most:
+            self._held.popitem(last=False)
+        return self._held[key]
+
+
+_KEPT, _TRACED = Kept(KEPT), Kept(TRACED)
