@@ -93,7 +93,7 @@ def dtype(request):
     return request.param
 
 
-FAST = [("quadratic", name) for name in ("aggitd", "lockstep", "simfbo")]
+FAST = [("quadratic", "aggitd")]
 
 
 def lines_of(problem, name, dtype):

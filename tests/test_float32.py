@@ -14,7 +14,7 @@ from quadratic import flat, inner, outer, quadratic
 import fedbilevel as fb
 from fedbilevel.algorithms import ALGORITHMS
 
-FAST = ("lockstep", "fedbio", "fedf2sa")  # the others take their time to compile
+FAST = ("fedbio",)  # the others take their time to compile
 EACH = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ALGORITHMS]
 Q0 = quadratic(seed=3, clients=4)
 SMALL = {"inner_lr": 0.02, "outer_lr": 0.01, "hessian_lr": 0.02, "inner_rounds": 2, "local_steps": 2, "neumann_terms": 2,
