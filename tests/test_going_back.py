@@ -104,6 +104,17 @@ def test_clients_that_meet_the_jump_within_a_round_do_not_throw_x():
     assert end.history[-1]["halvings"] > 2
 
 
+@pytest.mark.slow
+def test_vectors_that_stay_with_the_clients_are_watched():
+    """v_i is thrown in one round, and x only in the next: the mean of |v_i| tells at once."""
+    chosen = algorithm("fedbioacc-local", "jump", outer_lr=0.02)
+    start = jnp.full(DIM, BEGIN["jump"]), jnp.zeros(DIM)
+    metrics = {"first": lambda x, y: x[0]}
+    end = fb.solve(PROBLEMS["jump"], DATA, chosen, *start, 250, key=KEY, metrics=metrics, check=False)
+    assert np.abs(end.history.column("first")).max() < 3
+    np.testing.assert_allclose(end.x, 2.0, atol=0.05)
+
+
 def test_a_step_that_is_a_number_is_never_changed():
     lam = 1 / (1.2 * (np.exp(-5.0) + 31.0**-3))  # what is measured at the start
     with pytest.raises(fb.Diverged) as error:

@@ -13,7 +13,8 @@ FedBiOAccLocal solves ANOTHER problem, that of a lower level within each client:
     min_x mean_i f_i(x, y_i*(x)),   y_i*(x) = argmin_y g_i(x, y)
 
 y_i, v_i and their estimates stay at the client; x and its estimate are averaged. Here the clients' own hypergradients are
-exact, and so is their mean. Floats: down 2 dx + 1, up 2 dx.
+exact, and so is their mean. Floats: down 2 dx + 1, up 2 dx; with an automatic step one more up, |v_i|, by
+whose mean it is seen that the step is too large.
 
 `solve` returns every client's y_i (`result.clients_y`), and as y their mean by the clients' weights.
 Over a network y_i stay at the sites: each writes its own to `lower.npz` in its folder, and their mean
@@ -37,7 +38,7 @@ from ..errors import check
 from ..federation import Client, Reply
 from .curvature import keeping
 from .simultaneous import LocalRounds, along, told
-from .steps import moved_mean, tracked_descent
+from .steps import moved_mean, norm, tracked_descent
 from .tracking import Tracking
 
 
@@ -119,11 +120,12 @@ class FedBiOAccLocal(FedBiOAcc):
         )
         lam, kept = self.hessian_step(fed, state)
         t = kept["time"]
-        moved, e, *lower = fed.average(self.own_moves, state.x, kept["estimate"], t, lam)
+        moved, e, *rest = fed.average(self.own_moves, state.x, kept["estimate"], t, lam)
+        size = rest.pop() if self.measures_curvature else None
         after = {**kept, "estimate": e, "time": t + self.local_steps}
-        y = moved_mean(state.y, fed.share, lower[0]) if lower else state.y
+        y = moved_mean(state.y, fed.share, rest[0]) if rest else state.y
         x, info = optax.tree.add(state.x, moved), told(moved, self.outer_lr * self.local_steps)
-        return keeping(x, y, self.watch(after, info.hypergradient_norm)), info
+        return keeping(x, y, self.watch(after, size)), info
 
     def largest_curvature(self, client, x, y):
         """At the client's own y_i: the server does not know them."""
@@ -146,4 +148,6 @@ class FedBiOAccLocal(FedBiOAcc):
         (end, *lower), (e, *rest) = tracked_descent(z, estimate, move, look, self.local_steps)
         state = {"lower": tuple(lower), "estimate": tuple(rest), "time": own["time"] + self.local_steps}
         reply = optax.tree.sub(end, x), e
-        return Reply((*reply, optax.tree.sub(lower[0], own["lower"][0])) if self.share_lower else reply, state)
+        shared = (optax.tree.sub(lower[0], own["lower"][0]),) if self.share_lower else ()
+        size = (norm(lower[1]),) if self.measures_curvature else ()
+        return Reply((*reply, *shared, *size), state)
