@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .problem import Problem
+from .problem import Problem, told_of_reverse_rules
 from .program import class_of, compiled_as, helpers_of, known_as, program_of
 
 KEPT = 16  # programs kept compiled: 5 to 15 MB each
@@ -68,7 +68,7 @@ class Bound:
     def __call__(self, *args: Any) -> PyTree:
         leaves, structure = jax.tree.flatten(args)
         arrays, static = _apart(leaves)
-        with helpers_of(self._problem):
+        with helpers_of(self._problem), told_of_reverse_rules():  # JAX may find such a rule after the oracle's end only
             return self._compiled(self._now, _Static(static, structure), self._own, self._algorithm, arrays)
 
 

@@ -120,7 +120,7 @@ class Problem(eqx.Module):
 
     def hessian_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
         """d2_yy g(x, y) v, like y; forward over reverse."""
-        with _told_of_reverse_rules():
+        with told_of_reverse_rules():
             return jax.jvp(lambda y: self.inner_gradient(x, y, rows), (y,), (v,))[1]
 
     def cross_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
@@ -129,7 +129,7 @@ class Problem(eqx.Module):
         def directional(x):
             return jax.jvp(lambda y: self.inner_value(x, y, rows), (y,), (v,))[1]
 
-        with _told_of_reverse_rules():
+        with told_of_reverse_rules():
             return jax.grad(directional)(x)
 
     def outer_gradients(self, x: PyTree, y: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
@@ -144,7 +144,7 @@ class Problem(eqx.Module):
 
 
 @contextlib.contextmanager
-def _told_of_reverse_rules():
+def told_of_reverse_rules():
     """Refuse a part of the inner loss that has a reverse derivative of its own, and so no second ones.
 
     Raises:
