@@ -18,8 +18,9 @@ import fedbilevel as fb
 from fedbilevel import sanity
 from fedbilevel.app import load_app
 from fedbilevel.errors import FedbilevelWarning
-from fedbilevel.problem import bind, trainable
+from fedbilevel.problem import bind
 from fedbilevel.tasks import TASKS, Options
+from fedbilevel.variables import trainable
 
 X, Y = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1, -0.4])
 ALGORITHM = fb.Lockstep(inner_lr=0.02, hessian_lr=0.02, outer_lr=0.01)

@@ -27,9 +27,10 @@ from .errors import InputError, check
 from .federation import check_cohort
 from .given import whole_number
 from .metrics import checked_metrics
-from .problem import Problem, trainable
+from .problem import Problem
 from .rows.one import as_array
 from .rows.values import Whose, columns_apart, whole
+from .variables import trainable
 
 
 @dataclasses.dataclass(frozen=True)

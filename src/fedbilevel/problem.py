@@ -17,8 +17,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .canonical import Traced, trace
@@ -183,63 +181,14 @@ class _CompletedFeatures(eqx.Module):
         return self.features(eqx.combine(x, self.x_rest), examples)
 
 
-def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
-    """Split x or y into its floating-point arrays and the rest; Python and numpy numbers become arrays.
-
-    Raises:
-        InputError: no leaf is a floating-point array, or one is complex or not finite.
-    """
-    _check_real(variable, name)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(variable)[0]:
-        text = isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind not in "biufcV"
-        where = f"{name}{jax.tree_util.keystr(path)}"
-        check(not text, f"{where} is an array of {getattr(leaf, 'dtype', '')}, which is no number: leave it out.")
-    variable = strong(jax.tree.map(_as_array, variable))
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(variable))
-    check(
-        not traced,
-        f"{name} is a tracer: solve, estimate_hypergradient, protocol and reference.* compile what they run and cannot "
-        "be called within jax.jit, jax.grad or jax.vmap; call them outside.",
-    )
-    arrays, rest = eqx.partition(variable, eqx.is_inexact_array)
-    leaves = jax.tree.leaves(arrays)
-    check(
-        leaves,
-        lambda: f"{name} holds no floating-point array to optimise: pass float arrays (got {describe(variable)}).",
-    )
-    for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
-        check(
-            bool(jnp.all(jnp.isfinite(leaf))),
-            f"the start point {name}{jax.tree_util.keystr(path)} holds NaN or infinite values: start from finite numbers.",
-        )
-    return arrays, rest
-
-
-def _check_real(variable: PyTree, name: str) -> None:
-    """Refuse complex leaves: steps along -`jax.grad`, the conjugate, do not go downhill."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(variable)[0]:
-        kind = f"{getattr(leaf, 'dtype', 'number')}{list(np.shape(leaf)) or ''}" if _is_complex(leaf) else ""
-        check(
-            not _is_complex(leaf),
-            f"{name}{jax.tree_util.keystr(path)} is complex ({kind}), and only real variables are "
-            f"optimised: pass its real and imaginary parts as two real arrays, and put them "
-            f"together in the loss with jax.lax.complex (the rows themselves may be complex).",
-        )
-
-
-def _is_complex(leaf: Any) -> bool:
-    return isinstance(leaf, complex) or jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.complexfloating)
-
-
 def strong(tree: PyTree) -> PyTree:
     """The arrays of a pytree without weak types: else the first iteration changes the types, and compiles twice."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype) if eqx.is_array(leaf) else leaf, tree)
 
 
-def _as_array(leaf: Any) -> Any:
-    if isinstance(leaf, float):
-        return jnp.asarray(leaf, jnp.result_type(float))
-    return jnp.asarray(leaf) if eqx.is_array_like(leaf) and hasattr(leaf, "dtype") else leaf
+def is_complex(leaf: Any) -> bool:
+    """Whether a leaf is a complex number or array."""
+    return isinstance(leaf, complex) or jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.complexfloating)
 
 
 def bind(problem: Problem, x_rest: PyTree, y_rest: PyTree) -> Problem:
@@ -279,7 +228,7 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
         found[level], out = traced, traced.out
         takes = "a batch" if problem.batched else "one example"
         check(
-            not _is_complex(out),
+            not is_complex(out),
             f"the {level} loss must be real; for {takes} it returned {getattr(out, 'dtype', out)}: take "
             f"jnp.abs(...) ** 2, or jnp.real(...) of it.",
         )

@@ -27,9 +27,10 @@ from .data import FederatedData
 from .errors import InputError, check
 from .exchanges import SAMPLED, Protocol, summary
 from .federation import Client, Reply, check_cohort, combine_replies
-from .problem import Problem, bind, describe, strong, trainable
+from .problem import Problem, bind, describe, strong
 from .program import class_of, compiled_as, freeze, settle
 from .tracing import TracedFederation, check_times
+from .variables import trainable
 
 _ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
 

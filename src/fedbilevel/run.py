@@ -25,12 +25,13 @@ from .identity import Identity
 from .keys import as_key
 from .metrics import check_diagnostics, checked_metrics, measured
 from .own_lower import Away, Lower
-from .problem import bind, describe, trainable
+from .problem import bind, describe
 from .program import settle
 from .protocol import check_kinds
 from .recovery import Back, recovery, saved_snapshot
 from .result import EMPTY, History, Result
 from .sanity import check_sane
+from .variables import trainable
 from .watch import Seen, precision
 
 _STRETCH = 0.5  # seconds between looks at a run: progress, Ctrl-C, checkpoints

@@ -16,11 +16,12 @@ from .diagnosis import largest, of_estimate
 from .engines.base import Engine
 from .engines.simulation import Simulation
 from .errors import Diverged
-from .problem import Problem, bind, trainable
+from .problem import Problem, bind
 from .program import settle
 from .protocol import check_kinds
 from .result import Result
 from .run import Run, check_key
+from .variables import trainable
 
 
 def solve(

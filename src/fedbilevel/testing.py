@@ -23,10 +23,11 @@ from . import reference
 from .algorithm import Algorithm
 from .data import FederatedData
 from .engines import Engine, Loopback, Simulation
-from .problem import Problem, bind, check_losses, trainable
+from .problem import Problem, bind, check_losses
 from .problem_checks import checks
 from .protocol import protocol
 from .solve import estimate_hypergradient, solve
+from .variables import trainable
 
 _AGREE = 1e-12
 _PROGRAMS = itertools.count(1)

@@ -20,7 +20,8 @@ from ..engines.base import Carry
 from ..engines.simulation import Simulation
 from ..errors import check
 from ..own_lower import Lower
-from ..problem import Problem, bind, strong, trainable
+from ..problem import Problem, bind, strong
+from ..variables import trainable
 
 _ROOM = 1.5e9  # bytes that the rows and hidden values of one exchange may take, over all points at once
 _BLOWN_UP = 1e10

@@ -29,8 +29,9 @@ from ..compiled import Kept, run
 from ..data import FederatedData
 from ..errors import check, unknown_name, warn
 from ..influence import influence, named
-from ..problem import Problem, bind, trainable
+from ..problem import Problem, bind
 from ..program import compiled_as, freeze
+from ..variables import trainable
 from .judge import check_hypergradient, check_solved, narrowed, warn_if_indefinite
 from .linear import NEUMANN_TERMS as NEUMANN_TERMS
 from .linear import norm

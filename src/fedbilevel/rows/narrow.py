@@ -20,7 +20,7 @@ from .values import Whose, shown, whole
 if TYPE_CHECKING:
     from .joined import Joined
 
-_WIDER = "use 64 bits (jax_enable_x64, or precision=64 of an app)"
+WIDER = "use 64 bits (jax_enable_x64, or precision=64 of an app)"
 
 
 def settle(*levels: Joined) -> None:
@@ -75,7 +75,7 @@ def _check_range(joined: Joined, leaf: int, flat: np.ndarray, most: np.iinfo) ->
         return
     at = _first((flat > most.max) | (flat < most.min))
     whose, place = _place(joined, leaf, at)
-    hint = f"number ids anew, subtract an offset, or {_WIDER}"
+    hint = f"number ids anew, subtract an offset, or {WIDER}"
     raise whose.refusal(f"{shown(flat[at])}, which does not fit into {most.dtype},", place, hint)
 
 
@@ -84,7 +84,7 @@ def _refuse_infinite(joined: Joined, leaf: int, flat: np.ndarray, finite: np.nda
     whose, place = _place(joined, leaf, at)
     if np.isfinite(flat[at]):
         what = f"{shown(flat[at])}, which becomes infinite in {target},"
-        raise whose.refusal(what, place, f"rescale those values, or {_WIDER}")
+        raise whose.refusal(what, place, f"rescale those values, or {WIDER}")
     text = f"{whose.name} has NaN or infinite values in its {whose.rows}{place} (the first is {shown(flat[at])})"
     raise InputError(f"{text}: clean or drop them first.")
 
@@ -103,7 +103,7 @@ def _look_for_zeros(joined: Joined, leaf: int, flat: np.ndarray, cast: np.ndarra
     whose, place = _place(joined, leaf, at)
     joined.doubts.append(
         f"{whose.name} has {shown(flat[at])} in its {whose.rows}{place}, which becomes 0.0 in {cast.dtype}: "
-        f"rescale those values, or {_WIDER}."
+        f"rescale those values, or {WIDER}."
     )
 
 
@@ -164,4 +164,4 @@ def _merged(group: list[tuple[Joined, int]], column: tuple[int, ...], *rows: int
         text = f"{one.name} has {a} and {b} in its {where}{place}"
     else:
         text = f"{one.name} has {a}, and {other.name} has {b} in its {other.rows}{place}"
-    return f"{text}, which become equal in {target}: subtract an offset from that column, or {_WIDER}."
+    return f"{text}, which become equal in {target}: subtract an offset from that column, or {WIDER}."

@@ -15,9 +15,10 @@ from ...bundle import Bundle
 from ...data import FederatedData
 from ...errors import RunError, check
 from ...exchanges import Protocol
-from ...problem import Problem, bind, strong, trainable
+from ...problem import Problem, bind, strong
 from ...protocol import trace
 from ...sanity import check_influence, judge_all
+from ...variables import trainable
 
 
 def placeholder_data(schemas: list[str], sites: int, weights: list[float] | None) -> FederatedData:

@@ -225,8 +225,8 @@ class _Inside:
         """The run is over, and the state of this tag counts: write down the lower variable that is this site's own."""
         import equinox as eqx
 
-        from ...problem import trainable
         from ...result import save_arrays
+        from ...variables import trainable
         from ..faults import StateLost
 
         tag = tuple(counted)

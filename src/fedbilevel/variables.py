@@ -1,0 +1,81 @@
+"""What is taken for x and y: pytrees whose floating-point arrays are optimised, and whose other leaves stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import PyTree
+
+from .errors import InputError, check
+from .problem import describe, is_complex, strong
+from .rows.narrow import WIDER, held
+from .rows.values import shown
+
+
+def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
+    """Split x or y into its floating-point arrays and the rest; Python and numpy numbers become arrays.
+
+    Raises:
+        InputError: no leaf is a floating-point array, or one is complex, masked, no array of numbers, not finite, or
+            does not survive in the 32 bits that JAX holds without `jax_enable_x64`.
+    """
+    named = [
+        (f"{name}{jax.tree_util.keystr(path)}", leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(variable)[0]
+    ]
+    for where, leaf in named:
+        _check_real(leaf, where)
+    leaves = [_as_array(leaf, where) for where, leaf in named]
+    variable = strong(jax.tree.unflatten(jax.tree.structure(variable), leaves))
+    check(
+        not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(variable)),
+        f"{name} is a tracer: solve, estimate_hypergradient, protocol and reference.* compile what they run and cannot "
+        "be called within jax.jit, jax.grad or jax.vmap; call them outside.",
+    )
+    arrays, rest = eqx.partition(variable, eqx.is_inexact_array)
+    check(
+        jax.tree.leaves(arrays),
+        lambda: f"{name} holds no floating-point array to optimise: pass float arrays (got {describe(variable)}).",
+    )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
+        check(
+            bool(jnp.all(jnp.isfinite(leaf))),
+            f"the start point {name}{jax.tree_util.keystr(path)} holds NaN or infinite values: start from finite numbers.",
+        )
+    return arrays, rest
+
+
+def _check_real(leaf: Any, where: str) -> None:
+    """Refuse complex leaves: steps along -`jax.grad`, the conjugate, do not go downhill."""
+    if is_complex(leaf):
+        kind = f"{getattr(leaf, 'dtype', 'number')}{list(np.shape(leaf)) or ''}"
+        raise InputError(
+            f"{where} is complex ({kind}), and only real variables are optimised: pass its real and imaginary parts as two "
+            f"real arrays, and put them together in the loss with jax.lax.complex (the rows themselves may be complex)."
+        )
+
+
+def _as_array(leaf: Any, where: str) -> Any:
+    """A leaf as JAX holds it; what is no array or float stays as it is."""
+    if isinstance(leaf, float):
+        leaf = np.float64(leaf)
+    if not isinstance(leaf, np.ndarray | np.generic):
+        return jnp.asarray(leaf) if eqx.is_array_like(leaf) and hasattr(leaf, "dtype") else leaf
+    masked = isinstance(leaf, np.ma.MaskedArray)
+    check(not masked, f"{where} is a masked array, whose hidden values would count: pass {where}.filled(...).")
+    known = leaf.dtype.kind in "biuf" or jnp.issubdtype(leaf.dtype, jnp.floating)
+    check(known, f"{where} is an array of {leaf.dtype}, which is no number: leave it out.")
+    target = held(leaf.dtype.newbyteorder("="))
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = np.asarray(leaf).astype(target)
+    if target != leaf.dtype and leaf.dtype.kind in "iuf":
+        lost = np.isfinite(leaf) & ~np.isfinite(cast) if leaf.dtype.kind == "f" else cast != leaf
+        if lost.any():
+            value = shown(np.asarray(leaf)[lost].flat[0])
+            raise InputError(f"{where} holds {value}, which does not fit into {target}: rescale it, or {WIDER}.")
+    return jnp.asarray(cast, target)
