@@ -10,7 +10,7 @@
 #
 # Why it matters here: clients' data sets have ragged shapes, so that a federation of m clients pays
 # for up to m small programs before its first round (8 ms each on the machine where this was seen).
-# So rows and messages are moved with their dtype (fedbilevel.data.on_device).
+# So rows and messages are moved with their dtype (fedbilevel.arrays.on_device).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,4 +1,4 @@
-"""Arrays on disk, bit for bit: numpy's format, and in it the names of types that numpy does not know.
+"""Arrays on the device; and on disk, bit for bit: numpy's format, and in it the names of types that numpy does not know.
 
 `np.save` writes bfloat16, float8, int4 and their like as void bytes. Here the header of an array
 names its type (`'descr': 'bfloat16'`), which `np.load` understands once jax (or ml_dtypes) is
@@ -17,6 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from numpy.lib import format as npy
+
+
+def on_device(array: np.ndarray) -> jax.Array:
+    """A numpy array as JAX holds it. (`jnp.asarray` without a dtype compiles a program for every shape, in jax 0.10.)"""
+    return jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
 
 
 def is_key(leaf: Any) -> bool:
@@ -90,8 +95,8 @@ def _like(leaf: Any, found: np.ndarray) -> Any:
     if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
         raise ValueError(f"{_shown(found)} where {_shown(wanted)} belongs")
     if is_key(leaf):
-        return jax.random.wrap_key_data(jnp.asarray(found), impl=jax.random.key_impl(leaf))
-    return jnp.asarray(found) if isinstance(leaf, jax.Array) else found
+        return jax.random.wrap_key_data(on_device(found), impl=jax.random.key_impl(leaf))
+    return on_device(found) if isinstance(leaf, jax.Array) else found
 
 
 def _shown(array: np.ndarray) -> str:

@@ -102,9 +102,8 @@ class _Compiled:
 
     def _traced(self, static, own, algorithm, arrays):
         assert self._now is not None
-        problem, structure, program, fixed, whole = (
-            self._now
-        )  # of this very call, not of the one that was compiled first
+        # of this very call, not of the one that was compiled first
+        problem, structure, program, fixed, whole = self._now
         problem = known_as(eqx.combine(jax.tree.unflatten(structure, own), problem), program)
         args = _together(static.leaves, static.structure, arrays)
         return self._function(problem, _together(fixed, whole, algorithm), *args)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
+from .arrays import on_device
 from .errors import InputError, check
 from .keys import as_key, generator, random_below
 from .problem import Problem, Rows
@@ -34,11 +35,6 @@ LevelName = Literal["inner", "outer"]
 def entry(leaf: Array, index: Array | int) -> Array:
     """`leaf[index]` for indices known to lie in it, without the look at negative ones, of which a run would be full."""
     return leaf.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def on_device(array: Any) -> Array:
-    """A numpy array as JAX holds it. (`jnp.asarray` without a dtype compiles a program for every shape, in jax 0.10.)"""
-    return jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
 
 
 class ClientRows(eqx.Module):

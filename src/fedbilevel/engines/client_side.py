@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from ..arrays import on_device
 from ..clock import spent_compiling
 from ..compiled import Bound
-from ..data import ClientRows, on_device
+from ..data import ClientRows
 from ..errors import ClientError, InputError, RunError
 from ..exchanges import Protocol
 from ..federation import Client, Reply, answer, client_key

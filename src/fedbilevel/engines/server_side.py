@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..arrays import on_device
 from ..clock import Stopwatch
-from ..data import on_device
 from ..errors import RunError, check
 from ..federation import (
     Federation,

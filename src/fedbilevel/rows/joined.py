@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ..arrays import on_device
 from ..errors import InputError, check
 from .alike import check_alike
 from .narrow import narrowed
@@ -48,7 +48,7 @@ class Joined:
     @property
     def rows(self) -> PyTree:
         """The arrays in their pytree, as JAX holds them."""
-        return jax.tree.unflatten(self.first.structure, [jnp.asarray(leaf, leaf.dtype) for leaf in self.leaves])
+        return jax.tree.unflatten(self.first.structure, [on_device(leaf) for leaf in self.leaves])
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
