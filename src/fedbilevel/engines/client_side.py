@@ -58,13 +58,8 @@ class ClientSide:
     ):
         self.states: dict[Tag, PyTree] = {START: state}
         self.keeps = state is not None
-        self._problem, self._rows, self._algorithm, self._key, self._index = (
-            problem,
-            rows,
-            algorithm,
-            key,
-            np.int32(index),
-        )
+        self._problem, self._rows, self._algorithm, self._key = problem, rows, algorithm, key
+        self._index = np.int32(index)
         self._sites = [protocol.sites[path] for path in sorted(protocol.sites)]
         self._run = run
         self._name = f"client {index}" if name is None else name

@@ -182,8 +182,8 @@ def _chunk(problem, algorithm, static, data, states, key, first, iterations, lim
         state, info = static.program(algorithm, fed, states[0])
         return (state, fed.client_state), fed.counts, (info, observe(states[0], state))
 
-    shapes = eqx.filter_eval_shape(one, first, states)[1:]
-    buffers = {kind: jnp.zeros((_CAPACITY, size), kind) for kind, size in _Books(shapes).sizes.items()}
+    books = _Books(eqx.filter_eval_shape(one, first, states)[1:])
+    buffers = {kind: jnp.zeros((_CAPACITY, size), kind) for kind, size in books.sizes.items()}
 
     def going(loop):
         k, fine, _, _ = loop
@@ -193,18 +193,18 @@ def _chunk(problem, algorithm, static, data, states, key, first, iterations, lim
         k, _, states, buffers = loop
         states, *out = one(k, states)
         write = lambda b, new: jax.lax.dynamic_update_index_in_dim(b, new, k, 0, allow_negative_indices=False)
-        buffers = jax.tree.map(write, buffers, _Books(shapes).packed(tuple(out)))
+        buffers = jax.tree.map(write, buffers, books.packed(tuple(out)))
         return k + 1, within(states[0], out[1][0], limit), states, buffers
 
     start = (jnp.zeros((), jnp.int32), jnp.asarray(True), states, buffers)
     k, fine, states, buffers = jax.lax.while_loop(going, body, start)
-    counts, info = _Books(shapes).unpacked(buffers)
+    counts, info = books.unpacked(buffers)
     return states, counts, info, jnp.where(fine, k, k - 1)
 
 
 class _Books:
     """What an iteration leaves behind, some dozens of numbers, as one row of a buffer for each dtype: a loop over dozens of
-    buffers takes twice as long to compile.
+    buffers takes longer to compile.
 
     Attributes:
         sizes: by dtype, how many numbers.
