@@ -22,6 +22,7 @@ from quadratic import flat, quadratic
 
 import fedbilevel as fb
 from fedbilevel.algorithms import ALGORITHMS
+from fedbilevel.watch import parts
 
 FILE = Path(__file__).with_name("recorded.json")
 ITERATIONS = 3
@@ -137,9 +138,9 @@ def run(case: Case, engine: type) -> dict[str, Any]:
         task, fb.FederatedData.stack(inner, outer, weights), algorithm(case), x, y, ITERATIONS, key=jax.random.key(4),
         engine=engine(**how), check=False,
     )  # fmt: skip
-    numbers = np.concatenate([flat(end.x), flat(end.y), flat(eqx.filter(end.state, eqx.is_inexact_array))])
+    state = {name: flat(eqx.filter(part, eqx.is_inexact_array)).tolist() for name, part in parts(end.state).items()}
     books = [[row[name] for name in ("rounds", "bytes_down", "bytes_up")] for row in end.history]
-    return {"numbers": numbers.tolist(), "books": books}
+    return {"x": flat(end.x).tolist(), "y": flat(end.y).tolist(), "state": state, "books": books}
 
 
 def recorded() -> dict[str, Any]:
