@@ -6,18 +6,24 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ..data import FederatedData
 from ..datasets import Dataset, load
 from ..errors import check, unknown_name
 from ..partition import Parts, partition
-from ..problem import Problem
+from ..problem import Loss, Problem
+
+Metric = Callable[[PyTree, PyTree], ArrayLike]  # (x, y) -> scalar
+Row = Mapping[str, Array]  # one row of a client's, its parts by name
+Labels = Int[Array, " rows"]
+Predict = Callable[[PyTree, PyTree, Float[Array, "rows inputs"]], Float[Array, "rows classes"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Task:
     data: FederatedData
     x: PyTree
     y: PyTree
-    metrics: Mapping[str, Callable[[PyTree, PyTree], Any]]
-    key: jax.Array
+    metrics: Mapping[str, Metric]
+    key: Key[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +67,20 @@ class Options:
     alpha: float | None = None
     seed: int = 0
 
-    def keys(self) -> list[jax.Array]:
+    def keys(self) -> list[Key[Array, ""]]:
         """Keys for the partition, the split, the start and the run."""
         return list(jax.random.split(jax.random.key(self.seed), 4))
+
+
+class Settings(TypedDict, total=False):
+    """The options by name, as a task takes them without `Options`."""
+
+    dataset: str | None
+    data_dir: str | os.PathLike[str] | None
+    partition: str
+    clients: int | None
+    alpha: float | None
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +98,7 @@ class Kind:
     datasets: tuple[str, ...]
     build: Callable[[Options], Task]
 
-    def __call__(self, options: Options | None = None, **settings: Any) -> Task:
+    def __call__(self, options: Options | None = None, **settings: Unpack[Settings]) -> Task:
         """Build the task: `kind(dataset="digits", clients=20, seed=0)`."""
         names = [f.name for f in dataclasses.fields(Options)]
         for name in settings:
@@ -127,7 +144,7 @@ def class_weights(labels: np.ndarray) -> np.ndarray:
     return len(labels) / (len(counts) * counts[place])
 
 
-def validation_loss(outer_loss: Callable, data: FederatedData) -> Callable:
+def validation_loss(outer_loss: Loss, data: FederatedData) -> Metric:
     """The outer objective f(x, y) over all clients' validation rows, each weighted as the library's means weigh it.
 
     One pass over the flat rows: quick enough to take while running, where `reference.outer_value` pads clients.
@@ -139,12 +156,12 @@ def validation_loss(outer_loss: Callable, data: FederatedData) -> Callable:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _weighted_loss(loss, x, y, rows, weights):
+def _weighted_loss(loss: Loss, x: PyTree, y: PyTree, rows: PyTree, weights: Float[Array, " rows"]) -> Float[Array, ""]:
     losses = jax.vmap(lambda row: loss(x, y, row))(rows)
     return jnp.sum(weights.astype(losses.dtype) * losses)
 
 
-def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+def cross_entropy(logits: Float[Array, " classes"], label: Int[Array, ""]) -> Float[Array, ""]:
     """-log softmax(logits)[label] of one example: logits (classes,), label () int."""
     own = (
         jnp.arange(logits.shape[0]) == label
@@ -152,35 +169,30 @@ def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits) - jnp.sum(jnp.where(own, logits, 0))
 
 
-def classification_metrics(predict: Callable, dataset: Dataset) -> dict[str, Callable]:
+def classification_metrics(predict: Predict, dataset: Dataset) -> dict[str, Metric]:
     """test_accuracy in [0, 1] and test_loss of predict(x, y, features) -> logits (rows, classes)."""
     features, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
 
-    def accuracy(x, y):
-        return _accuracy(predict, x, y, features, labels)
+    def accuracy(x: PyTree, y: PyTree) -> Float[Array, ""]:
+        return _score(predict, x, y, features, labels)[0]
 
-    def loss(x, y):
-        return _loss(predict, x, y, features, labels)
+    def loss(x: PyTree, y: PyTree) -> Float[Array, ""]:
+        return _score(predict, x, y, features, labels)[1]
 
     return {"test_accuracy": accuracy, "test_loss": loss}
 
 
-def balanced_accuracy(predict: Callable, dataset: Dataset) -> Callable:
+def balanced_accuracy(predict: Predict, dataset: Dataset) -> Metric:
     """The mean over the classes of the test rows of the share of each that predict(x, y, features) gets right."""
     features, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
     weights = jnp.asarray(class_weights(dataset.y_test), jnp.result_type(float))
     return lambda x, y: _weighted_accuracy(predict, x, y, features, labels, weights)
 
 
-def _accuracy(predict, x, y, features, labels):
-    return _score(predict, x, y, features, labels)[0]
-
-
-def _loss(predict, x, y, features, labels):
-    return _score(predict, x, y, features, labels)[1]
-
-
-def _scores(predict, x, y, features, labels):
+def _scores(
+    predict: Predict, x: PyTree, y: PyTree, features: Float[Array, "rows inputs"], labels: Labels
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The share of the rows that are told right, and the mean loss."""
     logits = predict(x, y, features)
     losses = jax.vmap(cross_entropy)(logits, labels)
     return jnp.mean((jnp.argmax(logits, axis=1) == labels).astype(logits.dtype)), jnp.mean(losses)
@@ -190,5 +202,12 @@ _score = jax.jit(_scores, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _weighted_accuracy(predict, x, y, features, labels, weights):
+def _weighted_accuracy(
+    predict: Predict,
+    x: PyTree,
+    y: PyTree,
+    features: Float[Array, "rows inputs"],
+    labels: Labels,
+    weights: Float[Array, " rows"],
+) -> Float[Array, ""]:
     return jnp.mean(jnp.where(jnp.argmax(predict(x, y, features), axis=1) == labels, weights, 0))

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import optax.tree
+from jaxtyping import Array, Float, Key
 
 from .. import reference
 from ..data import FederatedData, generator
 from ..errors import check
-from ..problem import Problem
-from .base import Options, Task
+from ..problem import Loss, Problem
+from .base import Metric, Options, Task
 
+Vector = Float[Array, " size"]
+Columns = dict[str, np.ndarray]  # a client's rows of one level, its parts by name
+Clients = Callable[[np.random.Generator, list[int]], Iterable[tuple[Columns, Columns]]]
 CLIENTS, ROWS = 8, (5, 8, 11)  # unless the options say how many clients; rows of each in turn
 
 
 def synthetic(
-    name: str, options: Options, inner_loss: Callable, outer_loss: Callable, clients: Callable, start: Callable
+    name: str,
+    options: Options,
+    inner_loss: Loss,
+    outer_loss: Loss,
+    clients: Clients,
+    start: Callable[[Key[Array, ""]], tuple[Vector, Vector]],
 ) -> Task:
     """A task that makes its own clients.
 
@@ -40,7 +50,7 @@ def synthetic(
     return Task(name, "synthetic", problem, data, x, y, closed_form_metrics(problem, data), run)
 
 
-def closed_form_metrics(problem: Problem, data: FederatedData) -> dict[str, Callable]:
+def closed_form_metrics(problem: Problem, data: FederatedData) -> dict[str, Metric]:
     """value Phi(x), stationarity |grad Phi(x)|^2, distance |y - y*(x)|^2."""
     return {
         "value": lambda x, y: reference.value(problem, data, x, y),

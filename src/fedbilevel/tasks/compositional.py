@@ -9,30 +9,33 @@ clients.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ..data import generator
-from .base import Kind, Options, Task
-from .closed_form import synthetic
+from .base import Kind, Options, Row, Task
+from .closed_form import Columns, synthetic
 
 UPPER, LOWER = 4, 6
 CURVATURE = 0.1
 SPREAD = 0.5
 
 
-def inner_loss(x, y, row):
+def inner_loss(x: Float[Array, " upper"], y: Float[Array, " lower"], row: Row) -> Float[Array, ""]:
     """Half the squared distance of y to one row's r(x)."""
     return 0.5 * jnp.sum((y - row["R"] @ x - row["s"]) ** 2)
 
 
-def outer_loss(x, y, row):
+def outer_loss(x: Float[Array, " upper"], y: Float[Array, " lower"], row: Row) -> Float[Array, ""]:
     """Half the squared distance of y to the row's target, plus a small penalty on x."""
     return 0.5 * jnp.sum((y - row["t"]) ** 2) + 0.5 * CURVATURE * jnp.sum(x**2)
 
 
 def build(options: Options) -> Task:
-    def clients(draw: np.random.Generator, counts):
+    def clients(draw: np.random.Generator, counts: list[int]) -> Iterator[tuple[Columns, Columns]]:
         common, wish = draw.normal(size=(LOWER, UPPER)) / 2, draw.normal(size=LOWER)
         for rows in counts:
             R, shift = common + SPREAD * draw.normal(size=common.shape), SPREAD * draw.normal(size=LOWER)

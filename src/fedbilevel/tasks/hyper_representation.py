@@ -10,23 +10,24 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import optax.tree
+from jaxtyping import Array, Float, PyTree
 
 from ..problem import Problem
-from .base import Kind, Options, Task, classification_metrics, cross_entropy, federated
-from .network import CLIENTS, HIDDEN, hidden, layer, logits
+from .base import Kind, Options, Row, Task, classification_metrics, cross_entropy, federated
+from .network import CLIENTS, HIDDEN, Layer, hidden, layer, logits
 
 
-def predict(x, y, a):
+def predict(x: Layer, y: Layer, a: Float[Array, "rows inputs"]) -> Float[Array, "rows classes"]:
     """Logits of a (rows, inputs)."""
     return jax.vmap(lambda row: logits(x, y, row))(a)
 
 
-def outer_loss(x, y, example):
+def outer_loss(x: Layer, y: Layer, example: Row) -> Float[Array, ""]:
     """Cross-entropy of one example."""
     return cross_entropy(logits(x, y, example["a"]), example["label"])
 
 
-def features(x, example):
+def features(x: Layer, example: Row) -> Float[Array, " hidden"]:
     """The hidden layer of one example, which does not depend on y."""
     return hidden(x, example["a"])
 
@@ -36,7 +37,7 @@ class InnerLoss(eqx.Module):
 
     penalty: float = eqx.field(static=True, default=0.01)
 
-    def __call__(self, x, y, example, phi):
+    def __call__(self, x: PyTree, y: Layer, example: Row, phi: Float[Array, " hidden"]) -> Float[Array, ""]:
         loss = cross_entropy(phi @ y["weight"] + y["bias"], example["label"])
         return loss + 0.5 * self.penalty * optax.tree.norm(y, squared=True)
 

@@ -23,13 +23,14 @@ any such network, but y stays bounded, and directions that the data leave flat g
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax.tree
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from ..data import FederatedData, generator
 from ..datasets import load
@@ -39,6 +40,7 @@ from ..problem import Problem
 from .base import (
     Kind,
     Options,
+    Row,
     Task,
     balanced_accuracy,
     class_weights,
@@ -47,20 +49,23 @@ from .base import (
     deal,
     validation_loss,
 )
-from .network import CLIENTS, HIDDEN, layer, logits
+from .network import CLIENTS, HIDDEN, Layer, layer, logits
 
 LARGEST = {"digits": None, "mnist": 6_000, "fashion-mnist": 6_000}
 RATIO = {"digits": 0.1, "mnist": 0.01, "fashion-mnist": 0.01}  # digits has 133 rows a class: 0.01 would leave two
 VALIDATION = 0.2  # of a client's rows, whatever the partition
 PENALTY = 0.001
 
+Network = Mapping[str, Layer]  # "body" and "head"
+Shifts = Mapping[str, Float[Array, " classes"]]  # "delta" and "iota"
 
-def predict(x, y, a):
+
+def predict(x: Shifts, y: Network, a: Float[Array, "rows inputs"]) -> Float[Array, "rows classes"]:
     """Plain logits of a (rows, inputs)."""
     return jax.vmap(lambda row: logits(y["body"], y["head"], row))(a)
 
 
-def outer_loss(x, y, example):
+def outer_loss(x: Shifts, y: Network, example: Row) -> Float[Array, ""]:
     """Cross-entropy of one example times its weight."""
     loss = cross_entropy(logits(y["body"], y["head"], example["a"]), example["label"])
     return example["weight"].astype(loss.dtype) * loss
@@ -71,7 +76,7 @@ class InnerLoss(eqx.Module):
 
     penalty: float = eqx.field(static=True, default=PENALTY)
 
-    def __call__(self, x, y, example):
+    def __call__(self, x: Shifts, y: Network, example: Row) -> Float[Array, ""]:
         adjusted = jax.nn.sigmoid(x["delta"]) * logits(y["body"], y["head"], example["a"]) + x["iota"]
         return cross_entropy(adjusted, example["label"]) + 0.5 * self.penalty * optax.tree.norm(y, squared=True)
 

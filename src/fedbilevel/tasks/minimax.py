@@ -9,30 +9,33 @@ hypergradient has no implicit part, for d_y f = -d_y g = 0 there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ..data import generator
-from .base import Kind, Options, Task
-from .closed_form import synthetic
+from .base import Kind, Options, Row, Task
+from .closed_form import Columns, synthetic
 
 UPPER, LOWER = 5, 5
 CURVATURE = 0.1
 SPREAD = 0.5
 
 
-def outer_loss(x, y, row):
+def outer_loss(x: Float[Array, " upper"], y: Float[Array, " lower"], row: Row) -> Float[Array, ""]:
     """f of one row."""
     return -0.5 * jnp.sum(y**2) - row["b"] @ y + y @ row["A"] @ x + 0.5 * CURVATURE * jnp.sum(x**2)
 
 
-def inner_loss(x, y, row):
+def inner_loss(x: Float[Array, " upper"], y: Float[Array, " lower"], row: Row) -> Float[Array, ""]:
     """-f of one row."""
     return -outer_loss(x, y, row)
 
 
 def build(options: Options) -> Task:
-    def clients(draw: np.random.Generator, counts):
+    def clients(draw: np.random.Generator, counts: list[int]) -> Iterator[tuple[Columns, Columns]]:
         common, wish = np.eye(UPPER) + 0.3 * draw.normal(size=(LOWER, UPPER)), draw.normal(size=LOWER)
         for rows in counts:
             A = common + SPREAD * draw.normal(size=(LOWER, UPPER))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import jax
-from jaxtyping import Array, Float, Key, PyTree
+from collections.abc import Mapping
 
+import jax
+from jaxtyping import Array, Float, Key
+
+Layer = Mapping[str, Array]  # "weight" (inputs, outputs) and "bias" (outputs,)
 HIDDEN = {"digits": 64, "mnist": 200, "fashion-mnist": 200}
 CLIENTS = {"digits": 20, "mnist": 100, "fashion-mnist": 100}
 
 
-def layer(key: Key[Array, ""], inputs: int, outputs: int) -> dict[str, jax.Array]:
+def layer(key: Key[Array, ""], inputs: int, outputs: int) -> dict[str, Array]:
     """A dense layer, weight (inputs, outputs) and bias (outputs,), entries uniform in +-1/sqrt(inputs)."""
     bound = inputs**-0.5
     weight, bias = jax.random.split(key)
@@ -19,11 +22,11 @@ def layer(key: Key[Array, ""], inputs: int, outputs: int) -> dict[str, jax.Array
     }
 
 
-def hidden(body: PyTree, a: Float[Array, " inputs"]) -> Float[Array, " hidden"]:
+def hidden(body: Layer, a: Float[Array, " inputs"]) -> Float[Array, " hidden"]:
     """The hidden layer of one example."""
     return jax.nn.relu(a @ body["weight"] + body["bias"])
 
 
-def logits(body: PyTree, head: PyTree, a: Float[Array, " inputs"]) -> Float[Array, " classes"]:
+def logits(body: Layer, head: Layer, a: Float[Array, " inputs"]) -> Float[Array, " classes"]:
     """The logits of one example; body and head are layers."""
     return hidden(body, a) @ head["weight"] + head["bias"]

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ..data import generator
-from .base import Kind, Options, Task
-from .closed_form import synthetic
+from .base import Kind, Options, Row, Task
+from .closed_form import Columns, synthetic
 
 UPPER, LOWER = 4, 6
 SPREAD = 0.5
 
 
-def inner_loss(x, y, row):
+def inner_loss(x: Float[Array, " upper"], y: Float[Array, " lower"], row: Row) -> Float[Array, ""]:
     """One row's quadratic in y."""
     return 0.5 * y @ row["H"] @ y - y @ (row["B"] @ x + row["b"])
 
 
-def outer_loss(x, y, row):
+def outer_loss(x: Float[Array, " upper"], y: Float[Array, " lower"], row: Row) -> Float[Array, ""]:
     """Half the squared distance to the row's target, plus a small penalty on x."""
     return 0.5 * jnp.sum((y - row["t"]) ** 2) + 0.05 * jnp.sum(x**2)
 
 
 def build(options: Options) -> Task:
-    def clients(draw: np.random.Generator, counts):
+    def clients(draw: np.random.Generator, counts: list[int]) -> list[tuple[Columns, Columns]]:
         basis, _ = np.linalg.qr(draw.normal(size=(LOWER, LOWER)))
         common = basis @ np.diag(np.geomspace(1.0, 10.0, LOWER)) @ basis.T
         cross = draw.normal(size=(LOWER, UPPER))
@@ -40,7 +41,7 @@ def build(options: Options) -> Task:
     return synthetic("quadratic", options, inner_loss, outer_loss, clients, start)
 
 
-def _client(draw: np.random.Generator, common: np.ndarray, cross: np.ndarray, rows: int):
+def _client(draw: np.random.Generator, common: np.ndarray, cross: np.ndarray, rows: int) -> tuple[Columns, Columns]:
     root = draw.normal(size=(LOWER, LOWER)) * SPREAD
     hessian = common + root @ root.T
     mixed = cross + SPREAD * draw.normal(size=cross.shape)

@@ -8,25 +8,27 @@ loss does not contain x: the hypergradient has no direct part.
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ..problem import Problem
-from .base import Kind, Options, Task, classification_metrics, cross_entropy, federated, validation_loss
+from .base import Kind, Options, Row, Task, classification_metrics, cross_entropy, federated, validation_loss
+from .network import Layer
 
 CLIENTS = {"digits": 20, "breast-cancer": 10, "mnist": 100, "fashion-mnist": 100}
 BIAS_PENALTY = 0.01
 
 
-def predict(x, y, a):
+def predict(x: Float[Array, " features"], y: Layer, a: Float[Array, "rows features"]) -> Float[Array, "rows classes"]:
     """Logits of a (rows, features)."""
     return a @ y["weight"] + y["bias"][None]
 
 
-def outer_loss(x, y, example):
+def outer_loss(x: Float[Array, " features"], y: Layer, example: Row) -> Float[Array, ""]:
     """Cross-entropy of one example."""
     return cross_entropy(example["a"] @ y["weight"] + y["bias"], example["label"])
 
 
-def inner_loss(x, y, example):
+def inner_loss(x: Float[Array, " features"], y: Layer, example: Row) -> Float[Array, ""]:
     """Cross-entropy of one example plus the penalties."""
     penalty = jnp.sum(jnp.exp(x)[:, None] * y["weight"] ** 2) + BIAS_PENALTY * jnp.sum(y["bias"] ** 2)
     return outer_loss(x, y, example) + 0.5 * penalty

@@ -10,33 +10,36 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
+from ..datasets import Dataset
 from ..problem import Problem
-from .base import Kind, Options, Task, classification_metrics, federated
+from .base import Kind, Options, Row, Task, classification_metrics, federated
 from .closed_form import closed_form_metrics
+from .network import Layer
 
 CLIENTS = {"digits": 20, "diabetes": 10, "mnist": 100, "fashion-mnist": 100}
 BIAS_PENALTY = 0.01
 _SMALL = 100  # lower variables up to which the closed-form metrics are quick enough to take while running
 
 
-def predict(x, y, a):
+def predict(x: Float[Array, " features"], y: Layer, a: Float[Array, "rows features"]) -> Float[Array, "rows targets"]:
     """Predictions (rows, targets) of a (rows, features)."""
     return a @ y["weight"] + y["bias"][None]
 
 
-def outer_loss(x, y, example):
+def outer_loss(x: Float[Array, " features"], y: Layer, example: Row) -> Float[Array, ""]:
     """Half the squared error of one example."""
     return 0.5 * jnp.sum((example["a"] @ y["weight"] + y["bias"] - example["target"]) ** 2)
 
 
-def inner_loss(x, y, example):
+def inner_loss(x: Float[Array, " features"], y: Layer, example: Row) -> Float[Array, ""]:
     """Half the squared error of one example plus the penalties."""
     penalty = jnp.sum(jnp.exp(x)[:, None] * y["weight"] ** 2) + BIAS_PENALTY * jnp.sum(y["bias"] ** 2)
     return outer_loss(x, y, example) + 0.5 * penalty
 
 
-def targets(dataset, labels) -> np.ndarray:
+def targets(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
     """(rows, targets): centred one-hot labels, or the numbers themselves."""
     if dataset.classes is None:
         return np.asarray(labels, np.float32)[:, None]
