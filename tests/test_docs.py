@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from fedbilevel.algorithms import shipped
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "fedbilevel"
 PAGES = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -119,7 +121,8 @@ fedbilevel compare
 def public_names() -> set[str]:
     """What `import fedbilevel as fb` offers."""
     tree = ast.parse((SOURCE / "__init__.py").read_text())
-    return {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    names = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return names - {"*"} | {name for name, kind in vars(shipped).items() if isinstance(kind, type)}
 
 
 def test_every_public_name_has_a_page_with_an_example():

@@ -5,26 +5,7 @@
 
 from . import algorithms, callbacks, datasets, engines, errors, partition, reference, tasks, testing
 from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
-from .algorithms import (
-    AdaFBiO,
-    AggITD,
-    FedBiO,
-    FedBiOAcc,
-    FedBiOAccLocal,
-    FedF2SA,
-    FedMBO,
-    FedMSA,
-    FedNest,
-    FedNestSGD,
-    LFedNest,
-    LFedNestSVRG,
-    LocalBSGM,
-    LocalBSGVRM,
-    Lockstep,
-    MemFBO,
-    ShroFBO,
-    SimFBO,
-)
+from .algorithms.shipped import *  # noqa: F403  AggITD and all the others
 from .app import App
 from .data import FederatedData
 from .engines import Faults, Loopback, Simulation

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -21,6 +22,8 @@ from jaxtyping import Array, Float, PyTree
 from .errors import InputError, check
 from .federation import Federation
 from .given import as_whole
+
+Setting = float | int | str | bool | tuple[int, ...] | None  # what a field may be given, as plain values
 
 
 class State(eqx.Module):
@@ -96,6 +99,36 @@ def _is_step(value) -> bool:
     return real and bool(jnp.all(jnp.isfinite(value) & (value > 0)))
 
 
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What there is to know about an algorithm before it runs: lists, tables, pages and tests are made of it.
+
+    Attributes:
+        name: on the command line.
+        rounds: of one iteration, the most where the server draws: a sum of whole numbers, T (`inner_rounds`) and N
+            (`neumann_terms`, or `inner_rounds` where there are none), with truncation="full".
+        when: when to use it.
+        hypergradient: how its hypergradient lies to the true one.
+        lower: where its lower level ends.
+        order: of the derivatives that it asks for, "first" or "second".
+        asks: "cohort", or "all" where an exchange asks everybody.
+        biased: whether its hypergradient is made of the clients' own Hessians, and biased where clients differ.
+        busy: settings for the conformance suite, where every option is to be at work, beside the usual ones.
+        exact: those that make `estimate` exact, beside the usual ones; None where it cannot be.
+    """
+
+    name: str
+    rounds: str
+    when: str
+    hypergradient: str
+    lower: str
+    order: str = "second"
+    asks: str = "cohort"
+    biased: bool = False
+    busy: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
+    exact: Mapping[str, Setting] | None = None
+
+
 class Algorithm(eqx.Module):
     """Base of every algorithm; a subclass declares its fields with `rate`, `count` and `option`, which are checked.
 
@@ -104,8 +137,10 @@ class Algorithm(eqx.Module):
     Attributes:
         follows: which setting moves which part of the state: "x", "y", another attribute of the state, or an entry of a
             dict or tuple in it ("control.1"). A run that blows up names its setting by it.
+        about: the facts of one that ships with the library.
     """
 
+    about: ClassVar[About]
     follows: ClassVar[dict[str, str]] = {"x": "outer_lr", "y": "inner_lr", "v": "hessian_lr"}
 
     def __check_init__(self):

@@ -1,4 +1,4 @@
-"""The algorithms, and their names on the command line.
+"""The algorithms, and their names on the command line: those of `shipped`, by what their classes say (`About`).
 
 A file holds one method with its variants; what several share has a file of its own: the local steps and the estimates they
 go along (`steps`), the directions (`directions`), the Neumann series (`neumann`), rounds of the lower and upper level
@@ -6,71 +6,40 @@ go along (`steps`), the directions (`directions`), the Neumann series (`neumann`
 (`curvature`).
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
 
-from ..algorithm import Algorithm
-from .aggitd import AggITD
-from .fedbio import FedBiO, FedBiOAcc, FedBiOAccLocal
-from .fedf2sa import FedF2SA
-from .fedmbo import FedMBO
-from .fedmsa import FedMSA
-from .fednest import FedNest, FedNestSGD
-from .lfednest import LFedNest, LFedNestSVRG
-from .localbsg import AdaFBiO, LocalBSGM, LocalBSGVRM
-from .lockstep import Lockstep
-from .simfbo import MemFBO, ShroFBO, SimFBO
+from ..algorithm import Algorithm, Setting
+from . import shipped
+from .shipped import *  # noqa: F403  what ships is what there is, and a type checker reads it in `shipped`
 
-ALGORITHMS = {
-    "aggitd": AggITD,
-    "fednest": FedNest,
-    "fednest-sgd": FedNestSGD,
-    "lfednest": LFedNest,
-    "lfednest-svrg": LFedNestSVRG,
-    "lockstep": Lockstep,
-    "fedmbo": FedMBO,
-    "simfbo": SimFBO,
-    "shrofbo": ShroFBO,
-    "memfbo": MemFBO,
-    "fedbio": FedBiO,
-    "fedbioacc": FedBiOAcc,
-    "fedbioacc-local": FedBiOAccLocal,
-    "fedmsa": FedMSA,
-    "localbsgm": LocalBSGM,
-    "localbsgvrm": LocalBSGVRM,
-    "adafbio": AdaFBiO,
-    "fedf2sa": FedF2SA,
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    kind.about.name: kind for kind in vars(shipped).values() if isinstance(kind, type)
 }
 
 # whose hypergradient is made of the clients' own Hessians, and biased where clients differ
-BIASED = frozenset({"lfednest", "lfednest-svrg", "localbsgm", "localbsgvrm", "adafbio"})
-FIRST_ORDER = frozenset({"memfbo", "fedf2sa"})  # those that ask for no second derivative
+BIASED = frozenset(name for name, kind in ALGORITHMS.items() if kind.about.biased)
+# those that ask for no second derivative
+FIRST_ORDER = frozenset(name for name, kind in ALGORITHMS.items() if kind.about.order == "first")
+
+# What the conformance suite sets where an algorithm has it: to keep every option at work, and to be exact.
+_BUSY: dict[str, Setting] = {
+    "local_steps": 2, "outer_steps": 2, "batch_size": 2, "inner_lr": 0.05, "outer_lr": 0.05, "inner_rounds": 2,
+    "hessian_lr": 0.1, "outer_optimizer": "adam:0.05",
+}  # fmt: skip
+_EXACT: dict[str, Setting] = {
+    "local_steps": 1, "inner_lr": 0.15, "hessian_lr": 0.15, "outer_lr": 0.05, "truncation": "full",
+}  # fmt: skip
 
 
 def checked(name: str) -> tuple[Algorithm, Algorithm | None]:
     """An algorithm as the conformance suite runs it: with every option at work, and set to be exact (None if it cannot)."""
-    kind: Any = ALGORITHMS[name]
-    fields = kind.__dataclass_fields__
-    busy: dict[str, Any] = {"local_steps": 2, "outer_steps": 2, "batch_size": 2, "inner_lr": 0.05, "outer_lr": 0.05}
-    busy |= {"inner_rounds": 2, "hessian_lr": 0.1, "outer_optimizer": "adam:0.05"}
-    if kind in (SimFBO, ShroFBO, MemFBO):
-        busy |= {"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0}
-    busy = {field: value for field, value in busy.items() if field in fields}
-    exact: dict[str, Any] = {
-        "local_steps": 1,
-        "inner_lr": 0.15,
-        "hessian_lr": 0.15,
-        "outer_lr": 0.05,
-        "truncation": "full",
-    }
-    if kind in (FedNest, FedNestSGD):
-        return kind(**busy), kind(**exact, inner_rounds=600, neumann_terms=600)
-    if kind is AggITD:
-        return kind(**busy), kind(**exact, inner_rounds=600)
-    return kind(**busy), None  # FedMBO's estimator is random, FedF2SA's off by a penalty; the others have none
+    kind = ALGORITHMS[name]
+    busy, exact = kind.about.busy, kind.about.exact
+    return _made(kind, _BUSY, busy), None if exact is None else _made(kind, _EXACT, exact)
 
 
-__all__ = [
-    "ALGORITHMS", "BIASED", "FIRST_ORDER", "AdaFBiO", "AggITD", "FedBiO", "FedBiOAcc", "FedBiOAccLocal", "FedF2SA",
-    "FedMBO", "FedMSA", "FedNest", "FedNestSGD", "LFedNest", "LFedNestSVRG", "LocalBSGM", "LocalBSGVRM", "Lockstep",
-    "MemFBO", "ShroFBO", "SimFBO", "checked",
-]  # fmt: skip
+def _made(kind: type[Algorithm], usual: Mapping[str, Setting], own: Mapping[str, Setting]) -> Algorithm:
+    """An instance with its own settings, and those of the usual ones that it has a field for."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in usual.items() if name in fields}, **own)

@@ -50,14 +50,14 @@ asked. Down (N-Q) (dx + dy) more: x and y^t once more for each r that is made in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..algorithm import option
+from ..algorithm import About, option
 from ..errors import check
 from ..federation import Client, Reply, When
 from .curvature import keeping, residual
@@ -86,6 +86,15 @@ class AggITD(CorrectedUpper, CorrectedLower):
             "adam:0.01"; None: the mean itself.
         warm_start_v, one_round, independent_cohorts: ours, see above.
     """
+
+    about: ClassVar[About] = About(
+        name="aggitd",
+        rounds="2N+3",
+        when="rounds are dear and clients differ; N = 1 with truncation=full to start with",
+        hypergradient="right where clients differ",
+        lower="at y* for any `local_steps`",
+        exact={"inner_rounds": 600},
+    )
 
     warm_start_v: bool = option(False)
     one_round: bool = option(False)

@@ -27,13 +27,13 @@ result.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..algorithm import option
+from ..algorithm import About, option
 from ..errors import check
 from ..federation import Client, Reply
 from .curvature import keeping
@@ -52,6 +52,14 @@ class FedBiO(LocalRounds):
         batch_size: rows of a minibatch, fresh for every local step; None for all rows.
     """
 
+    about: ClassVar[About] = About(
+        name="fedbio",
+        rounds="1",
+        when="simfbo with a server step of one",
+        hypergradient="right with one local step; else off by the order of the steps",
+        lower="the same",
+    )
+
 
 class FedBiOAcc(Tracking):
     """FedBiOAcc (NeurIPS 2023; equations remembered): FedBiO along STORM estimates, with falling steps.
@@ -64,6 +72,14 @@ class FedBiOAcc(Tracking):
         forget: how much of the estimate a local step forgets at first; at most 1.
         slow_after: after how many local steps the steps have fallen to 0.79 (2^{-1/3}).
     """
+
+    about: ClassVar[About] = About(
+        name="fedbioacc",
+        rounds="1",
+        when="minibatches: directions followed by STORM",
+        hypergradient="as SimFBO's, along STORM estimates with falling steps",
+        lower="the same",
+    )
 
     @property
     def local_factors(self):
@@ -88,6 +104,14 @@ class FedBiOAccLocal(FedBiOAcc):
 
     The other arguments are `FedBiOAcc`'s.
     """
+
+    about: ClassVar[About] = About(
+        name="fedbioacc-local",
+        rounds="1",
+        when="another problem: every client has a lower level of its own",
+        hypergradient="another problem's: each client has a lower level of its own",
+        lower="at the client's own y*",
+    )
 
     share_lower: bool = option(False)
 

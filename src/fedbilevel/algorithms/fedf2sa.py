@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..algorithm import Algorithm, Info, State, choice, count, rate
+from ..algorithm import About, Algorithm, Info, State, choice, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
 from .curvature import keeping, kept_in
@@ -47,6 +47,15 @@ class FedF2SA(Algorithm):
         outer_optimizer: an optax transformation applied at the server to outer_lr h, or its name and learning rate as in
             "adam:0.01".
     """
+
+    about: ClassVar[About] = About(
+        name="fedf2sa",
+        rounds="T+1",
+        when="the lower level is too large for second derivatives; off by 1 / penalty",
+        hypergradient="off by the order of 1 / penalty, by first-order oracles only",
+        lower="at y* for any `local_steps`",
+        order="first",
+    )
 
     follows: ClassVar[dict[str, str]] = {
         "x": "outer_lr", "y": "inner_lr", "u": "inner_lr", "control.0": "inner_lr", "control.1": "inner_lr",

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ..algorithm import Info, State, Truncation, choice, count, rate
+from ..algorithm import About, Info, State, Truncation, choice, count, rate
 from ..errors import check
 from ..federation import Client, Federation, When
 from .curvature import AutoStep, keeping
@@ -55,6 +55,14 @@ class FedMBO(LocalLower, NeumannSeries):
         outer_optimizer: an optax transformation applied at the server to outer_lr h, or its name and learning rate as in
             "adam:0.01".
     """
+
+    about: ClassVar[About] = About(
+        name="fedmbo",
+        rounds="T+N+1",
+        when="sampled clients: the variance falls with the number of chains; at most so many rounds",
+        hypergradient="right on average; noisy, less with more `chains`",
+        lower="beside y* for two or more `local_steps`",
+    )
 
     follows: ClassVar[dict[str, str]] = AutoStep.follows | {"optimizer": "outer_optimizer"}
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..algorithm import Info, rate
+from ..algorithm import About, Info, rate
 from ..errors import check
 from ..federation import Client, Federation
 from .curvature import keeping, of_each, residual
@@ -41,6 +41,15 @@ class FedMSA(Simultaneous):
         batch_size: rows of a minibatch, fresh for every local step; None for all rows.
         forget: how much of the estimate an iteration forgets (rho); at most 1.
     """
+
+    about: ClassVar[About] = About(
+        name="fedmsa",
+        rounds="2",
+        when="all clients can be asked each iteration; many local steps without a floor",
+        hypergradient="right where clients differ; never formed for its own sake",
+        lower="at y* for any `local_steps`",
+        asks="all",
+    )
 
     follows: ClassVar[dict[str, str]] = Simultaneous.follows | of_each("before", "estimate")
 

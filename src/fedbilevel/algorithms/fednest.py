@@ -25,11 +25,12 @@ FedNest-SGD: down T (dx+dy) and up T dy in place of the first terms.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import optax.tree
 from jaxtyping import PyTree
 
+from ..algorithm import About
 from ..federation import Client
 from .curvature import keeping
 from .directions import hessian_factor
@@ -96,9 +97,27 @@ class FedNest(_NeumannHypergradient, CorrectedLower):
             "adam:0.01"; None: the mean itself.
     """
 
+    about: ClassVar[About] = About(
+        name="fednest",
+        rounds="2T+N+3",
+        when="the series at the last y; truncation=full for comparisons at equal work",
+        hypergradient='right where clients differ; with `truncation="uniform"` on average, and noisy',
+        lower="at y* for any `local_steps`",
+        exact={"inner_rounds": 600, "neumann_terms": 600},
+    )
+
 
 class FedNestSGD(_NeumannHypergradient, LocalLower):
     """FedNest with plain local SGD inside: T+N+3 rounds, and a lower level off y* for two or more local steps.
 
     The arguments are `FedNest`'s.
     """
+
+    about: ClassVar[About] = About(
+        name="fednest-sgd",
+        rounds="T+N+3",
+        when="one local step, where the anchor round would be idle",
+        hypergradient="right at its own y",
+        lower="beside y* for two or more `local_steps`",
+        exact={"inner_rounds": 600, "neumann_terms": 600},
+    )

@@ -17,13 +17,13 @@ Floats per client: down T (dx+dy) + dx+dy, up T dy + dx; with SVRG down T (2 dx 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..algorithm import Info, State
+from ..algorithm import About, Info, State
 from ..federation import Client, Federation
 from .curvature import keeping
 from .neumann import LocalNeumann
@@ -58,9 +58,27 @@ class _LocalHypergradient(NeumannFields, LocalNeumann):
 class LFedNest(_LocalHypergradient, LocalLower):
     """LFedNest (Tarzanagh et al., ICML 2022): T+1 rounds; biased where clients differ. The arguments are `FedNest`'s."""
 
+    about: ClassVar[About] = About(
+        name="lfednest",
+        rounds="T+1",
+        when="clients are alike and rounds very dear; off the solution where they differ",
+        hypergradient="biased where clients differ",
+        lower="beside y* for two or more `local_steps`",
+        biased=True,
+    )
+
 
 class LFedNestSVRG(_LocalHypergradient, CorrectedLower):
     """LFedNest with FedNest's corrected lower loop: 2T+1 rounds; biased where clients differ, for Hessians stay local.
 
     The arguments are `FedNest`'s.
     """
+
+    about: ClassVar[About] = About(
+        name="lfednest-svrg",
+        rounds="2T+1",
+        when="as lfednest, with a lower level at y*",
+        hypergradient="biased where clients differ",
+        lower="at y* for any `local_steps`",
+        biased=True,
+    )

@@ -31,7 +31,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..algorithm import Truncation, count, rate
+from ..algorithm import About, Truncation, count, rate
 from .neumann import LocalNeumann
 from .steps import momentum, norm
 from .tracking import Tracking
@@ -50,6 +50,15 @@ class LocalBSGVRM(Tracking, LocalNeumann):
         forget: how much of the estimate a local step forgets at first; at most 1.
         slow_after: after how many local steps the steps have fallen to 0.79 (2^{-1/3}).
     """
+
+    about: ClassVar[About] = About(
+        name="localbsgvrm",
+        rounds="1",
+        when="as localbsgm, with STORM",
+        hypergradient="biased where clients differ",
+        lower="beside y* for two or more `local_steps`",
+        biased=True,
+    )
 
     neumann_terms: int = count(5)
     truncation: Any = eqx.field(default="uniform", converter=Truncation)
@@ -75,6 +84,15 @@ class LocalBSGM(LocalBSGVRM):
     The arguments are `LocalBSGVRM`'s.
     """
 
+    about: ClassVar[About] = About(
+        name="localbsgm",
+        rounds="1",
+        when="clients are alike, minibatches: momentum; off the solution where they differ",
+        hypergradient="biased where clients differ",
+        lower="beside y* for two or more `local_steps`",
+        biased=True,
+    )
+
     renewal: ClassVar[Any] = momentum
     power: ClassVar[int] = 1
 
@@ -88,6 +106,15 @@ class AdaFBiO(LocalBSGVRM):
 
     The other arguments are `LocalBSGVRM`'s.
     """
+
+    about: ClassVar[About] = About(
+        name="adafbio",
+        rounds="1",
+        when="as localbsgvrm, with adaptive steps",
+        hypergradient="biased where clients differ",
+        lower="beside y* for two or more `local_steps`",
+        biased=True,
+    )
 
     keep: Any = rate(0.9)
     damping: Any = rate(0.1)

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..algorithm import Info, count, rate
+from ..algorithm import About, Info, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
 from .curvature import AutoStep, keeping, of_each, residual
@@ -56,6 +56,14 @@ class Lockstep(AutoStep):
         outer_steps: local upper steps a round.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.
     """
+
+    about: ClassVar[About] = About(
+        name="lockstep",
+        rounds="1",
+        when="the fewest rounds where clients differ; the longest messages",
+        hypergradient="right where clients differ; never formed for its own sake",
+        lower="at y* for any `local_steps`",
+    )
 
     follows: ClassVar[dict[str, str]] = AutoStep.follows | of_each("control")
 

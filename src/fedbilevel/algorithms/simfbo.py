@@ -26,13 +26,13 @@ Floats per client and round: down dx + 2 dy, up dx + 2 dy.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..algorithm import choice, rate
+from ..algorithm import About, choice, rate
 from ..errors import check
 from ..federation import Client, Federation
 from .directions import first_order_direction
@@ -60,6 +60,15 @@ class SimFBO(LocalRounds):
         radius: the largest |v|; None: any.
         client_steps: each client's number of local steps, in place of `local_steps`: a tuple with one for each client.
     """
+
+    about: ClassVar[About] = About(
+        name="simfbo",
+        rounds="1",
+        when="short messages, one local step; a floor for more",
+        hypergradient="right with one local step; else off by the order of the steps",
+        lower="the same",
+        busy={"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0},
+    )
 
     server_lr: Any = rate(1.0)
     radius: Any = rate(None)
@@ -104,6 +113,15 @@ class ShroFBO(SimFBO):
     The arguments are `SimFBO`'s.
     """
 
+    about: ClassVar[About] = About(
+        name="shrofbo",
+        rounds="1",
+        when="as simfbo, where clients take unequal numbers of local steps",
+        hypergradient="right with one local step; else off by the order of the steps",
+        lower="the same",
+        busy={"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0},
+    )
+
     def moved(self, fed: Federation, z: PyTree, lam: Any) -> PyTree:
         a_step, steps = fed.average(self.normalised, *z, lam)
         return optax.tree.scale(steps, a_step)
@@ -122,6 +140,16 @@ class MemFBO(SimFBO):
 
     The other arguments are `SimFBO`'s.
     """
+
+    about: ClassVar[About] = About(
+        name="memfbo",
+        rounds="1",
+        when="as simfbo, where there are no second derivatives",
+        hypergradient="as SimFBO's, by first-order oracles only",
+        lower="the same",
+        order="first",
+        busy={"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0},
+    )
 
     distance: Any = rate(0.01)
 

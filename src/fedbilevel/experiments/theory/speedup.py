@@ -135,7 +135,7 @@ def _measure(name: str, cohort: int, f: Family) -> dict[str, float]:
     setup = problems.quadratic(CLIENTS, SPREAD, cohort)
     kind, options, together = METHODS[name]
     options = {field: cohort if value is None else value for field, value in options.items()}
-    algorithm: Any = ALGORITHMS[kind](local_steps=1, **options)
+    algorithm: Any = ALGORITHMS[kind](**{"local_steps": 1, **options})
     scales = np.repeat(SCALES, KEYS)
     lanes = {field: RATES[field] * scales for field in ("inner_lr", "outer_lr")}
     lanes["hessian_lr"] = RATES["hessian_lr"] * scales if together else np.full_like(scales, SERIES)

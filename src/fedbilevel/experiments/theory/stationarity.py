@@ -81,7 +81,7 @@ def stationarity(folder: Path, quick: bool = False, progress: common.Progress = 
 
 def _algorithm(name: str, local_steps: int) -> Any:
     kind, options = METHODS[name]
-    return ALGORITHMS[kind](local_steps=local_steps, **options)
+    return ALGORITHMS[kind](**{"local_steps": local_steps, **options})
 
 
 def _costs(name: str, local_steps: int) -> tuple[float, float]:
