@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 
-import apps
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 import fedbilevel as fb
 from fedbilevel.app import load_app, placeholder, schema
 from fedbilevel.engines.nvflare.agreement import derive, fingerprint, placeholder_data, shares
+from helpers import apps
 
 SITES = ["site-1", "site-2", "site-3"]
 

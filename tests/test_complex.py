@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import apps
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ import fedbilevel as fb
 from fedbilevel import reference
 from fedbilevel.app import load_app, placeholder, schema
 from fedbilevel.engines.nvflare.agreement import begin, derive, placeholder_data
+from helpers import apps
 
 KEY = jax.random.key(0)
 STEPS = {"inner_lr": 0.1, "hessian_lr": 0.1, "outer_lr": 0.1}

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from fedbilevel.datasets import DATASETS, IDX_FILES, LARGEST, idx_folder, load, read_idx
 from fedbilevel.errors import InputError
+from helpers.places import DATA
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
 LABELS = np.array([0, 1, 2, 1, 0], np.uint8)
 

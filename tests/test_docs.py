@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from fedbilevel.algorithms import shipped
+from helpers.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "fedbilevel"
 PAGES = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"(?P<long><!-- long -->\s*)?^```(?P<language>python|bash)\n(?P<text>.*?)^```$", re.M | re.S)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import fedbilevel as fb
+from helpers.places import EXAMPLES
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RIDGE = EXAMPLES / "neumann_ridge.py"
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax.tree
 import pytest
-from quadratic import flat, quadratic
 
 import fedbilevel as fb
+from helpers import cases
+from helpers.quadratic import flat, quadratic
 
 KEY = jax.random.key(0)
 ENGINES = (fb.Simulation, fb.Loopback)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quadratic import flat, inner, outer, quadratic
 
 import fedbilevel as fb
 from fedbilevel.algorithms import ALGORITHMS
+from helpers.quadratic import flat, inner, outer, quadratic
 
 FAST = ("fedbio",)  # the others take their time to compile
 EACH = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ALGORITHMS]

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,26 +14,8 @@ import pytest
 import fedbilevel as fb
 from fedbilevel.callbacks import Checkpoint
 from fedbilevel.callbacks.checkpoint import FILE
-
-RNG = np.random.default_rng(0)
-ROWS = [RNG.normal(size=(n, 3)) + i for i, n in enumerate((3, 3, 3))]
-DATA = fb.FederatedData.stack(ROWS, ROWS)
-X, Y = {"a": jnp.ones(2)}, {"b": jnp.zeros(3)}
-STEPS = {"inner_lr": 0.1, "hessian_lr": 0.1, "outer_lr": 0.05}
-NEST = fb.FedNest(inner_rounds=1, **STEPS)
-
-
-def losses(pull=1.0, slope=0.2):
-    """New functions each time."""
-    wanted = np.full(3, pull)
-    inner = lambda x, y, e: 0.5 * jnp.sum((y["b"] - e) ** 2) + slope * jnp.sum(x["a"]) * jnp.sum(y["b"])
-    outer = lambda x, y, e: 0.5 * jnp.sum((y["b"] - wanted) ** 2) + 0.5 * jnp.sum(x["a"] ** 2)
-    return fb.Problem(inner, outer)
-
-
-def solve(iterations=3, problem=None, **changed):
-    given = {"data": DATA, "algorithm": NEST, "x": X, "y": Y, "key": jax.random.key(0), "check": False} | changed
-    return fb.solve(problem or losses(), iterations=iterations, **given)
+from helpers.places import TESTS
+from helpers.resumed import NEST, ROWS, STEPS, X, Y, losses, solve, with_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +69,6 @@ def test_how_it_is_computed_does_not_count(saved, tmp_path):
     assert "dropout was 0.0" in refused(tmp_path, engine=fb.Loopback(dropout=0.2))
 
 
-def with_optimizer(optimizer):
-    return {"algorithm": dataclasses.replace(NEST, outer_optimizer=optimizer)}
-
-
 def test_a_transformation_of_optax_is_known_by_what_it_does(tmp_path):
     schedule = lambda rate: optax.adam(optax.exponential_decay(rate, 10, 0.9))
     solve(2, **with_optimizer(schedule(0.1)), callbacks=[Checkpoint(tmp_path)])
@@ -106,14 +83,14 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 sys.path.insert(0, {tests!r})
 import optax
-from test_identity import losses, solve, with_optimizer
+from helpers.resumed import losses, solve, with_optimizer
 fixed = solve(resume={folder!r}, problem=losses({pull}), **with_optimizer(optax.adam({rate})))
 print(fixed.iteration)
 """
 
 
 def elsewhere(folder, pull=1.0, rate=0.1):
-    code = OTHER_PROCESS.format(tests=os.path.dirname(__file__), folder=str(folder), pull=pull, rate=rate)
+    code = OTHER_PROCESS.format(tests=str(TESTS), folder=str(folder), pull=pull, rate=rate)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
 
 

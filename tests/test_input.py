@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quadratic import quadratic
 
 import fedbilevel as fb
+from helpers.quadratic import quadratic
 
 Q0 = quadratic(clients=3)
 ALGORITHM = fb.AggITD(inner_rounds=1, local_steps=1)

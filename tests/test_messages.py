@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 
-import apps
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from quadratic import flat, quadratic
 
 import fedbilevel as fb
 from fedbilevel.callbacks import CSV, Checkpoint
+from helpers import apps
+from helpers.quadratic import flat, quadratic
 
 Q0 = quadratic(seed=1, clients=3)
 STEP = {"inner_lr": 0.02, "hessian_lr": 0.02, "outer_lr": 0.01}

@@ -2,12 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas
 import pytest
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+from helpers.places import DATA
 
 
 @pytest.mark.slow

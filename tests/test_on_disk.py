@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import OneRound
-from quadratic import flat, quadratic
 
 import fedbilevel as fb
 from fedbilevel import arrays, clock
@@ -27,6 +25,8 @@ from fedbilevel.experiments import report
 from fedbilevel.experiments.plan import Plan, gather
 from fedbilevel.result import save_variables
 from fedbilevel.tasks import Options
+from helpers.cases import OneRound
+from helpers.quadratic import flat, quadratic
 
 TYPES = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float4_e2m1fn",
          "int4", "uint4", "int2", "float32", "float64", "complex64", "int8", "uint32", "bool"]  # fmt: skip

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import apps
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quadratic import flat, quadratic
 
 import fedbilevel as fb
 from fedbilevel.app import load_app
 from fedbilevel.engines.loopback import _Looped
 from fedbilevel.engines.transport import Answers as InTransit
 from fedbilevel.result import save_variables
+from helpers import apps
+from helpers.quadratic import flat, quadratic
 
 pytest.importorskip("nvflare")
 from fedbilevel.engines.nvflare.agreement import placeholder_data

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from recorded import SETTINGS, STEPS, VARIANTS, cases, recorded, run
 
 import fedbilevel as fb
+from helpers.recorded import SETTINGS, STEPS, VARIANTS, cases, recorded, run
 
 FAST = {"lockstep", "aggitd", "fedbioacc-local"}
 CASES = list(cases())

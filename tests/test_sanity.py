@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
-from pathlib import Path
 
-import apps
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from network import call
 
 import fedbilevel as fb
 from fedbilevel import sanity
@@ -21,6 +18,9 @@ from fedbilevel.errors import FedbilevelWarning
 from fedbilevel.problem import bind
 from fedbilevel.tasks import TASKS, Options
 from fedbilevel.variables import trainable
+from helpers import apps
+from helpers.network import call
+from helpers.places import EXAMPLES
 
 X, Y = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, 0.1, -0.4])
 ALGORITHM = fb.Lockstep(inner_lr=0.02, hessian_lr=0.02, outer_lr=0.01)
@@ -261,9 +261,6 @@ def test_every_task_at_its_own_start_passes_without_a_warning(name, dataset):
         except fb.InputError as error:
             pytest.skip(f"not here: {error}")
         look(task.problem, task.data, task.x, task.y)
-
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_the_example_app_passes_without_a_warning(tmp_path):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quadratic import flat
 
 import fedbilevel as fb
+from helpers.quadratic import flat
 
 KEY = jax.random.key(0)
 LEDGER = ("rounds", "bytes_down", "bytes_up")

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quadratic import quadratic
 
 import fedbilevel as fb
+from helpers.quadratic import quadratic
 
 Q = quadratic(seed=0, clients=2)
 LOST = {

@@ -1,0 +1,86 @@
+"""The network engine over nvflare: its simulator here, provisioned in `make test-network`; it is the simulation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from helpers import apps
+from helpers.network import call, close, compiled_once, nothing_left, same_books
+
+pytest.importorskip("nvflare")
+
+AGGITD = "algorithm=fb.AggITD(inner_rounds=2, inner_lr=0.02, hessian_lr=0.02, outer_lr=0.05, local_steps=2)"
+FEDNEST = "algorithm=fb.FedNest(inner_rounds=2, inner_lr=0.02, hessian_lr=0.02, outer_lr=0.05, local_steps=2)"
+
+
+def test_over_nvflares_simulator_it_is_the_simulation(tmp_path):
+    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=10, {apps.LOCKSTEP}")
+    call("run", file, "--out", tmp_path / "simulated")
+    out = tmp_path / "network"
+    bystander = subprocess.Popen(["tail", "-f", "/dev/null", str(out / "rounds.csv")], stderr=subprocess.DEVNULL)
+    try:
+        call("run", file, "--out", out, "--engine", "nvflare")
+        assert bystander.poll() is None  # it names the folder, but it is nobody's of the run
+    finally:
+        bystander.kill()
+        bystander.wait()
+    close(out, tmp_path / "simulated", 1e-12)
+    same_books(out, tmp_path / "simulated")
+    compiled_once(out, 3)
+    nothing_left(tmp_path)
+
+
+@pytest.mark.network
+def test_it_goes_on_in_32_bits(tmp_path):
+    file = apps.write(
+        tmp_path, apps.CLOSED_FORM.replace("precision=64", "precision=32"), f"iterations=12, {apps.LOCKSTEP}"
+    )
+    call("run", file, "--out", tmp_path / "simulated")
+    out = tmp_path / "network"
+    call("run", file, "--out", out, "--engine", "nvflare", "--iterations", 6)
+    call("run", file, "--out", out, "--engine", "nvflare", "--resume")
+    close(out, tmp_path / "simulated", 1e-5)
+    same_books(out, tmp_path / "simulated")
+
+
+def test_a_job_for_an_operator(fedbilevel, tmp_path):
+    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=10, {apps.LOCKSTEP}")
+    code, printed, errors = fedbilevel("deploy", file, "--out", tmp_path / "jobs", "--clients", 3)
+    assert code == 0, errors
+    job = tmp_path / "jobs" / "closed-form"
+    assert f"nvflare job submit -j {job}" in printed
+    assert json.loads((job / "meta.json").read_text())["min_clients"] == 3
+    assert len(list(job.rglob("app.py"))) >= 1 and str(tmp_path) not in "".join(
+        config.read_text() for config in job.rglob("config_fed_*.json")
+    )
+
+
+# Provisioned, with faults ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("algorithm", [AGGITD, FEDNEST, apps.LOCKSTEP], ids=["aggitd", "fednest", "lockstep"])
+@pytest.mark.parametrize("poc", [False, True], ids=["simulator", "provisioned"])
+def test_a_network_of_five_sites_is_the_simulation(tmp_path, algorithm, poc):
+    file = apps.write(tmp_path, apps.DIGITS, f"iterations=10, {algorithm}")
+    call("run", file, "--clients", 5, "--out", tmp_path / "simulated")
+    more = ["--poc"] if poc else []
+    call("run", file, "--clients", 5, "--out", tmp_path / "network", "--engine", "nvflare", *more)
+    close(tmp_path / "network", tmp_path / "simulated", 1e-5)
+    same_books(tmp_path / "network", tmp_path / "simulated")
+    compiled_once(tmp_path / "network", 5)
+    nothing_left(tmp_path)
+
+
+@pytest.mark.network
+def test_a_closed_form_between_provisioned_sites_is_the_simulation(tmp_path):
+    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=10, {apps.LOCKSTEP}")
+    call("run", file, "--out", tmp_path / "simulated")
+    call("run", file, "--out", tmp_path / "network", "--engine", "nvflare", "--poc")
+    close(tmp_path / "network", tmp_path / "simulated", 1e-12)
+    same_books(tmp_path / "network", tmp_path / "simulated")
+    compiled_once(tmp_path / "network", 3)
+    nothing_left(tmp_path)

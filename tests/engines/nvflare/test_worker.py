@@ -1,0 +1,210 @@
+"""A site's worker process, and what its nvflare process lets through to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedbilevel as fb
+from fedbilevel.app import load_app
+from fedbilevel.engines.nvflare.agreement import begin, derive, fingerprint, placeholder_data
+from fedbilevel.engines.nvflare.worker import Worker, WorkerDied, WorkerSaid
+from fedbilevel.wire import decode, encode, message_schema
+from helpers import apps
+
+pytest.importorskip("nvflare")
+from fedbilevel.engines.nvflare import site as site_module
+from fedbilevel.engines.nvflare.site import Site, _request, _setup
+
+SEED = 0
+
+
+class Asked:
+    """A worker that is prepared, and every byte that came out of it."""
+
+    def __init__(self, file, folder, resume=False):
+        self.app, self.said = load_app(file), []
+        self.worker = Worker(str(file), "site-2", str(folder))
+        self.rows = self.ask("load")[0]
+        data = placeholder_data(self.rows["rows"], 3, None)
+        self.protocol = derive(self.app, data, 3)
+        self.site = next(iter(self.protocol.sites.values()))
+        self.setup = {
+            "index": 1, "sites": 3, "cohort": 3, "seed": SEED, "scale": None,
+            "protocol": fingerprint(self.protocol), "resume": resume,
+        }  # fmt: skip
+        self.ask("prepare", **self.setup)
+
+    def ask(self, what, payload=b"", **header):
+        said, numbers = self.worker.ask(what, payload, **header)
+        self.said.append(json.dumps(said).encode() + numbers)
+        return said, numbers
+
+    def moves(self, tag, counted, kept=(-1, 0, 0), deadline=60.0):
+        x, y = begin(self.app)[1]
+        z = jax.tree.map(np.zeros_like, (x, y, y))
+        message = tuple(jax.tree.map(np.asarray, (x, y, z[1], z)))
+        fit = jax.tree.leaves(self.site.message)
+        payload = b"".join(np.asarray(a, s.dtype).tobytes() for a, s in zip(jax.tree.leaves(message), fit, strict=True))
+        header = {"place": 0, "tag": tag, "sent": [], "wanted": [True], "counted": counted, "kept": kept}
+        return self.ask("answer", payload, deadline=deadline, **header)
+
+
+@pytest.fixture
+def asked(tmp_path):
+    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=6, {apps.LOCKSTEP}")
+    made = []
+
+    def start(**options):
+        made.append(Asked(file, tmp_path / "state", **options))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.worker.end()
+
+
+def test_a_worker_answers_keeps_its_state_and_tells_no_rows(asked):
+    one = asked()
+    first = one.moves((0, 0, 0), (-1, 0, 0))
+    again = one.moves((0, 0, 1), (-1, 0, 0))  # the first did not count
+    assert first[1] == again[1]
+    with pytest.raises(WorkerSaid, match="has no state"):
+        one.moves((1, 0, 0), (0, 0, 0))  # forgotten when its exchange was tried again
+    next_one = one.moves((1, 0, 0), (0, 0, 1))
+    assert next_one[1] != first[1]  # its control variate is there now
+    assert first[0]["traced"] == next_one[0]["traced"] == {"moves": 1}
+    with pytest.raises(WorkerSaid, match="has no state") as lost:
+        one.moves((2, 0, 0), (1, 0, 5))
+    assert lost.value.kind == "lost"
+
+    told = b"".join(one.said)
+    inner, outer = one.app.rows("site-2")
+    rows = [row for level in (inner, outer) for leaf in level.values() for row in leaf]
+    assert len(rows) > 20 and not any(np.asarray(row).tobytes() in told for row in rows)
+    assert one.rows["counts"] is None  # not even how many there are
+    with_them = told + np.asarray(rows[0]).tobytes()
+    assert np.asarray(rows[0]).tobytes() in with_them  # what is looked for can be found
+
+
+def test_killed_it_dies_and_the_next_goes_on_with_its_state(asked):
+    one = asked()
+    one.moves((0, 0, 0), (-1, 0, 0))
+    expected = one.moves((1, 0, 0), (0, 0, 0))[1]
+    os.kill(one.worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="died"):
+        one.moves((1, 0, 0), (0, 0, 0))
+    assert not one.worker.alive
+    assert asked(resume=True).moves((1, 0, 0), (0, 0, 0))[1] == expected
+    with pytest.raises(WorkerSaid, match="has no state"):
+        asked().moves((1, 0, 0), (0, 0, 0))  # not resumed: it begins anew
+
+
+def test_hanging_it_is_ended_at_the_deadline(asked):
+    one = asked()
+    os.kill(one.worker.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(WorkerDied, match=r"did not answer within 0\.5 s"):
+        one.moves((0, 0, 0), (-1, 0, 0), deadline=0.5)
+    assert time.monotonic() - begin < 10 and not one.worker.alive
+
+
+def test_restarted_it_has_its_first_state(asked):
+    one = asked()
+    first = one.moves((0, 0, 0), (-1, 0, 0))[1]
+    one.moves((1, 0, 0), (0, 0, 0))
+    one.ask("restart", encode(begin(one.app)[1], (True, True)))
+    with pytest.raises(WorkerSaid, match="has no state"):
+        one.moves((2, 0, 0), (1, 0, 0))
+    assert one.moves((0, 0, 0), (-1, 0, 0))[1] == first
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"place": 7}, "exchange 7 is not in the protocol"),
+        ({"wanted": [True, True]}, "flags for other parts"),
+        ({"sent": [True]}, "flags for other parts"),
+    ],
+)
+def test_what_is_not_in_the_protocol_is_refused(asked, change, sentence):
+    one = asked()
+    header = {"place": 0, "tag": (0, 0, 0), "sent": [], "wanted": [True], "counted": (-1, 0, 0), "kept": (-1, 0, 0)}
+    with pytest.raises(WorkerSaid, match=sentence):
+        one.ask("answer", b"", **{**header, **change})
+    with pytest.raises(WorkerSaid, match="bytes arrived where the protocol says"):
+        one.ask("answer", b"\0" * 3, **header)
+    with pytest.raises(WorkerSaid, match="KeyError"):
+        one.ask("system", b"")
+    with pytest.raises(WorkerSaid, match="derives another protocol"):
+        one.ask("prepare", **{**one.setup, "protocol": "another"})
+
+
+# What reaches the worker at all ---------------------------------------------------------------------------------------
+
+STATES = {"a": [[0, 0, 0], [0, 0, 0]]}
+HEADER = {"place": 0, "tag": [0, 0, 0], "sent": [], "wanted": [True], "states": STATES, "deadline": 1.0}
+SETUP = {"order": ["a", "b"], "cohort": 2, "seed": 0, "scales": None, "protocol": "p", "resume": False}
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=3),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=3), inside, max_size=3),
+    max_leaves=5,
+)
+
+
+def test_a_proper_request_and_setup_pass():
+    fields, deadline = _request(HEADER, b"numbers", "a")
+    assert fields["counted"] == [0, 0, 0] and deadline == 1.0
+    assert _setup(SETUP, "b")["index"] == 1
+
+
+def test_only_the_server_may_ask(monkeypatch):
+    monkeypatch.setattr(site_module, "collab", types.SimpleNamespace(caller="site-3", site_name="a"))
+    one = Site()
+    for call in (one.hello, lambda: one.prepare(SETUP), lambda: one.answer(HEADER, b""), lambda: one.restart(b"")):
+        with pytest.raises(ValueError, match="only the server may ask; this was site-3"):
+            call()
+
+
+@given(st.sampled_from(sorted(HEADER)), anything, anything)
+def test_a_header_with_anything_else_in_it_is_refused_or_harmless(name, value, payload):
+    with contextlib.suppress(ValueError):
+        fields, deadline = _request({**HEADER, name: value}, payload, "a")
+        assert isinstance(payload, bytes) and deadline > 0
+        assert all(isinstance(n, int) for n in (*fields["tag"], *fields["counted"], fields["place"]))
+        assert all(isinstance(flag, bool) for flag in (*fields["sent"], *fields["wanted"]))
+
+
+@given(st.sampled_from(sorted(SETUP)), anything)
+def test_a_setup_with_anything_else_in_it_is_refused_or_harmless(name, value):
+    with contextlib.suppress(ValueError):
+        assert _setup({**SETUP, name: value}, "a")["sites"] >= 1
+
+
+@given(anything)
+def test_what_is_no_header_is_refused(value):
+    for words in ((value, b"", "a"), ({}, b"", "a"), ({**HEADER, "method": "system"}, b"", "a")):
+        with pytest.raises(ValueError, match="refuses the call"):
+            _request(*words)
+
+
+@given(st.binary(max_size=64), st.integers(0, 2))
+def test_bytes_are_numbers_of_the_protocol_or_refused(payload, number):
+    schema = ({"a": jax.ShapeDtypeStruct((2, 2), np.float64)}, jax.ShapeDtypeStruct((), jax.numpy.bfloat16))
+    pieces, travels = message_schema(schema, ())
+    try:
+        back = decode(pieces, payload, travels)
+    except fb.RunError:
+        assert len(payload) != 34
+    else:
+        assert encode(back, travels) == payload

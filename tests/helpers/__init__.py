@@ -1,0 +1,1 @@
+"""What tests share: problems with closed forms, apps as files, runs of the command, recorded runs."""
