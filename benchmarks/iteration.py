@@ -20,7 +20,8 @@ import numpy as np
 import fedbilevel as fb
 from fedbilevel.algorithms.directions import hessian_factor, hypergradient
 from fedbilevel.algorithms.steps import fedsvrg
-from fedbilevel.federation import Client, client_key, exchange_key, sample_cohort
+from fedbilevel.cohorts import client_key, exchange_key, sample_cohort
+from fedbilevel.federation import Client
 from fedbilevel.tasks.hyper_representation import InnerLoss, features, outer_loss
 from fedbilevel.tasks.network import layer
 

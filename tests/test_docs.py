@@ -121,7 +121,8 @@ fedbilevel compare
 def public_names() -> set[str]:
     """What `import fedbilevel as fb` offers."""
     tree = ast.parse((SOURCE / "__init__.py").read_text())
-    names = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    imported = [alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    names = {alias.name for alias in imported if not (alias.asname or alias.name).startswith("_")}
     return names - {"*"} | {name for name, kind in vars(shipped).items() if isinstance(kind, type)}
 
 

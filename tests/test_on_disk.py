@@ -19,8 +19,8 @@ import fedbilevel as fb
 from fedbilevel import arrays, clock
 from fedbilevel.callbacks import CSV, Callback, Checkpoint
 from fedbilevel.callbacks.checkpoint import FILE
+from fedbilevel.engines.messaging.transport import START
 from fedbilevel.engines.nvflare.worker import _Inside
-from fedbilevel.engines.transport import START
 from fedbilevel.experiments import report
 from fedbilevel.experiments.plan import Plan, gather
 from fedbilevel.result import save_variables

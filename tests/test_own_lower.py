@@ -13,7 +13,7 @@ import pytest
 import fedbilevel as fb
 from fedbilevel.app import load_app
 from fedbilevel.engines.loopback import _Looped
-from fedbilevel.engines.transport import Answers as InTransit
+from fedbilevel.engines.messaging.transport import Answers as InTransit
 from fedbilevel.result import save_variables
 from helpers import apps
 from helpers.quadratic import flat, quadratic

@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.interpreters.partial_eval import dce_jaxpr
 
 import fedbilevel as fb
+from fedbilevel.jaxprs import dce_jaxpr
 from helpers.featured import (
     CLIENTS,
     DATA,

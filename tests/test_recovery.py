@@ -19,9 +19,9 @@ import fedbilevel as fb
 from fedbilevel.algorithms.curvature import EVERY, HALVINGS
 from fedbilevel.callbacks import CSV, Checkpoint
 from fedbilevel.engines.base import Engine, plan
-from fedbilevel.engines.client_side import ClientSide, Methods
 from fedbilevel.engines.loopback import InProcess
-from fedbilevel.engines.server_side import Messaging
+from fedbilevel.engines.messaging.client_side import ClientSide, Methods
+from fedbilevel.engines.messaging.server_side import Messaging
 from fedbilevel.problem import strong
 from fedbilevel.protocol import as_leaves, client_state
 from fedbilevel.protocol import step as one_iteration

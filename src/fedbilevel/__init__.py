@@ -10,11 +10,13 @@ from .app import App
 from .data import FederatedData
 from .engines import Faults, Loopback, Simulation
 from .errors import ClientError, Diverged, InputError, RunError
-from .exchanges import Protocol
 from .federation import Client, Federation, Reply, When
+from .moved import install as _install
 from .problem import Problem, Rows
-from .protocol import protocol
+from .protocol import Protocol, protocol
 from .result import History, Result
 from .solve import estimate_hypergradient, solve
 
 __version__ = "0.1.0"
+
+_install()

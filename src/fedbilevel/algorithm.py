@@ -16,12 +16,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from .errors import InputError, check
 from .federation import Federation
 from .given import as_whole
+from .jaxprs import Tracer
 
 Setting = float | int | str | bool | tuple[int, ...] | None  # what a field may be given, as plain values
 

@@ -21,10 +21,10 @@ from jaxtyping import PyTree
 
 from .algorithm import Algorithm
 from .bundle import Bundle, Modules, bundle, checked_patterns, declared_files
+from .cohorts import check_cohort
 from .data import FederatedData
 from .engines.faults import Faults
 from .errors import InputError, check
-from .federation import check_cohort
 from .given import whole_number
 from .metrics import checked_metrics
 from .problem import Problem

@@ -6,9 +6,9 @@ import operator
 from typing import Any
 
 import numpy as np
-from jax.core import Tracer
 
 from .errors import InputError
+from .jaxprs import Tracer
 
 
 def as_whole(value: Any, least: int | None = None) -> int | None:

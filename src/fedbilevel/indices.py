@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
+
+from .jaxprs import Literal
 
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _SEEN_THROUGH = (

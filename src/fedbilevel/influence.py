@@ -12,11 +12,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.extend.core import Literal as Constant
-from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
+from .jaxprs import ClosedJaxpr, dce_jaxpr, jaxpr_as_fun
+from .jaxprs import Literal as Constant
 from .problem import Problem, Rows
 
 Level = Literal["inner", "outer"]

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Int, Key
 
 from .errors import check
+from .jaxprs import Tracer, threefry_2x32
 from .problem import describe
 
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .algorithm import Algorithm
+from .cohorts import mean_reply
 from .engines.base import Carry, Execution
 from .errors import InputError, check, warn
-from .federation import mean_reply
 from .problem import describe
 from .protocol import client_state
 

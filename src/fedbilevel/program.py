@@ -20,11 +20,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import jaxpr_as_fun
 from jaxtyping import PyTree
 
 from .canonical import Traced, canonical, digest_of, digest_of_class, trace
 from .data import FederatedData
+from .jaxprs import jaxpr_as_fun
 from .problem import Problem, Rows, check_losses, trace_oracle
 
 ORACLES = {

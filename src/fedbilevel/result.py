@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from . import arrays
 from .errors import check
-from .exchanges import Protocol
+from .protocol.table import Protocol
 
 EMPTY = float("nan")  # what was not taken: this very object, so that a file can leave the place empty
 

@@ -8,10 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import PyTree
 
 from .errors import InputError, check
+from .jaxprs import Tracer
 from .problem import describe, is_complex, strong
 from .rows.narrow import WIDER, held
 from .rows.values import shown

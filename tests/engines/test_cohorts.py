@@ -15,7 +15,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fedbilevel as fb
-from fedbilevel.federation import client_key, sample_cohort
+from fedbilevel.cohorts import client_key, sample_cohort
 from helpers.quadratic import flat, quadratic
 
 KEYS = jax.random.split(jax.random.key(5), 20_000)

@@ -16,7 +16,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.callbacks import Checkpoint
-from fedbilevel.federation import full_weights, mean_reply, stays
+from fedbilevel.cohorts import full_weights, mean_reply, stays
 from helpers.quadratic import flat, inner, outer, quadratic
 
 KEY = jax.random.key(3)

@@ -228,7 +228,7 @@ def test_a_client_left_out_is_not_asked(trouble):
 
 
 def _losing(monkeypatch, iteration):
-    from fedbilevel.engines.client_side import ClientSide
+    from fedbilevel.engines.messaging.client_side import ClientSide
 
     answer, lost = ClientSide.answer, []
 
@@ -257,7 +257,7 @@ def test_lost_state_is_rebuilt_everywhere(monkeypatch):
 
 
 def test_a_client_that_cannot_keep_its_state_ends_the_run(monkeypatch):
-    from fedbilevel.engines.client_side import ClientSide
+    from fedbilevel.engines.messaging.client_side import ClientSide
 
     answer = ClientSide.answer
 

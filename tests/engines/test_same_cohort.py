@@ -15,13 +15,13 @@ from helpers.quadratic import flat
 KINDS = [fb.AggITD, fb.FedNest, fb.FedNestSGD]
 
 
-class Asked(fb.engines.server_side.MessageFederation):
+class Asked(fb.engines.messaging.server_side.MessageFederation):
     """Loopback that remembers which clients each exchange asked."""
 
     log: ClassVar[list] = []
 
     def ask(self, method, message, combine, replies, cohort, beside):
-        index = self._sample(fb.federation.exchange_key(self._key, self._counter)) if cohort is None else cohort
+        index = self._sample(fb.cohorts.exchange_key(self._key, self._counter)) if cohort is None else cohort
         self.log.append((method.__name__, tuple(np.asarray(index).tolist())))
         return super().ask(method, message, combine, replies, cohort, beside)
 
@@ -58,7 +58,7 @@ def test_with_everyone_it_changes_nothing(kind):
 @pytest.mark.parametrize(("kind", "groups"), [(fb.AggITD, 1), (fb.FedNest, 3)])
 def test_who_is_asked(kind, groups, monkeypatch):
     """AggITD: one cohort; FedNest: one for each of its two lower turns, and one for the upper level."""
-    monkeypatch.setattr(fb.engines.server_side, "MessageFederation", Asked)
+    monkeypatch.setattr(fb.engines.messaging.server_side, "MessageFederation", Asked)
     seen = {}
     for same in (True, False):
         monkeypatch.setattr(Asked, "log", [])

@@ -11,9 +11,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fedbilevel as fb
+from fedbilevel.cohorts import sample_cohort
 from fedbilevel.datasets import Dataset, digits
 from fedbilevel.errors import InputError
-from fedbilevel.federation import sample_cohort
 from fedbilevel.partition import iid
 from fedbilevel.tasks import loss_tuning
 from fedbilevel.tasks.base import balanced_accuracy, class_weights, classification_metrics

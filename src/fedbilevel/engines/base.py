@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from ..data import FederatedData
-from ..exchanges import Protocol, bytes_of
 from ..problem import Problem
 from ..protocol import step as iteration
 from ..protocol import trace
+from ..protocol.table import Protocol, bytes_of
 from ..watch import Seen
 
 

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..federation import check_cohort, check_dropout
+from ..cohorts import check_cohort, check_dropout
 from ..problem import strong
 from ..program import freeze
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
 from .base import Carry, Engine, plan
-from .client_side import ClientSide, Methods
 from .faults import Faults
-from .server_side import Messaging, as_tag
-from .transport import Answers, Transport
+from .messaging.client_side import ClientSide, Methods
+from .messaging.server_side import Messaging, as_tag
+from .messaging.transport import Answers, Transport
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,26 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..clock import Stopwatch
+from ..cohorts import answered, check_cohort, check_dropout, client_key, combine_replies, full_weights, stays
 from ..compiled import run
 from ..data import entry
 from ..errors import check
-from ..federation import (
-    Client,
-    Reply,
-    answered,
-    check_cohort,
-    check_dropout,
-    client_key,
-    combine_replies,
-    full_weights,
-    stays,
-)
+from ..federation import Client, Reply
 from ..given import whole_number
 from ..problem import strong
 from ..program import freeze
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
-from ..tracing import TracedFederation
+from ..protocol.traced import TracedFederation
 from ..watch import observe
 from .base import Carry, Engine, Execution, Record, plan, within
 

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 
 from ..callbacks import CSV, Callback, Checkpoint, Progress
+from ..cohorts import check_cohort
 from ..engines import Loopback, Simulation
 from ..errors import Diverged, InputError, RunError, check, unknown_name
-from ..federation import check_cohort
 from ..identity import differences
 from ..result import History, Result
 from ..settings import algorithm_class, best

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ..errors import InputError
+from ..jaxprs import Tracer
 from ..problem import describe
 from .values import Columns, Whose, conversion, numbers, shown, spot
 

@@ -22,7 +22,7 @@ STRUCK = """
     import multiprocessing, os, signal
     from pathlib import Path
     import jax
-    import fedbilevel.engines.client_side as half
+    import fedbilevel.engines.messaging.client_side as half
 
     BLOW = Path(os.environ["BLOW"])  # a file: what is to happen at site-2, once, while it computes its answer
 
@@ -128,7 +128,7 @@ def test_interrupted_it_leaves_no_process(tmp_path):
 FLAKY = """
     import os
     import random
-    import fedbilevel.engines.client_side as half
+    import fedbilevel.engines.messaging.client_side as half
 
     def lossy(*parts):  # an answer, computed and then lost on its way
         if float(os.environ.get("LOSING", "0")) > random.random():

@@ -19,7 +19,7 @@ import fedbilevel as fb
 from fedbilevel.app import load_app
 from fedbilevel.engines.nvflare.agreement import begin, derive, fingerprint, placeholder_data
 from fedbilevel.engines.nvflare.worker import Worker, WorkerDied, WorkerSaid
-from fedbilevel.wire import decode, encode, message_schema
+from fedbilevel.protocol.wire import decode, encode, message_schema
 from helpers import apps
 
 pytest.importorskip("nvflare")

@@ -14,9 +14,9 @@ from ...app import App, apart, placeholder
 from ...bundle import Bundle
 from ...data import FederatedData
 from ...errors import RunError, check
-from ...exchanges import Protocol
 from ...problem import Problem, bind, strong
 from ...protocol import trace
+from ...protocol.table import Protocol
 from ...sanity import check_influence, judge_all
 from ...variables import trainable
 

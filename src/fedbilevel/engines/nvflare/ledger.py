@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from ..transport import Round
+from ..messaging.transport import Round
 
 COLUMNS = (
     "iteration", "exchange", "attempt", "asked", "replied", "failed", "restarted", "latency", "seconds",

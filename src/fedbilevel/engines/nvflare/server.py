@@ -13,15 +13,15 @@ from nvflare.collab import collab
 
 from ...app import App, load_app
 from ...callbacks import CSV, Callback, Checkpoint, Progress
+from ...cohorts import check_cohort
 from ...errors import InputError, RunError, noting, warn
-from ...federation import check_cohort
 from ...program import freeze
 from ...protocol import step as iteration
 from ...result import Result, save_variables
 from ...solve import solve
 from ..base import Engine, plan
 from ..faults import Faults
-from ..server_side import Messaging
+from ..messaging.server_side import Messaging
 from .agreement import (
     check_rows,
     check_same,

@@ -9,9 +9,9 @@ from nvflare.collab import collab
 from nvflare.fuel.f3.stats_pool import StatsPoolManager
 
 from ...errors import InputError, RunError, warn
-from ...wire import encode
+from ...protocol.wire import encode
 from ..faults import StateLost
-from ..transport import Answers, Request, Transport
+from ..messaging.transport import Answers, Request, Transport
 from .agreement import warnings_in
 
 _FIRST = 600.0  # seconds for a site's first answer of each kind, which it has to compile

@@ -174,7 +174,7 @@ class _Inside:
         from ...program import freeze, settle
         from ...protocol import as_leaves, client_state
         from ...sanity import told
-        from ..client_side import ClientSide, Methods
+        from ..messaging.client_side import ClientSide, Methods
         from .agreement import begin, derive, fingerprint, placeholder_data
 
         app = self.app
@@ -200,8 +200,8 @@ class _Inside:
     def answer(self, payload, *, place, tag, sent, wanted, counted, kept) -> tuple[dict, bytes]:
         """Answer a request."""
         from ...clock import compiling
-        from ..client_side import Methods
-        from ..transport import Request
+        from ..messaging.client_side import Methods
+        from ..messaging.transport import Request
 
         request = Request(place, tuple(tag), tuple(sent), tuple(wanted), tuple(counted), tuple(kept), payload)
         before = compiling()
@@ -213,7 +213,7 @@ class _Inside:
     def restart(self, payload) -> tuple[dict, bytes]:
         """Begin anew with the state `client_init(x, y)`; the message has x and y."""
         from ...problem import strong
-        from ...wire import decode
+        from ...protocol.wire import decode
 
         x, y = decode(self.variables, payload, (True, True))
         self.side.restart(strong(self.app.algorithm.client_init(x, y)))
@@ -266,7 +266,7 @@ class _Inside:
 
     def _load(self) -> None:
         from ...arrays import leaves_of, read_leaves, restore
-        from ..transport import START
+        from ..messaging.transport import START
 
         like = self.side.states[START]
         with self._file.open("rb") as file:

@@ -16,18 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from ..arrays import on_device
-from ..clock import spent_compiling
-from ..compiled import Bound
-from ..data import ClientRows
-from ..errors import ClientError, InputError, RunError
-from ..exchanges import Protocol
-from ..federation import Client, Reply, answer, client_key
-from ..problem import Problem, describe
-from ..program import helpers_of
-from ..tracing import alike, reply_parts
-from ..wire import conditional_parts, decode, encode, message_schema, rebuild_message
-from .faults import StateLost
+from ...arrays import on_device
+from ...clock import spent_compiling
+from ...cohorts import client_key
+from ...compiled import Bound
+from ...data import ClientRows
+from ...errors import ClientError, InputError, RunError
+from ...federation import Client, Reply
+from ...problem import Problem, describe
+from ...program import helpers_of
+from ...protocol.calls import alike, answer
+from ...protocol.sites import reply_parts
+from ...protocol.table import Protocol
+from ...protocol.wire import conditional_parts, decode, encode, message_schema, rebuild_message
+from ..faults import StateLost
 from .transport import START, Request, Tag, attempt_key
 
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .errors import RunError
-from .federation import When
+from ..errors import RunError
+from ..federation import When
 
 
 def encode(tree: PyTree, travels: tuple[bool, ...]) -> bytes:

@@ -16,37 +16,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..arrays import on_device
-from ..clock import Stopwatch
-from ..errors import RunError, check
-from ..federation import (
-    Federation,
+from ...arrays import on_device
+from ...clock import Stopwatch
+from ...cohorts import (
     answered,
     check_cohort,
     check_dropout,
-    client_method,
     combine_replies,
     exchange_key,
     full_weights,
     sample_cohort,
     stays,
 )
-from ..problem import strong
-from ..protocol import as_leaves
-from ..tracing import (
-    Scopes,
-    check_carry,
-    check_given,
-    check_times,
-    mask_reply,
-    normalise,
-    reply_parts,
-    wanted_flags,
-)
-from ..watch import observe
-from ..wire import decode, encode, message_schema
-from .base import Carry, Execution, Record, within
-from .faults import REBUILD, Faults, Roster, StateLost, TooFewReplies
+from ...errors import RunError, check
+from ...federation import Federation
+from ...problem import strong
+from ...protocol import as_leaves
+from ...protocol.calls import check_carry, check_given, check_times, client_method
+from ...protocol.sites import mask_reply, normalise, reply_parts, wanted_flags
+from ...protocol.traced import Scopes
+from ...protocol.wire import decode, encode, message_schema
+from ...watch import observe
+from ..base import Carry, Execution, Record, within
+from ..faults import REBUILD, Faults, Roster, StateLost, TooFewReplies
 from .transport import START, Request, Round, Tag, Transport, attempt_key
 
 _REBUILDS = 3  # in a row, without an iteration in between: a client that cannot keep its state will not

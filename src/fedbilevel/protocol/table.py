@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from .tracing import Path, Site
+from .sites import Path, Site
 
 SAMPLED = 2_000  # draws of the server, where there are too many to enumerate
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Key
 
-from ..federation import exchange_key
+from ...cohorts import exchange_key
 
 Tag = tuple[int, int, int]  # iteration, exchange, attempt: in the order in which things happen
 START: Tag = (-1, 0, 0)  # the tag of the state that a client starts with

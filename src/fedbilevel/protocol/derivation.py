@@ -16,21 +16,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
-from .algorithm import Algorithm
-from .canonical import canonical
-from .compiled import Kept
-from .data import FederatedData
-from .errors import InputError, check
-from .exchanges import SAMPLED, Protocol, summary
-from .federation import Client, Reply, check_cohort, combine_replies
-from .problem import Problem, bind, describe, strong
-from .program import class_of, compiled_as, freeze, settle
-from .tracing import TracedFederation, check_times
-from .variables import trainable
+from ..algorithm import Algorithm
+from ..canonical import canonical
+from ..cohorts import check_cohort, combine_replies
+from ..compiled import Kept
+from ..data import FederatedData
+from ..errors import InputError, check
+from ..federation import Client, Reply
+from ..jaxprs import ClosedJaxpr, dce_jaxpr, jaxpr_as_fun
+from ..problem import Problem, bind, describe, strong
+from ..program import class_of, compiled_as, freeze, settle
+from ..variables import trainable
+from .calls import check_times
+from .table import SAMPLED, Protocol, summary
+from .traced import TracedFederation
 
 _ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
 

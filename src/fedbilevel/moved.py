@@ -1,0 +1,66 @@
+"""Module paths of before, and where their modules are now: an old path still imports, with a DeprecationWarning.
+
+An old path never replaces what its package offers under the same name: after `import fedbilevel.solve`, `fb.solve` would
+still be the function if that module had moved.
+"""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "fedbilevel.exchanges": "fedbilevel.protocol.table",
+    "fedbilevel.wire": "fedbilevel.protocol.wire",
+    "fedbilevel.engines.client_side": "fedbilevel.engines.messaging.client_side",
+    "fedbilevel.engines.server_side": "fedbilevel.engines.messaging.server_side",
+    "fedbilevel.engines.transport": "fedbilevel.engines.messaging.transport",
+}
+
+
+class _Package(ModuleType):
+    """A package some of whose modules have moved: they are still its attributes."""
+
+    def __getattr__(self, name: str) -> ModuleType:
+        old = f"{self.__name__}.{name}"
+        if old not in MOVED:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        module = _now_at(old)
+        sys.modules[old] = module
+        super().__setattr__(name, module)
+        return module
+
+    def __setattr__(self, name: str, value: object) -> None:
+        moved = f"{self.__name__}.{name}" in MOVED
+        if not (moved and name in vars(self)):  # the import system sets a module that it has loaded
+            super().__setattr__(name, value)
+
+
+class _Old(MetaPathFinder, Loader):
+    """Finds modules under their old paths."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = _now_at(module.__name__)
+
+
+def _now_at(old: str) -> ModuleType:
+    """The module of an old path; warns the line that asks for it, two calls up."""
+    new = MOVED[old]
+    warnings.warn(f"{old} is now {new}: import it from there.", DeprecationWarning, stacklevel=3)
+    return importlib.import_module(new)
+
+
+def install() -> None:
+    """Have old paths imported, and found as attributes of their packages."""
+    if not any(isinstance(finder, _Old) for finder in sys.meta_path):
+        sys.meta_path.append(_Old())
+    for old in MOVED:
+        sys.modules[old.rpartition(".")[0]].__class__ = _Package

@@ -1,0 +1,95 @@
+"""The calls that a server program may make of `fed`, and what a client answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from ..errors import InputError, check
+from ..federation import Client
+from ..problem import Problem, describe
+from .sites import Path, Site
+
+
+def answer(problem: Problem, algorithm: Any, name: str, client: Client, message: tuple) -> PyTree:
+    """What a client replies to a message, for `compiled.traced`.
+
+    Raises:
+        InputError: something else than arrays.
+    """
+    out = getattr(algorithm, name)(dataclasses.replace(client, problem=problem), *message)
+    leaves = jax.tree.leaves(out)
+    good = all(isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex) for leaf in leaves)
+    where = f"{type(algorithm).__name__}.{name}"
+    check(good, lambda: f"{where} must return a pytree of arrays; it returned {describe(out)}.")
+    return out
+
+
+def client_method(algorithm: Any, method: Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
+    """A client method's name, and that method of the algorithm as configured (what a client's own copy would run)."""
+    name, owner = getattr(method, "__name__", None), getattr(method, "__self__", None)
+    known = isinstance(name, str) and type(owner) is type(algorithm) and hasattr(algorithm, name)
+    check(
+        known,
+        lambda: (
+            f"fed.average takes a method of {type(algorithm).__name__}, as in fed.average(self.anchor, x, y); "
+            f"got {method!r}."
+        ),
+    )
+    assert isinstance(name, str)
+    check(not name.startswith("_"), f"{name!r} is private: clients run public methods only. Drop the underscore.")
+    return name, getattr(algorithm, name)
+
+
+def check_times(times: Any, most: int | None) -> Any:
+    """How often a loop runs: never more than `most`; refuses a loop whose number of rounds nothing bounds."""
+    if isinstance(times, (int, np.integer)):
+        check(times >= 0, f"fed.repeat(times=...) cannot be negative; got {times}.")
+        return int(times) if most is None else min(int(times), most)
+    if most is None:
+        raise InputError("fed.repeat with a drawn number of rounds needs most=, the largest it can be.")
+    return jnp.minimum(jnp.asarray(times, jnp.int32), most)
+
+
+def check_beside(beside: Any, path: Path, sites: dict[Path, Site]) -> None:
+    """Refuse an exchange in the round of another where there is none before it (in the same loop)."""
+    check(isinstance(beside, bool), f"fed.average(beside=...) is True or False; got {beside!r}.")
+    before = max((other for other in sites if other < path), default=())
+    shared = before[:-1] == path[:-1] and before != ()
+    check(shared or not beside, "fed.average(beside=True) needs an exchange before it, in the same loop.")
+
+
+def check_given(cohort: Any, clients: int) -> Any:
+    """A cohort given by the server program, as an array."""
+    if cohort is None:
+        return None
+    cohort = cohort if getattr(cohort, "dtype", None) == jnp.int32 else jnp.asarray(cohort, jnp.int32)
+    good = cohort.ndim == 1 and 1 <= cohort.shape[0] <= clients
+    check(
+        good,
+        f"fed.average(cohort=...) takes the indices of 1 to {clients} clients, as from fed.draw_cohort(); "
+        f"got an array of shape {cohort.shape}.",
+    )
+    return cohort
+
+
+def check_carry(before: PyTree, after: PyTree) -> None:
+    """Refuse a loop body that changes the carry's structure, shapes or dtypes."""
+    if not alike(before, after):
+        raise InputError(
+            f"the body of a loop must return a carry like the one it was given, {describe(before)}; "
+            f"it returned {describe(after)}."
+        )
+
+
+def alike(one: PyTree, other: PyTree) -> bool:
+    """Whether two pytrees of arrays, or of their shapes, have one structure, shapes and dtypes."""
+    (leaves, structure), (others, theirs) = jax.tree.flatten(one), jax.tree.flatten(other)
+    signature = lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf))
+    return structure == theirs and all(signature(a) == signature(b) for a, b in zip(leaves, others, strict=True))

@@ -1,0 +1,141 @@
+"""Call sites of `fed.average`: what travels there, and its size.
+
+A site is known by its place in the program: a path of positions within the nested loops, so that tracing a loop body
+twice finds the same site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from ..errors import InputError, check
+from ..federation import When
+from ..problem import describe
+
+Path = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a message or reply: its size, and which of the site's flags decides whether it travels (None: always)."""
+
+    label: str
+    bytes: int
+    flag: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One call of `fed.average` in the program: what travels there.
+
+    Attributes:
+        path: its place in the program.
+        name: the client method.
+        message, reply: the structure that both sides know (pytrees of shapes and dtypes; `When` nodes in the message).
+        down, up: the parts that travel, with their sizes for one client.
+        flags: how many conditional parts there are, down and up.
+        cohort: how many clients are asked.
+        round: whether it is a round of its own, or asks in the round of the exchange before.
+    """
+
+    path: Path
+    name: str
+    message: PyTree
+    reply: PyTree
+    down: tuple[Part, ...]
+    up: tuple[Part, ...]
+    flags: int
+    cohort: int
+    round: bool = True
+
+
+def is_static(flag: Any) -> bool:
+    """Whether a flag is the Python constant True: the part always travels."""
+    return flag is True
+
+
+def normalise(message: PyTree) -> tuple[PyTree, list[Any]]:
+    """Leaves as arrays, absent parts zero; and the flags of the message's `When` parts."""
+    flags = []
+
+    def visit(part):
+        if not isinstance(part, When):
+            return jax.tree.map(_as_array, part)
+        flags.append(part.present)
+        value = jax.tree.map(jnp.asarray, part.value)
+        if is_static(part.present):
+            return When(jnp.asarray(True), value)
+        present = jnp.asarray(part.present, bool)
+        return When(present, jax.tree.map(lambda leaf: jnp.where(present, leaf, jnp.zeros_like(leaf)), value))
+
+    return jax.tree.map(visit, message, is_leaf=lambda part: isinstance(part, When)), flags
+
+
+def _as_array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)  # the same object: features know x by it
+
+
+def wanted_flags(replies: Any) -> tuple:
+    """The flags of a reply's parts, as a tuple."""
+    if replies is True:
+        return (True,)
+    good = isinstance(replies, tuple) and len(replies) > 0
+    check(good, f"replies= is True, or a tuple with one flag per part of the reply; got {replies!r}.")
+    return replies
+
+
+def reply_parts(reply: PyTree, wanted: tuple) -> tuple:
+    """The parts of a reply, one per flag."""
+    if len(wanted) == 1:
+        return (reply,)
+    if not (isinstance(reply, tuple) and len(reply) == len(wanted)):
+        raise InputError(
+            f"replies= has {len(wanted)} flags, but the client's reply is {describe(reply)}: "
+            "return a tuple of as many parts."
+        )
+    return reply
+
+
+def mask_reply(reply: PyTree, wanted: tuple) -> PyTree:
+    """The reply with zeros in place of the parts that did not travel."""
+    parts = tuple(
+        part if is_static(flag) else jax.tree.map(lambda a, f=flag: jnp.where(f, a, jnp.zeros_like(a)), part)
+        for part, flag in zip(reply_parts(reply, wanted), wanted, strict=True)
+    )
+    return parts[0] if len(wanted) == 1 else parts
+
+
+def size(tree: PyTree) -> int:
+    """Bytes of a pytree of arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def site(
+    path: Path, name: str, message: PyTree, reply: PyTree, sent: list, wanted: tuple, cohort: int, counts: bool
+) -> Site:
+    """What travels at a call site, from the message and one client's reply."""
+    shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+    flag = iter(range(len(sent) + len(wanted)))
+    number = lambda value: None if is_static(value) else next(flag)
+    down = []
+    flags = iter(sent)
+    for place, part in enumerate(message):
+        always = 0
+        for piece in jax.tree.leaves(part, is_leaf=lambda p: isinstance(p, When)):
+            if isinstance(piece, When):
+                down.append(Part(str(place), size(piece.value), number(next(flags))))
+            else:
+                always += size(piece)
+        if always:
+            down.append(Part(str(place), always, None))
+    up = [
+        Part(str(i), size(part), number(f))
+        for i, (part, f) in enumerate(zip(reply_parts(reply, wanted), wanted, strict=True))
+    ]
+    flags = next(flag, len(sent) + len(wanted))
+    return Site(path, name, shapes(message), shapes(reply), tuple(down), tuple(up), flags, cohort, counts)

@@ -1,0 +1,92 @@
+"""The names that JAX does not promise to keep: each does what the library relies on, and one module imports them."""
+
+import ast
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fedbilevel
+from fedbilevel import jaxprs
+
+SOURCE = Path(fedbilevel.__file__).parent
+PRIVATE = ("jax._src", "jax.core", "jax.extend", "jax.interpreters", "jax.lib", "jaxlib")
+
+
+def imported(text):
+    """The modules that a file imports, or imports from, with the names."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+def private(text):
+    return [name for name in imported(text) if any(name == p or name.startswith(f"{p}.") for p in PRIVATE)]
+
+
+def test_one_module_imports_private_names_of_jax():
+    assert [file.name for file in SOURCE.rglob("*.py") if private(file.read_text())] == ["jaxprs.py"]
+
+
+@pytest.mark.parametrize(
+    "text", ["from jax import core", "import jax.extend as e", "from jax._src.core import x", "y = jax.core.Tracer"]
+)
+def test_a_private_name_is_seen(text):
+    assert private(text)
+    assert not private("import jax.numpy as jnp\nfrom jax.tree_util import keystr\ny = jax.lax.scan")
+
+
+def test_every_name_is_tested():
+    here = Path(__file__).read_text()
+    assert not [name for name in jaxprs.__all__ if f"jaxprs.{name}" not in here]
+
+
+def test_traced_programs():
+    """Variables and literals of a program; and the program as a function of lists."""
+    program = jax.make_jaxpr(lambda a: (a * 2.0).sum())(jnp.arange(3.0))
+    assert isinstance(program, jaxprs.ClosedJaxpr)
+    assert isinstance(program.jaxpr, jaxprs.Jaxpr)
+    first = program.jaxpr.eqns[0]
+    assert [isinstance(v, jaxprs.Literal) for v in first.invars] == [False, True]
+    assert isinstance(first.invars[0], jaxprs.Var)
+    assert first.invars[1].val == 2.0
+    assert jaxprs.jaxpr_as_fun(program)(jnp.arange(3.0)) == [6.0]
+
+
+def test_what_results_do_not_need_is_cut_away():
+    program = jax.make_jaxpr(lambda a, b: (jnp.sin(a), jnp.cos(b)))(1.0, 2.0).jaxpr
+    less, used = jaxprs.dce_jaxpr(program, [False, True])
+    assert used == [False, True]
+    assert [eqn.primitive.name for eqn in less.eqns] == ["cos"]
+    whole, used = jaxprs.dce_jaxpr(program, [False, True], instantiate=True)
+    assert used == [True, True]
+    assert len(whole.invars) == 2
+
+
+def test_a_trace_is_told_from_another():
+    state = lambda: jaxprs.get_opaque_trace_state(convention="nnx")
+    inside = []
+
+    @jax.jit
+    def traced(a):
+        inside.extend([isinstance(a, jaxprs.Tracer), state() == state(), state() == outside])
+        return a
+
+    outside = state()
+    traced(1.0)
+    assert inside == [True, True, False]
+    assert state() == outside
+    assert not isinstance(jnp.ones(()), jaxprs.Tracer)
+
+
+def test_random_bits_are_those_of_the_published_cipher():
+    """Known answers of Threefry-2x32 with 20 rounds, from the test vectors of Salmon et al. 2011."""
+    key, counter = np.array([0x13198A2E, 0x03707344], np.uint32), np.array([0x243F6A88, 0x85A308D3], np.uint32)
+    expected = np.array([0xC4923A9C, 0x483DF7A0], np.uint32)
+    np.testing.assert_array_equal(jaxprs.threefry_2x32(jnp.asarray(key), jnp.asarray(counter)), expected)
