@@ -16,7 +16,6 @@ from .problem import Problem, Rows
 from .protocol import Protocol, protocol
 from .result import History, Result
 from .solve import estimate_hypergradient, solve
-
-__version__ = "0.1.0"
+from .version import __version__
 
 _install()

@@ -62,7 +62,7 @@ def compiled_once(folder: Path, sites: int) -> None:
 
 def nothing_left(folder: Path) -> None:
     """No process of a run is left."""
-    from fedbilevel.engines.nvflare.launch import processes
+    from fedbilevel.engines.nvflare.processes import processes
 
     assert processes(folder) == []
 

@@ -16,6 +16,7 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 from ..errors import check
+from ..version import __version__
 from .modules import LIBRARY, elsewhere
 
 
@@ -78,8 +79,6 @@ def _candidates(top: str) -> Iterator[Distribution]:
 
 def library() -> str:
     """This library's version and sources."""
-    from .. import __version__
-
     return f"{__version__} (sources {_sources()})"
 
 

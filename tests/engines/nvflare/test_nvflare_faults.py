@@ -93,7 +93,7 @@ def test_a_server_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
     out = tmp_path / "network"
     process = started(file, out)
     wait_for_round(process, out, 8)
-    from fedbilevel.engines.nvflare.launch import processes
+    from fedbilevel.engines.nvflare.processes import processes
 
     serving = lambda number: b"nvflare.launch" in Path(f"/proc/{number}/cmdline").read_bytes()
     for number in filter(serving, processes(out.resolve())):  # what it forks has its name; the sites end by themselves
@@ -195,7 +195,7 @@ def members(kit: Path, seconds: float) -> set[str]:
 def test_strangers_are_refused(tmp_path, monkeypatch):
 
     from fedbilevel.engines.nvflare import poc
-    from fedbilevel.engines.nvflare.launch import MARK
+    from fedbilevel.engines.nvflare.processes import MARK
 
     monkeypatch.delenv(MARK, raising=False)
     settings = Path.home() / ".nvflare" / "config.conf"

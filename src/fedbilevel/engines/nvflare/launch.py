@@ -20,8 +20,8 @@ from typing import Any
 from ...app import App
 from ...callbacks.progress import Meter
 from ...errors import InputError, RunError, warn
+from .processes import MARK, end_all
 
-MARK = "FEDBILEVEL_RUN"  # in the environment of every process of a run: the folder of its results
 _LOOK = 0.3  # seconds between looks at a run
 _PATIENCE = 40.0  # seconds within which an interrupted run has to end by itself
 
@@ -109,28 +109,6 @@ def _end(process: subprocess.Popen, out: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     end_all(out)
-
-
-def processes(folder: Path) -> list[int]:
-    """The numbers of the processes of runs in the folder: those that carry its mark (where there is a /proc)."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            marks = [entry for entry in place.read_bytes().split(b"\0") if entry.startswith(MARK.encode() + b"=")]
-            of_run = any(Path(os.fsdecode(entry.partition(b"=")[2])).is_relative_to(folder) for entry in marks)
-            if of_run and int(place.parent.name) != os.getpid():
-                found.append(int(place.parent.name))
-    return found
-
-
-def end_all(folder: Path, patience: float = 0.0) -> None:
-    """See that no process of a run in the folder is left."""
-    until = time.monotonic() + patience
-    while (left := processes(folder)) and time.monotonic() < until:
-        time.sleep(0.2)
-    for number in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(number, signal.SIGKILL)
 
 
 # The process itself -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RunError
-from .launch import MARK, end_all
+from .processes import MARK, end_all
 
 _READY = 180.0  # seconds within which all processes have joined
 ADMIN = "admin@nvidia.com"

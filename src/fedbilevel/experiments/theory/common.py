@@ -23,7 +23,7 @@ def table(folder: Path, name: str, settings: dict[str, Any], rows: Callable[[], 
     """NAME.csv as a DataFrame, if NAME.json says that it was made with these settings; else of `rows()`, written there."""
     import pandas
 
-    from ... import __version__
+    from ...version import __version__
 
     folder.mkdir(parents=True, exist_ok=True)
     file, beside = folder / f"{name}.csv", folder / f"{name}.json"
