@@ -205,7 +205,7 @@ def _cohorts(folder, quick, names, progress):
     study, rows = "rounds-table-cohorts", lambda name: _noisy(name, budget, turns, seeds, methods, progress)
     frame = _tables(folder, study, names, settings, rows)
     cells = []
-    for label, at in frame.groupby("method", sort=False):
+    for label, at in frame.groupby("method", sort=False):  # pyright: ignore[reportGeneralTypeIssues]
         line = [str(label)]
         for name in names:
             row = at[at["problem"] == name].iloc[0]
