@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jax.tree_util import DictKey, KeyPath, SequenceKey
+from jax.typing import ArrayLike
+from jaxtyping import Array, Key, PyTree
 
 from .algorithm import Algorithm
 from .bundle import Bundle, Modules, bundle, checked_patterns, declared_files
@@ -25,11 +27,11 @@ from .cohorts import check_cohort
 from .data import FederatedData
 from .engines.faults import Faults
 from .errors import InputError, check
-from .given import whole_number
+from .given import JSON, whole_number
 from .metrics import checked_metrics
 from .problem import Problem
 from .rows.one import as_array
-from .rows.values import Whose, columns_apart, whole
+from .rows.values import Columns, Whose, columns_apart, whole
 from .variables import trainable
 
 
@@ -72,7 +74,7 @@ class App:
     seed: int = 0
     cohort: int | None = None
     weights: Literal["rows"] | None = None
-    metrics: Mapping[str, Callable[[PyTree, PyTree], Any]] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, Callable[[PyTree, PyTree], ArrayLike]] = dataclasses.field(default_factory=dict)
     evaluate_every: int = 1
     precision: int = 32
     faults: Faults = Faults()
@@ -141,16 +143,16 @@ class App:
         self.faults.check_cohort(check_cohort(self.cohort, sites))
 
     @property
-    def key(self):
+    def key(self) -> Key[Array, ""]:
         """The run's random key."""
         return jax.random.key(self.seed)
 
-    def with_(self, **changes: Any) -> App:
+    def with_(self, **changes: int | None) -> App:
         """The same with other settings; None leaves one as it is, and iterations and rounds replace each other."""
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if "iterations" in changes or "rounds" in changes:
-            changes = {"iterations": None, "rounds": None} | changes
-        new = dataclasses.replace(self, **changes)
+        given: dict[str, int | None] = {name: value for name, value in changes.items() if value is not None}
+        if "iterations" in given or "rounds" in given:
+            given = {"iterations": None, "rounds": None} | given
+        new = dataclasses.replace(self, **given)  # pyright: ignore[reportArgumentType]
         object.__setattr__(new, "origin", self.origin)
         return new
 
@@ -214,12 +216,12 @@ def placeholder(text: str) -> PyTree:
         raise InputError(f"a site described its rows in a way that cannot be read: {error}.") from None
 
 
-def _schema(rows: Any, path: tuple, whose: Whose) -> dict[str, Any]:
+def _schema(rows: PyTree, path: KeyPath, whose: Whose) -> dict[str, JSON]:
     if isinstance(rows, dict):
         check(all(isinstance(k, str) for k in rows), "rows in a dict go by names: use strings as keys.")
-        return {"dict": {k: _schema(rows[k], (*path, jax.tree_util.DictKey(k)), whose) for k in sorted(rows)}}
+        return {"dict": {k: _schema(rows[k], (*path, DictKey(k)), whose) for k in sorted(rows)}}
     if type(rows) in (list, tuple):
-        parts = [_schema(part, (*path, jax.tree_util.SequenceKey(k)), whose) for k, part in enumerate(rows)]
+        parts = [_schema(part, (*path, SequenceKey(k)), whose) for k, part in enumerate(rows)]
         return {type(rows).__name__: parts}
     check(
         hasattr(rows, "shape") and np.ndim(rows) >= 1,
@@ -246,8 +248,9 @@ def apart(one: str, other: str, me: str = "the former", them: str = "the latter"
     return "the containers differ"
 
 
-def _arrays(node, path):
+def _arrays(schema: JSON, path: str) -> Iterator[tuple[str, tuple[str, Columns]]]:
     """(path, (shape in words, columns)) of every array."""
+    node = cast(dict, schema)  # or nonsense, which fails here: the caller says so
     if "row" in node:
         columns = tuple(map(str, node["columns"])) if "columns" in node else None
         yield path, (f"{node['dtype']}{['rows', *node['row']]}".replace("'", ""), columns)
@@ -260,7 +263,8 @@ def _arrays(node, path):
 _LARGEST = 10**9  # numbers in one row
 
 
-def _zeros(node):
+def _zeros(schema: JSON) -> PyTree:
+    node = cast(dict, schema)  # or nonsense, which fails here: the caller says so
     if "dict" in node:
         return {k: _zeros(v) for k, v in node["dict"].items()}
     if "list" in node:

@@ -1,14 +1,17 @@
-"""Whole numbers as callers give them: Python's, numpy's, or an array of one."""
+"""What comes from outside: JSON; whole numbers as callers give them, Python's, numpy's, or an array of one."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from .errors import InputError
 from .jaxprs import Tracer
+
+JSON: TypeAlias = bool | int | float | str | list | tuple | dict | None  # what JSON can say
+Received: TypeAlias = JSON | bytes  # what a message from elsewhere can hold
 
 
 def as_whole(value: Any, least: int | None = None) -> int | None:

@@ -6,5 +6,5 @@ packages.py  installed packages and their versions
 bundle.py    all of it, by content and version
 """
 
-from .bundle import Bundle, bundle, checked_patterns, declared_files
+from .bundle import Bundle, Told, bundle, checked_patterns, declared_files
 from .modules import Modules

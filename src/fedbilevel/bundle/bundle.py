@@ -11,15 +11,23 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TypedDict
 
 from ..errors import InputError, check
 from .imports import imports
 from .modules import LIBRARY, Modules
 from .packages import Packages, library
+
+
+class Told(TypedDict):
+    """What others compare with theirs, by name: a `Bundle`'s `files`, `packages` and `optional`."""
+
+    files: Mapping[str, str]
+    packages: Mapping[str, str | None]
+    optional: Mapping[str, str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Bundle:
     packages: dict[str, str | None]
     optional: dict[str, str]
 
-    def told(self) -> dict[str, Any]:
+    def told(self) -> Told:
         """What others compare with theirs."""
         return {"files": self.files, "packages": self.packages, "optional": self.optional}
 
@@ -85,7 +93,7 @@ def bundle(file: Path, modules: Modules, declared: Sequence[str]) -> Bundle:
     return Bundle(modules.folder, digests, packages, {k: v for k, v in optional.items() if k not in packages})
 
 
-def checked_patterns(patterns: Any) -> tuple[str, ...]:
+def checked_patterns(patterns: Sequence[str]) -> tuple[str, ...]:
     """`App(files=...)`, names or patterns relative to the app's folder.
 
     Raises:

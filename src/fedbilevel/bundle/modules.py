@@ -17,7 +17,7 @@ import itertools
 import sys
 import sysconfig
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import (
@@ -31,10 +31,11 @@ from importlib.machinery import (
     SourcelessFileLoader,
 )
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, cast
 
 PACKAGE = "fedbilevel_app"  # of the first app of a process; the second's is fedbilevel_app_2
 LIBRARY = __name__.partition(".")[0]
+_Names: TypeAlias = Mapping[str, object] | None  # of a module, as `import` is given them: they may be of anything
 _TAKEN = itertools.count(1)
 _ALL: dict[str, Modules] = {}
 
@@ -93,11 +94,11 @@ class Modules:
         for name in [name for name in sys.modules if name == self.name or name.startswith(f"{self.name}.")]:
             del sys.modules[name]
 
-    def find(self, name: str, path: Sequence[str] | None = None) -> ModuleSpec | None:
+    def find(self, name: str, path: Iterable[str] | None = None) -> ModuleSpec | None:
         """A module of the app by its name in it, in the folders of `path`, by default where the app's imports begin."""
-        loaders: Any = (
+        loaders = (
             (ExtensionFileLoader, EXTENSION_SUFFIXES),
-            (partial(_Source, self), SOURCE_SUFFIXES),
+            (cast(type[_Source], partial(_Source, self)), SOURCE_SUFFIXES),
             (SourcelessFileLoader, BYTECODE_SUFFIXES),
         )
         portions: list[str] = []
@@ -145,7 +146,14 @@ class Modules:
 
     # What `import` does in the app's code -----------------------------------------------------------------------------
 
-    def _import(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+    def _import(
+        self,
+        name: str,
+        globals: _Names = None,
+        locals: _Names = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> types.ModuleType:
         if level:
             return builtins.__import__(name, globals, locals, fromlist, level)
         if not self.owns(name if not fromlist or fromlist[0] == "*" else f"{name}.{fromlist[0]}"):
@@ -169,7 +177,7 @@ class Modules:
         except ModuleNotFoundError as error:
             raise self._plain(error) from None
 
-    def _note(self, name: str, fromlist: Any) -> None:
+    def _note(self, name: str, fromlist: Sequence[str] | None) -> None:
         if not name.startswith((".", self.name)):
             self.outside |= {f"{name}.{part}" for part in fromlist or () if part != "*"} or {name}
 
@@ -186,14 +194,14 @@ class _Source(SourceFileLoader):
         super().__init__(name, path)
         self._modules = modules
 
-    def get_code(self, fullname):
+    def get_code(self, fullname: str) -> types.CodeType:
         path = self.get_filename(fullname)
         text = self.get_data(path)
         self._modules.sources[fullname.partition(".")[2]] = Path(path)
         self._modules.ran[Path(path)] = hashlib.sha256(text).hexdigest()
         return self.source_to_code(text, path)
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         module.__dict__["__builtins__"] = self._modules._builtins
         super().exec_module(module)
 
@@ -201,7 +209,9 @@ class _Source(SourceFileLoader):
 class _Finder(MetaPathFinder):
     """Finds the modules below the apps' packages."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Iterable[str] | None = None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
         top, _, name = fullname.partition(".")
         if top not in _ALL:
             return None
@@ -215,7 +225,7 @@ class _Importlib(types.ModuleType):
         super().__init__("importlib")
         self.import_module = modules.import_module
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str):
         return getattr(importlib, name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -13,12 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from ..algorithm import Algorithm
 from ..data import FederatedData
+from ..federation import Federation
 from ..problem import Problem
 from ..protocol import step as iteration
 from ..protocol import trace
 from ..protocol.table import Protocol, bytes_of
 from ..watch import Seen
+
+Program: TypeAlias = Callable[[Algorithm, Federation, PyTree], tuple[PyTree, PyTree]]  # (state) -> (the next, info)
 
 
 @dataclasses.dataclass(frozen=True)

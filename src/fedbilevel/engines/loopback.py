@@ -21,8 +21,8 @@ from ..protocol import step as iteration
 from .base import Carry, Engine, plan
 from .faults import Faults
 from .messaging.client_side import ClientSide, Methods
-from .messaging.server_side import Messaging, as_tag
-from .messaging.transport import Answers, Transport
+from .messaging.server_side import Messaging
+from .messaging.transport import Answers, Transport, as_tag
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ from ...protocol.wire import decode, encode, message_schema
 from ...watch import observe
 from ..base import Carry, Execution, Record, within
 from ..faults import REBUILD, Faults, Roster, StateLost, TooFewReplies
-from .transport import START, Request, Round, Tag, Transport, attempt_key
+from .transport import START, Request, Round, Transport, as_tag, attempt_key
 
 _REBUILDS = 3  # in a row, without an iteration in between: a client that cannot keep its state will not
 
@@ -283,11 +283,6 @@ class _Exchange:
     wanted: tuple[bool, ...]
     payload: bytes
     beside: bool
-
-
-def as_tag(numbers: Any) -> Tag:
-    iteration, exchange, attempt = map(int, numbers)
-    return iteration, exchange, attempt
 
 
 def _finite(reply: Any) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import SupportsInt
 
 import jax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from ...cohorts import exchange_key
 
@@ -82,6 +82,12 @@ class Round:
     wire_up: int | None
 
 
+def as_tag(numbers: Iterable[SupportsInt]) -> Tag:
+    """A tag from three whole numbers."""
+    iteration, exchange, attempt = map(int, numbers)
+    return iteration, exchange, attempt
+
+
 class Transport(abc.ABC):
     """Carries requests to clients and replies back."""
 
@@ -90,7 +96,7 @@ class Transport(abc.ABC):
         """Ask clients, all at once; comes back when all have answered or failed, or the deadline has passed."""
 
     @abc.abstractmethod
-    def restart(self, x: Any, y: Any) -> None:
+    def restart(self, x: PyTree, y: PyTree) -> None:
         """Have all clients begin anew with the state `client_init(x, y)`."""
 
     def there(self, client: int) -> bool:

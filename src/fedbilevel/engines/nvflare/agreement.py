@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import NotRequired, cast
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ...app import App, apart, placeholder
-from ...bundle import Bundle
+from ...bundle import Bundle, Told
 from ...data import FederatedData
 from ...errors import RunError, check
+from ...given import Received
 from ...problem import Problem, bind, strong
 from ...protocol import trace
 from ...protocol.table import Protocol
@@ -27,7 +30,7 @@ def placeholder_data(schemas: list[str], sites: int, weights: list[float] | None
     return FederatedData.stack([inner] * sites, [outer] * sites, weights)
 
 
-def begin(app: App) -> tuple[Problem, tuple, Any]:
+def begin(app: App) -> tuple[Problem, tuple[PyTree, PyTree], PyTree]:
     """(The problem over the trainable parts alone, those parts (x, y), the algorithm's first state)."""
     x, y = app.begin()
     x, x_rest = trainable(x, "x")
@@ -64,7 +67,22 @@ def shares(counts: list[list[int]]) -> tuple[list[float], list[float]]:
 _MOST = 100_000  # files or packages of an app
 
 
-def checked_hello(name: str, said: Any, counted: bool) -> dict[str, Any]:
+class Hello(Told):
+    """What a site says of itself.
+
+    Attributes:
+        rows: the schemas of its inner and outer rows.
+        counts: how many there are, where that is asked.
+        worker: its worker's process number.
+    """
+
+    rows: list[str]
+    counts: list[int] | None
+    worker: int
+    warnings: NotRequired[list[str]]
+
+
+def checked_hello(name: str, said: Mapping[str, Received], counted: bool) -> Hello:
     """A site's answer to `hello`, if it is one.
 
     Args:
@@ -73,22 +91,23 @@ def checked_hello(name: str, said: Any, counted: bool) -> dict[str, Any]:
     Raises:
         RunError: it is something else.
     """
-    text, names = (lambda value: isinstance(value, str)), ("files", "packages", "optional")
+    hello = cast(Hello, said)  # for as long as it is fine
+    text = lambda value: isinstance(value, str)
     version = lambda value: value is None or text(value)
     whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0
     pair = lambda value, good: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(good, value))
     table = lambda value: isinstance(value, dict) and len(value) < _MOST and all(map(text, value))
     fine = (
-        all(table(said.get(part)) for part in names)
-        and all(text(sha) and _inside(file) for file, sha in said["files"].items())
-        and all(version(value) for part in names[1:] for value in said[part].values())
+        all(table(said.get(part)) for part in ("files", "packages", "optional"))
+        and all(text(sha) and _inside(file) for file, sha in hello["files"].items())
+        and all(map(version, (*hello["packages"].values(), *hello["optional"].values())))
         and pair(said.get("rows"), text)
         and (pair(said.get("counts"), whole) if counted else said.get("counts") is None)
         and whole(said.get("worker"))
     )
     if not fine:
         raise RunError(f"site {name} described itself in a way that cannot be read: has it the same fedbilevel?")
-    return said
+    return hello
 
 
 def _inside(file: str) -> bool:
@@ -96,7 +115,7 @@ def _inside(file: str) -> bool:
     return bool(parts) and not file.startswith("/") and ".." not in parts and "\0" not in file
 
 
-def warnings_in(said: dict[str, Any]) -> list[str]:
+def warnings_in(said: Mapping[str, Received]) -> list[str]:
     """What a site warns of, as far as it can be read."""
     found = said.get("warnings")
     return (
@@ -104,7 +123,7 @@ def warnings_in(said: dict[str, Any]) -> list[str]:
     )
 
 
-def check_same(name: str, said: dict[str, Any], mine: Bundle) -> None:
+def check_same(name: str, said: Told, mine: Bundle) -> None:
     """Refuse a site whose app is not the server's.
 
     Raises:
@@ -154,7 +173,7 @@ def check_rows(name: str, rows: list[str], first: str, others: list[str]) -> Non
         )
 
 
-def judge_sites(app: App, schemas: list[str], said: list[Any], weights: list[float] | None) -> None:
+def judge_sites(app: App, schemas: list[str], said: list[Received], weights: list[float] | None) -> None:
     """Refuse a problem that cannot mean what it says, or warn: from what the sites measured on their rows, averaged.
 
     Raises:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from nvflare.collab import CollabRecipe
 
 from ...app import App, load_app
 from ...errors import check
@@ -14,10 +16,10 @@ from .server import Server
 from .site import Site
 
 
-def _recipe(file: Path, loaded: App, settings: dict[str, Any], sites: int, out: str, resume: bool) -> Any:
+def _recipe(
+    file: Path, loaded: App, settings: Mapping[str, int | None], sites: int, out: str, resume: bool
+) -> CollabRecipe:
     """The nvflare recipe of an application."""
-    from nvflare.collab import CollabRecipe
-
     name = str(file.resolve()) if out else file.name
     made = CollabRecipe(
         job_name=loaded.name,
@@ -33,7 +35,13 @@ def _recipe(file: Path, loaded: App, settings: dict[str, Any], sites: int, out: 
 
 
 def export(
-    app: str | Path, folder: str | Path, settings: dict[str, Any], sites: int, *, out: str = "", resume: bool = False
+    app: str | Path,
+    folder: str | Path,
+    settings: Mapping[str, int | None],
+    sites: int,
+    *,
+    out: str = "",
+    resume: bool = False,
 ) -> Path:
     """Write the job folder that an operator submits with nvflare's own tools; returns it.
 

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ...app import App
 from ...callbacks.progress import Meter
@@ -26,7 +26,9 @@ _LOOK = 0.3  # seconds between looks at a run
 _PATIENCE = 40.0  # seconds within which an interrupted run has to end by itself
 
 
-def run(app: str, loaded: App, out: Path, clients: int, settings: dict[str, Any], *, poc: bool, resume: bool) -> None:
+def run(
+    app: str, loaded: App, out: Path, clients: int, settings: Mapping[str, int | None], *, poc: bool, resume: bool
+) -> None:
     """Run an application in nvflare's simulator or (`poc`) provisioned; results go to the folder `out`.
 
     Raises:

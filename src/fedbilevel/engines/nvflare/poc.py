@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from ...errors import RunError
 from .processes import MARK, end_all
@@ -39,10 +40,8 @@ def deployment(folder: Path, clients: int) -> Iterator[Path]:
         end_all(run, patience=10.0)
 
 
-def connect(kit: Path, clients: int) -> Any:
+def connect(kit: Path, clients: int) -> Session:
     """An administrator's session, once all sites are connected."""
-    from nvflare.fuel.flare_api.flare_api import new_secure_session
-
     session, until = None, time.monotonic() + _READY
     while True:
         with contextlib.suppress(Exception):  # the server is not up yet

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
+from jaxtyping import Array, Key, PyTree
 from nvflare.collab import collab
 
+from ...algorithm import Algorithm
 from ...app import App, load_app
 from ...callbacks import CSV, Callback, Checkpoint, Progress
 from ...cohorts import check_cohort
+from ...data import FederatedData
 from ...errors import InputError, RunError, noting, warn
+from ...given import JSON
+from ...problem import Problem
 from ...program import freeze
 from ...protocol import step as iteration
 from ...result import Result, save_variables
+from ...run import Run
 from ...solve import solve
-from ..base import Engine, plan
+from ..base import Engine, Program, plan
 from ..faults import Faults
 from ..messaging.server_side import Messaging
 from .agreement import (
@@ -33,8 +38,9 @@ from .agreement import (
     shares,
     warnings_in,
 )
+from .calls import Results, Sites, sites
 from .ledger import Ledger
-from .transport import CollabTransport, refusal
+from .transport import CollabTransport, no_answer, refusal
 
 _START = 660.0  # seconds within which all sites have loaded their rows, or derived the protocol
 _END = 120.0  # within which all sites have written down what is theirs
@@ -57,7 +63,7 @@ class Server:
         app: str = "app.py",
         name: str = "app",
         out: str = "",
-        settings: dict[str, Any] | None = None,
+        settings: Mapping[str, int | None] | None = None,
         resume: bool = False,
     ):
         self.app, self.name, self.out, self.settings, self.resume = app, name, out, settings or {}, resume
@@ -69,16 +75,16 @@ class Server:
         file = Path(workspace.get_app_custom_dir(job)) / self.app
         folder = Path(self.out or Path(workspace.get_root_dir()) / "fedbilevel" / self.name)
         folder.mkdir(parents=True, exist_ok=True)
-        outcome: dict[str, Any] = {"status": "running"}
+        outcome: dict[str, JSON] = {"status": "running"}
         tell(folder, outcome)
         warned: list[str] = []
         try:
             with noting(warned):
                 app = load_app(file).with_(**self.settings)
                 jax.config.update("jax_enable_x64", app.precision == 64)
-                result, sites = federate(app, folder, self.resume)
+                result, told = federate(app, folder, self.resume)
             save_variables(result, folder / "variables.npz")
-            outcome = {"status": "done", "iterations": result.iteration, "sites": sites}
+            outcome = {"status": "done", "iterations": result.iteration, "sites": told}
         except InputError as error:
             outcome = {"status": "refused", "sentence": str(error)}
         except RunError as error:
@@ -95,7 +101,7 @@ class Server:
             print(f"fedbilevel: {outcome['status']}: {outcome.get('sentence', folder)}", file=sys.stderr, flush=True)
 
 
-def federate(app: App, folder: Path, resume: bool) -> tuple[Result, dict[str, Any]]:
+def federate(app: App, folder: Path, resume: bool) -> tuple[Result, dict[str, JSON]]:
     """Get to know the sites, and solve: (the result, of each site what it compiled)."""
     names = sorted(proxy.name for proxy in collab.clients)
     engine = Collab(names, app.faults, folder / "rounds.csv", resume, app.cohort)
@@ -122,7 +128,7 @@ class AtTheEnd(Callback):
     def __init__(self, engine: Collab):
         self._engine = engine
 
-    def finish(self, run, error):
+    def finish(self, run: Run, error: BaseException | None) -> None:
         if run.lower.own and (error is None or isinstance(error, RunError)):
             self._engine.finish(run.carry.client_state)
 
@@ -138,7 +144,7 @@ class Collab(Engine):
     def meet(self, app: App) -> list[float] | None:
         """Have all sites load their rows and derive the protocol; returns their weights, if they count unalike."""
         mine = app.bundle()  # first: what can be neither shipped nor compared is refused before anybody is asked
-        told, counted = self._all(lambda sites: sites.hello()), app.weights == "rows"
+        told, counted = self._all(lambda all_sites: all_sites.hello()), app.weights == "rows"
         said = {name: checked_hello(name, answer, counted) for name, answer in told.items()}
         first = said[self.names[0]]
         for name, answer in said.items():
@@ -149,46 +155,51 @@ class Collab(Engine):
         self.transport.workers = {name: answer["worker"] for name, answer in said.items()}
         weights = scales = None
         if app.weights == "rows":
-            weights, scales = shares([said[name]["counts"] for name in self.names])
+            weights, scales = shares([counts for name in self.names if (counts := said[name]["counts"])])
         cohort = check_cohort(app.cohort, len(self.names))
         derived = derive(app, placeholder_data(self.schemas, len(self.names), weights), cohort)
-        setup = {
+        setup: dict[str, JSON] = {
             "order": self.names, "cohort": cohort, "seed": app.seed, "scales": scales,
             "protocol": fingerprint(derived), "resume": self.resume, "check": app.check and not self.resume,
         }  # fmt: skip
-        prepared = self._all(lambda sites: sites.prepare(setup))
+        prepared = self._all(lambda all_sites: all_sites.prepare(setup))
         if setup["check"]:
             judge_sites(app, self.schemas, [prepared[name].get("figures") for name in self.names], weights)
         return weights
 
-    def finish(self, tags: Any) -> None:
+    def finish(self, tags: Iterable[Iterable[int]]) -> None:
         """Tell all sites that the run is over, and which of their states counts; warn of those that cannot be told."""
         states = {name: [int(part) for part in tag] for name, tag in zip(self.names, tags, strict=True)}
-        results = self._results(lambda sites: sites.finish(states), _END)
+        results = sites(self.names, _END).finish(states)
         lost = {name: str(error) for name, error in results.failures.items()}
         lost |= {name: str(error) for name, said in results if (error := refusal(name, said)) is not None}
         for name, why in sorted(lost.items()):
             warn(f"site {name} did not write down its own lower variable ({why}): the other sites did.")
 
-    def _results(self, call: Callable[[Any], Any], seconds: float) -> Any:
-        """What nvflare has of a call to all sites: pairs of name and answer, and `failures` by name."""
-        return call(collab.get_clients(self.names)(timeout=seconds))
-
-    def _all(self, call: Callable[[Any], Any]) -> dict[str, Any]:
+    def _all(self, call: Callable[[Sites], Results]) -> dict[str, dict]:
         """What all sites say; none may fail before the run has begun."""
-        results = self._results(call, _START)
+        results = call(sites(self.names, _START))
         for name, error in results.failures.items():
             raise RunError(f"site {name} is not ready: {error}")
-        said = dict(results)
-        for name, answer in said.items():
+        said = {}
+        for name, answer in results:
             error = refusal(name, answer)
-            if error is not None:
-                raise error
+            if error is not None or not isinstance(answer, dict):
+                raise error or no_answer(name, answer)
+            said[name] = answer
             for sentence in warnings_in(answer):
                 warn(f"{name}: {sentence}")
         return said
 
-    def bind(self, problem, data, algorithm, state, key, program=iteration):
+    def bind(
+        self,
+        problem: Problem,
+        data: FederatedData,
+        algorithm: Algorithm,
+        state: PyTree,
+        key: Key[Array, ""],
+        program: Program = iteration,
+    ) -> OverNetwork:
         cohort = check_cohort(self.cohort, data.clients)
         problem = freeze(problem, state.x, state.y, data)
         protocol = plan(self, problem, data, algorithm, state, cohort, program)
@@ -207,10 +218,10 @@ class OverNetwork(Messaging):
     longest = 1
     replays = False
 
-    def compiled(self):
+    def compiled(self) -> float:
         return self.engine.transport.compiling
 
 
-def tell(folder: Path, outcome: dict[str, Any]) -> None:
+def tell(folder: Path, outcome: Mapping[str, JSON]) -> None:
     """Write how it went."""
     (folder / OUTCOME).write_text(json.dumps(outcome, indent=2) + "\n")

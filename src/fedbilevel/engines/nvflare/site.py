@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nvflare.collab import collab
 
+from ...given import JSON, Received
 from .worker import START_SECONDS, Worker, WorkerDied, WorkerSaid
 
 _GRACE = 1.0  # seconds by which a worker has to be done before the server stops waiting
@@ -26,10 +27,10 @@ class Site:
         self.app, self.name, self.keep = app, name, keep
         self._lock = threading.Lock()
         self._worker: Worker | None = None
-        self._setup: dict[str, Any] | None = None
+        self._setup: dict[str, JSON] | None = None
 
     @collab.publish
-    def hello(self) -> dict[str, Any]:
+    def hello(self) -> dict[str, Received]:
         """Load this site's rows, and say what one row looks like."""
         _only_the_server()
         with self._lock:
@@ -37,21 +38,21 @@ class Site:
             return self._said(self._start)
 
     @collab.publish
-    def prepare(self, setup: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, setup: Received) -> dict[str, Received]:
         """Get ready: which site this is of how many, the seed, the cohort, the protocol's fingerprint."""
         _only_the_server()
         with self._lock:
             mine = self._setup = _setup(setup, collab.site_name)
-            return self._said(lambda: self._running().ask("prepare", **mine)[0])
+            return self._said(lambda: self._running().ask("prepare", b"", START_SECONDS, **mine)[0])
 
     @collab.publish
-    def answer(self, header: dict[str, Any], payload: bytes) -> dict[str, Any]:
+    def answer(self, header: Received, payload: bytes) -> dict[str, Received]:
         """Answer a request."""
         _only_the_server()
         request, deadline = _request(header, payload, collab.site_name)
         with self._lock:
 
-            def ask():
+            def ask() -> dict[str, Received]:
                 worker = self._ready()
                 said, numbers = worker.ask("answer", payload, max(deadline - _GRACE, deadline / 2), **request)
                 return {**said, "worker": worker.pid, "numbers": numbers}
@@ -64,7 +65,7 @@ class Site:
         return True
 
     @collab.publish
-    def restart(self, payload: bytes) -> dict[str, Any]:
+    def restart(self, payload: bytes) -> dict[str, Received]:
         """Begin anew with the state that (x, y) gives."""
         _only_the_server()
         _check(isinstance(payload, bytes), "restart takes bytes")
@@ -72,10 +73,11 @@ class Site:
             return self._said(lambda: self._ready().ask("restart", payload)[0])
 
     @collab.publish
-    def finish(self, states: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, states: Received) -> dict[str, Received]:
         """The run is over: write down what is this site's own; `states` has the tag of each site's state that counts."""
         _only_the_server()
-        _check(isinstance(states, dict) and collab.site_name in states, "states has a tag for each site")
+        if not isinstance(states, dict) or collab.site_name not in states:
+            raise _refused("states has a tag for each site")
         counted = _tag(states[collab.site_name])
         with self._lock:
             return self._said(lambda: self._ready().ask("finish", counted=counted)[0])
@@ -87,7 +89,7 @@ class Site:
 
     # The worker -----------------------------------------------------------------------------------------------------
 
-    def _start(self) -> dict[str, Any]:
+    def _start(self) -> dict[str, Received]:
         workspace, job = collab.workspace, collab.fl_ctx.get_job_id()
         file = Path(workspace.get_app_custom_dir(job)) / self.app
         folder = Path(self.keep or Path(workspace.get_root_dir()) / "fedbilevel") / self.name / collab.site_name
@@ -114,7 +116,7 @@ class Site:
             raise
         return self._running()
 
-    def _said(self, ask: Any) -> dict[str, Any]:
+    def _said(self, ask: Callable[[], dict[str, Received]]) -> dict[str, Received]:
         try:
             return ask()
         except WorkerSaid as error:
@@ -138,28 +140,33 @@ def _only_the_server() -> None:
 
 def _check(good: bool, what: str) -> None:
     if not good:
-        raise ValueError(f"this site refuses the call: {what}.")
+        raise _refused(what)
 
 
-def _whole(value: Any) -> bool:
+def _refused(what: str) -> ValueError:
+    return ValueError(f"this site refuses the call: {what}.")
+
+
+def _whole(value: Received) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**53
 
 
-def _tag(value: Any) -> list[int]:
-    good = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_whole, value))
-    _check(good, "a tag is three whole numbers")
+def _tag(value: Received) -> list[int]:
+    if not (isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_whole, value))):
+        raise _refused("a tag is three whole numbers")
     return list(value)
 
 
-def _flags(value: Any) -> list[bool]:
-    good = isinstance(value, (list, tuple)) and len(value) <= 1000 and all(isinstance(flag, bool) for flag in value)
-    _check(good, "flags are true or false")
+def _flags(value: Received) -> list[bool]:
+    if not (isinstance(value, (list, tuple)) and len(value) <= 1000 and all(isinstance(flag, bool) for flag in value)):
+        raise _refused("flags are true or false")
     return list(value)
 
 
-def _request(header: Any, payload: Any, site: str) -> tuple[dict[str, Any], float]:
+def _request(header: Received, payload: Received, site: str) -> tuple[dict[str, JSON], float]:
     """(The fields of a `Request` for this site, the deadline), checked."""
-    _check(isinstance(header, dict), "a header is a dict")
+    if not isinstance(header, dict):
+        raise _refused("a header is a dict")
     names = {"place", "tag", "sent", "wanted", "states", "deadline"}
     _check(set(header) == names, f"a header has {', '.join(sorted(names))}")
     _check(isinstance(payload, bytes), "a payload is bytes")
@@ -173,9 +180,10 @@ def _request(header: Any, payload: Any, site: str) -> tuple[dict[str, Any], floa
     return fields | {"wanted": _flags(header["wanted"]), "counted": counted, "kept": kept}, float(deadline)
 
 
-def _setup(setup: Any, site: str) -> dict[str, Any]:
+def _setup(setup: Received, site: str) -> dict[str, JSON]:
     """What this site is to prepare for, checked."""
-    _check(isinstance(setup, dict), "a setup is a dict")
+    if not isinstance(setup, dict):
+        raise _refused("a setup is a dict")
     names = {"order", "cohort", "seed", "scales", "protocol", "resume"}
     _check(set(setup) - {"check"} == names, f"a setup has {', '.join(sorted(names))}")
     order, scales = setup["order"], setup["scales"]

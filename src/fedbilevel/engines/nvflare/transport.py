@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
-from nvflare.collab import collab
+from jaxtyping import PyTree
 from nvflare.fuel.f3.stats_pool import StatsPoolManager
 
 from ...errors import InputError, RunError, warn
+from ...given import Received
 from ...protocol.wire import encode
 from ..faults import StateLost
 from ..messaging.transport import Answers, Request, Transport
 from .agreement import warnings_in
+from .calls import Call, sites
 
 _FIRST = 600.0  # seconds for a site's first answer of each kind, which it has to compile
 _SOON = 5.0  # seconds for a sign of life
@@ -25,7 +26,7 @@ class CollabTransport(Transport):
     def __init__(self, names: list[str]):
         self.names = names
         self.traced: dict[str, dict[str, int]] = {}  # by site, how often each client method was compiled
-        self.workers: dict[str, int] = {}  # by site, its worker's process number
+        self.workers: dict[str, int | None] = {}  # by site, its worker's process number
         self.compiling = 0.0  # seconds that rounds took because a site compiled
         self._seen: set[tuple[int, int]] = set()
 
@@ -43,18 +44,17 @@ class CollabTransport(Transport):
         }  # fmt: skip
         number = {self.names[client]: client for client in requests}
 
-        def arrived(call, said, **_):
+        def arrived(call: Call, said: Received, **_: Received) -> Received:
             answers.seconds[number[call.target_name.split(".")[0]]] = time.perf_counter() - began
             return said
 
-        sites = collab.get_clients(list(number))(timeout=float(seconds), process_resp_cb=arrived)
-        results: Any = sites.answer(header, one.payload)
+        results = sites(list(number), float(seconds), arrived).answer(header, one.payload)
         self.compiling += max((compiled(said) for _, said in results), default=0.0)
         for name, said in results:
             client = number[name]
             error = refusal(name, said)
-            if error is not None:
-                answers.failures[client] = error
+            if error is not None or not isinstance(said, dict):
+                answers.failures[client] = error or no_answer(name, said)
             elif not isinstance(said.get("numbers"), bytes):
                 answers.failures[client] = RunError(f"site {name} answered without numbers")
             else:
@@ -71,37 +71,40 @@ class CollabTransport(Transport):
             answers.failures[number[name]] = error
         return answers
 
-    def there(self, client):
+    def there(self, client: int) -> bool:
         # a site whose process is gone does not answer; one that is busy with a call that nobody waits for does, later
-        results: Any = collab.get_clients([self.names[client]])(timeout=_SOON).alive()
-        return any(True for _ in results)
+        return any(True for _ in sites([self.names[client]], _SOON).alive())
 
-    def restart(self, x, y):
-        results: Any = collab.get_clients(self.names)(timeout=_FIRST).restart(encode((x, y), (True, True)))
-        for name, said in results:
+    def restart(self, x: PyTree, y: PyTree) -> None:
+        for name, said in sites(self.names, _FIRST).restart(encode((x, y), (True, True))):
             error = refusal(name, said)
             if error is not None:
                 raise error
 
-    def travelled(self):
+    def travelled(self) -> tuple[int, int]:
         sent, received = (_total(pool) for pool in ("Sent_Msg_Sizes", "Received_Msg_Sizes"))
         return sent, received
 
 
-def compiled(said: Any) -> float:
+def compiled(said: Received) -> float:
     """Seconds that a site says it compiled."""
     value = said.get("compiling", 0.0) if isinstance(said, dict) else 0.0
     return float(value) if isinstance(value, (int, float)) and 0 <= value < _FIRST else 0.0
 
 
-def refusal(name: str, said: Any) -> Exception | None:
+def refusal(name: str, said: Received) -> Exception | None:
     """The error that a site's answer tells of, if it does."""
     if not isinstance(said, dict):
-        return RunError(f"site {name} answered with a {type(said).__name__}")
+        return no_answer(name, said)
     if "error" not in said:
         return None
     kinds = {"lost": StateLost, "input": InputError}
     return kinds.get(said.get("kind", ""), RunError)(f"{name}: {said['error']}")
+
+
+def no_answer(name: str, said: Received) -> RunError:
+    """The error of an answer that is none of a site's."""
+    return RunError(f"site {name} answered with a {type(said).__name__}")
 
 
 def _total(kind: str) -> int:

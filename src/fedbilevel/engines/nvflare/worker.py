@@ -10,9 +10,16 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from ...given import JSON
+
+if TYPE_CHECKING:  # at run time they are imported where they are needed, in the worker alone
+    from ...app import App
+    from ..messaging.client_side import ClientSide
 
 LOWER = "lower.npz"  # a site's own lower variable at the end of a run, in its folder
 START_SECONDS = 600.0  # within which a worker has loaded its site's rows
@@ -59,7 +66,7 @@ class Worker:
         return self._process.is_alive()
 
     def ask(
-        self, what: str, payload: bytes = b"", deadline: float = START_SECONDS, **header: Any
+        self, what: str, payload: bytes = b"", deadline: float = START_SECONDS, **header: JSON
     ) -> tuple[dict, bytes]:
         """(What it says, numbers).
 
@@ -122,12 +129,18 @@ def _in_words(error: Exception) -> dict[str, str]:
 
 
 class _Inside:
-    """What a worker holds."""
+    """What a worker holds.
+
+    Attributes:
+        app: the application, once its rows are loaded.
+        side: what answers requests, once it is prepared.
+    """
+
+    app: App
+    side: ClientSide
 
     def __init__(self, app: str, site: str, folder: Path):
         self.file, self.site, self.folder = app, site, folder
-        self.app: Any = None
-        self.side: Any = None
 
     def do(self, what: str, payload: bytes, header: dict) -> tuple[dict, bytes]:
         from ...errors import noting
@@ -160,7 +173,19 @@ class _Inside:
         counts = [int(level.counts[0]) for level in levels] if self.app.weights == "rows" else None
         return {"rows": schemas, "counts": counts, **self.app.bundle().told()}, b""
 
-    def prepare(self, payload, *, index, sites, cohort, seed, scale, protocol, resume, check=False):
+    def prepare(
+        self,
+        payload: bytes,
+        *,
+        index: int,
+        sites: int,
+        cohort: int,
+        seed: int,
+        scale: float | None,
+        protocol: str,
+        resume: bool,
+        check: bool = False,
+    ) -> tuple[dict, bytes]:
         """Derive the protocol, and get ready to answer; `scale` is what the outer rows' weights sum to, if not one.
 
         With `check` it says what `sanity` measures on the rows here.
@@ -197,20 +222,30 @@ class _Inside:
         self._store(resume)
         return ({"figures": told(problem, self.own, *self.variables)} if check else {}), b""
 
-    def answer(self, payload, *, place, tag, sent, wanted, counted, kept) -> tuple[dict, bytes]:
+    def answer(
+        self,
+        payload: bytes,
+        *,
+        place: int,
+        tag: Sequence[int],
+        sent: Sequence[bool],
+        wanted: Sequence[bool],
+        counted: Sequence[int],
+        kept: Sequence[int],
+    ) -> tuple[dict, bytes]:
         """Answer a request."""
         from ...clock import compiling
         from ..messaging.client_side import Methods
-        from ..messaging.transport import Request
+        from ..messaging.transport import Request, as_tag
 
-        request = Request(place, tuple(tag), tuple(sent), tuple(wanted), tuple(counted), tuple(kept), payload)
+        request = Request(place, as_tag(tag), tuple(sent), tuple(wanted), as_tag(counted), as_tag(kept), payload)
         before = compiling()
         numbers = self.side.answer(request)
         if self.side.keeps:
             self._save()
         return {"traced": dict(Methods.traced), "compiling": compiling() - before}, numbers
 
-    def restart(self, payload) -> tuple[dict, bytes]:
+    def restart(self, payload: bytes) -> tuple[dict, bytes]:
         """Begin anew with the state `client_init(x, y)`; the message has x and y."""
         from ...problem import strong
         from ...protocol.wire import decode
@@ -221,15 +256,16 @@ class _Inside:
             self._save()
         return {}, b""
 
-    def finish(self, payload, *, counted) -> tuple[dict, bytes]:
+    def finish(self, payload: bytes, *, counted: Sequence[int]) -> tuple[dict, bytes]:
         """The run is over, and the state of this tag counts: write down the lower variable that is this site's own."""
         import equinox as eqx
 
         from ...result import save_arrays
         from ...variables import trainable
         from ..faults import StateLost
+        from ..messaging.transport import as_tag
 
-        tag = tuple(counted)
+        tag = as_tag(counted)
         if tag not in self.side.states:
             raise StateLost(f"site {self.site} has no state of exchange {tag}.")
         own = self.app.algorithm.own_lower(self.side.states[tag])
@@ -266,10 +302,10 @@ class _Inside:
 
     def _load(self) -> None:
         from ...arrays import leaves_of, read_leaves, restore
-        from ..messaging.transport import START
+        from ..messaging.transport import START, as_tag
 
         like = self.side.states[START]
         with self._file.open("rb") as file:
-            tags = [tuple(tag) for tag in json.loads(file.readline())]
+            tags = [as_tag(tag) for tag in json.loads(file.readline())]
             states = restore([like] * len(tags), read_leaves(file, len(leaves_of(like)) * len(tags)))
         self.side.states = dict(zip(tags, states, strict=True))
