@@ -6,16 +6,18 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import PyTree
 
 from .. import arrays
 from ..engines.base import Carry
 from ..errors import InputError, check
+from ..given import JSON
 from ..identity import Identity
 from ..result import EMPTY
-from .base import Callback
+from .base import Callback, Row, Running
 
 FILE = "checkpoint.eqx"
 FORMAT = 2  # 1, which had no number: the state and the clients' states, and nothing that told which arrays were whose
@@ -37,18 +39,18 @@ class Checkpoint(Callback):
         self.folder, self.every = Path(folder), every
         self._saved = time.monotonic()
 
-    def start(self, run) -> None:
+    def start(self, run: Running) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._saved = time.monotonic()
 
-    def advance(self, run) -> None:
+    def advance(self, run: Running) -> None:
         if time.monotonic() - self._saved > self.every:
             self._save(run)
 
-    def finish(self, run, error) -> None:
+    def finish(self, run: Running, error: BaseException | None) -> None:
         self._save(run)
 
-    def _save(self, run) -> None:
+    def _save(self, run: Running) -> None:
         save(self.folder / FILE, run.carry, run.totals(), list(run.history), run.fingerprint(), run.snapshot)
         run.keep(run.carry)
         self._saved = time.monotonic()
@@ -57,14 +59,19 @@ class Checkpoint(Callback):
 def save(
     path: Path,
     carry: Carry,
-    totals: dict[str, Any],
-    history: list[dict[str, Any]],
-    fingerprint: dict[str, Any],
+    totals: dict[str, JSON],
+    history: list[Row],
+    fingerprint: dict[str, JSON],
     snapshot: Carry | None = None,
 ) -> None:
     """Write a checkpoint, beside the old one and then in its place; with where the run may go back to, if it may."""
     rows = [{name: None if value is EMPTY else value for name, value in row.items()} for row in history]
-    head = {"iteration": carry.iteration, "totals": totals, "history": rows, "fingerprint": fingerprint}
+    head: dict[str, JSON] = {
+        "iteration": carry.iteration,
+        "totals": totals,
+        "history": rows,
+        "fingerprint": fingerprint,
+    }
     parts = {"state": carry.state, "client_state": carry.client_state}
     if snapshot is not None:
         head["snapshot"] = snapshot.iteration
@@ -72,7 +79,7 @@ def save(
     write(path, head, parts)
 
 
-def write(path: Path, head: dict[str, Any], parts: dict[str, Any]) -> None:
+def write(path: Path, head: dict[str, JSON], parts: dict[str, PyTree]) -> None:
     """A line of JSON, `head` with the format's number and what follows, and the parts' arrays one after the other."""
     beside = path.with_suffix(".new")
     with beside.open("wb") as file:
@@ -86,11 +93,11 @@ def write(path: Path, head: dict[str, Any], parts: dict[str, Any]) -> None:
 class Saved(NamedTuple):
     """What a file holds: its head, and each part's arrays. Parts that a reader does not know are no harm."""
 
-    head: dict[str, Any]
+    head: dict
     parts: dict[str, list[np.ndarray]]
 
 
-def read(path: Path, like: dict[str, Any]) -> Saved:
+def read(path: Path, like: dict[str, PyTree]) -> Saved:
     """A checkpoint of this or an earlier format.
 
     Args:
@@ -110,7 +117,7 @@ def read(path: Path, like: dict[str, Any]) -> Saved:
         return Saved(head, {name: arrays.read_leaves(file, length) for name, length in count.items()})
 
 
-def load(folder: str | os.PathLike[str], start: Carry, identity: Identity) -> tuple[Carry, dict, list]:
+def load(folder: str | os.PathLike[str], start: Carry, identity: Identity) -> tuple[Carry, dict, list[Row]]:
     """(carry, totals, history) of the checkpoint in a folder.
 
     Raises:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from ..metrics import COLUMNS, check_constants
 from ..result import EMPTY
-from .base import Callback
+from .base import Callback, Row, Rows
 
 
 class CSV(Callback):
@@ -25,44 +25,46 @@ class CSV(Callback):
         extra: constant columns to put first, for example `{"algorithm": "aggitd", "seed": 0}`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None):
+    def __init__(self, path: str | os.PathLike[str], extra: Mapping[str, str | float | None] | None = None):
         self.path, self.extra = Path(path), dict(extra or {})
-        self._file: Any = None
+        self._file: TextIO | None = None
         self._columns: list[str] = []
 
-    def start(self, run) -> None:
+    def start(self, run: Rows) -> None:
         check_constants(self.extra, {*COLUMNS, *run.metrics})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._whole(run)
 
-    def record(self, run, rows) -> None:
+    def record(self, run: Rows, rows: list[Row]) -> None:
         if set().union(*rows) - set(self._columns):
             self._whole(run)
             return
-        self._write(rows)
+        if self._file is not None:
+            self._write(self._file, rows)
 
-    def went_back(self, run) -> None:
+    def went_back(self, run: Rows) -> None:
         self._whole(run)
 
-    def finish(self, run, error) -> None:
-        self._file.close()
+    def finish(self, run: Rows, error: BaseException | None) -> None:
+        if self._file is not None:
+            self._file.close()
 
-    def _whole(self, run) -> None:
+    def _whole(self, run: Rows) -> None:
         """All rows, beside the file and then in its place."""
         if self._file is not None:
             self._file.close()
         beside = self.path.with_name(self.path.name + ".new")
         self._columns = run.history.columns
-        with beside.open("w", newline="") as self._file:
+        with beside.open("w", newline="") as file:
             if self._columns:
-                csv.writer(self._file).writerow([*self.extra, *self._columns])
-            self._write(run.history)
+                csv.writer(file).writerow([*self.extra, *self._columns])
+            self._write(file, run.history)
         os.replace(beside, self.path)
         self._file = self.path.open("a", newline="")
 
-    def _write(self, rows) -> None:
+    def _write(self, file: TextIO, rows: Iterable[Row]) -> None:
         shown = lambda value: "" if value is EMPTY or value is None else value
         constant = list(self.extra.values())
         lines = [[shown(row.get(name)) for name in self._columns] for row in rows]
-        csv.writer(self._file).writerows(constant + line for line in lines)
-        self._file.flush()
+        csv.writer(file).writerows(constant + line for line in lines)
+        file.flush()

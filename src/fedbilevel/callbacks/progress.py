@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from .base import Callback
+from .base import Callback, Running
 
 _LOG_EVERY = 5.0  # seconds between lines where the output is no terminal
 
@@ -67,19 +67,19 @@ class Progress(Callback):
         self.label = label
         self._meter: Meter | None = None
 
-    def start(self, run) -> None:
+    def start(self, run: Running) -> None:
         self._meter = Meter(self.label, run.goal, run.progress)
 
-    def advance(self, run) -> None:
+    def advance(self, run: Running) -> None:
         if self._meter is not None:
             self._meter.update(run.progress, self._news(run))
 
-    def finish(self, run, error) -> None:
+    def finish(self, run: Running, error: BaseException | None) -> None:
         if self._meter is not None:
             self._meter.stop()
 
     @staticmethod
-    def _news(run) -> str:
+    def _news(run: Running) -> str:
         last = run.history[-1] if run.history else {}
         metrics = ", ".join(f"{name} {last[name]:.4g}" for name in run.metrics if name in last)
         return f"iteration {run.iteration}, {run.rounds} rounds" + (f", {metrics}" if metrics else "")

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import typer
 
@@ -14,7 +14,9 @@ from . import runs, studies
 from .options import app
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
-_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+_UsageError = cast(  # typer does not name it: what BadParameter is one of, with `format_message` too
+    type[typer.BadParameter], next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+)
 
 
 def main() -> None:

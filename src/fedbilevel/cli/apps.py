@@ -6,20 +6,21 @@ import csv
 import importlib.util
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from ..app import App, load_app
 
 ENGINES = ("simulation", "loopback", "nvflare")
 
 
 def run_app(
     file: str, *, engine: str, poc: bool, clients: int | None, out: str | None, resume: bool, overwrite: bool,
-    as_json: bool, settings: dict[str, Any],
+    as_json: bool, settings: Mapping[str, int | None],
 ) -> None:  # fmt: skip
     """Run an application; its results go to the folder `out`, by default beside the file, named after the app."""
     import jax
 
-    from ..app import load_app
     from ..errors import check, unknown_name
 
     if engine not in ENGINES:
@@ -41,13 +42,12 @@ def run_app(
     _show(folder, as_json)
 
 
-def deploy_app(file: str, out: str, clients: int, resume: bool, settings: dict[str, Any]) -> None:
+def deploy_app(file: str, out: str, clients: int, resume: bool, settings: Mapping[str, int | None]) -> None:
     """Write the job folder, and say how to submit it."""
     from ..errors import check
 
     check(clients >= 1, f"--clients is how many sites have to be connected, at least 1; got {clients}.")
     need_nvflare()
-    from ..app import load_app
     from ..engines.nvflare.job import export
 
     load_app(file).with_(**settings).check_sites(clients)
@@ -63,7 +63,7 @@ def need_nvflare() -> None:
     check(there, "nvflare is not installed: pip install 'fedbilevel[nvflare]'.")
 
 
-def chosen(settings: dict[str, Any]) -> dict[str, Any]:
+def chosen(settings: Mapping[str, int | None]) -> dict[str, int]:
     """The settings that were given."""
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -93,7 +93,7 @@ def _folder(folder: Path, resume: bool, overwrite: bool) -> Path:
     return folder
 
 
-def _simulate(app: Any, engine: str, sites: list[str], folder: Path, resume: bool) -> None:
+def _simulate(app: App, engine: str, sites: list[str], folder: Path, resume: bool) -> None:
     from ..callbacks import CSV, Checkpoint, Progress
     from ..engines import Loopback, Simulation
     from ..result import save_variables
@@ -115,7 +115,7 @@ def _show(folder: Path, as_json: bool) -> None:
     from rich.table import Table
 
     number = lambda text: int(text) if text.lstrip("-").isdigit() else float(text) if text else None
-    last: dict[str, Any] = {name: number(text) for name, text in _lines(folder / "history.csv")[-1].items()}
+    last: dict[str, float | None] = {name: number(text) for name, text in _lines(folder / "history.csv")[-1].items()}
     rounds = folder / "rounds.csv"
     if rounds.is_file():
         book = _lines(rounds)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Unpack
 
 import typer
 
+from ..experiments.plan import ENGINES, Plan
+from ..tasks import TASKS, Options
+from ..tasks.base import Settings
 from .options import (
     Alpha,
     Clients,
@@ -172,9 +175,7 @@ def list_names(as_json: Json = False):
 
     from ..algorithms import ALGORITHMS
     from ..algorithms.about import about as line_about
-    from ..experiments.plan import ENGINES
     from ..partition import PARTITIONS
-    from ..tasks import TASKS
 
     lines = {name: line_about(name) for name in ALGORITHMS}
     about = {name: line.summary for name, line in lines.items()}
@@ -206,11 +207,14 @@ def list_names(as_json: Json = False):
     print(f"Partitions\n  {', '.join(PARTITIONS)}\nEngines\n  {', '.join(ENGINES)}; for an application nvflare too")
 
 
-def _plan(task, algorithms, seeds, sets, iterations, rounds, cohort, engine, evaluate_every, precision, **options: Any):
+def _plan(
+    task: str, algorithms: list[str], seeds: tuple[int, ...], sets: list[str] | None, iterations: int | None,
+    rounds: int | None, cohort: int | None, engine: str, evaluate_every: int, precision: int,
+    **options: Unpack[Settings],
+) -> Plan:  # fmt: skip
+    """What the words of a command mean."""
     from ..errors import check, unknown_name
-    from ..experiments.plan import ENGINES, Plan
     from ..settings import parse
-    from ..tasks import TASKS, Options
 
     check(precision in (32, 64), f"--precision is 32 or 64; got {precision}.")
     check(iterations is None or rounds is None, "give --iterations or --rounds, not both.")
@@ -226,7 +230,7 @@ def _plan(task, algorithms, seeds, sets, iterations, rounds, cohort, engine, eva
     )
 
 
-def _execute(plan, out: str | None, resume: bool, overwrite: bool, as_json: bool) -> None:
+def _execute(plan: Plan, out: str | None, resume: bool, overwrite: bool, as_json: bool) -> None:
     """Run a plan, write its folder, print its table; exit with 1 if a run failed."""
     from rich.console import Console
 

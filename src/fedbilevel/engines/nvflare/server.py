@@ -15,6 +15,7 @@ from ...algorithm import Algorithm
 from ...app import App, load_app
 from ...callbacks import CSV, Callback, Checkpoint, Progress
 from ...cohorts import check_cohort
+from ...callbacks.base import Running
 from ...data import FederatedData
 from ...errors import InputError, RunError, noting, warn
 from ...given import JSON
@@ -22,7 +23,6 @@ from ...problem import Problem
 from ...program import freeze
 from ...protocol import step as iteration
 from ...result import Result, save_variables
-from ...run import Run
 from ...solve import solve
 from ..base import Engine, Program, plan
 from ..faults import Faults
@@ -128,7 +128,7 @@ class AtTheEnd(Callback):
     def __init__(self, engine: Collab):
         self._engine = engine
 
-    def finish(self, run: Run, error: BaseException | None) -> None:
+    def finish(self, run: Running, error: BaseException | None) -> None:
         if run.lower.own and (error is None or isinstance(error, RunError)):
             self._engine.finish(run.carry.client_state)
 
