@@ -14,8 +14,8 @@ from nvflare.collab import collab
 from ...algorithm import Algorithm
 from ...app import App, load_app
 from ...callbacks import CSV, Callback, Checkpoint, Progress
-from ...cohorts import check_cohort
 from ...callbacks.base import Running
+from ...cohorts import check_cohort
 from ...data import FederatedData
 from ...errors import InputError, RunError, noting, warn
 from ...given import JSON
