@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from importlib import resources
-from typing import Any
+
+from jaxtyping import PyTree
 
 from .algorithm import Algorithm
 from .algorithms import ALGORITHMS
 from .errors import InputError, check, unknown_name
+
+Setting = bool | int | float | str | None  # as files and the command line write one
+JSON = PyTree[Setting]  # what is written as JSON: dicts and lists of these
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
@@ -19,13 +23,13 @@ def algorithm_class(name: str) -> type[Algorithm]:
     return ALGORITHMS[name]
 
 
-def best(task: str, dataset: str, algorithm: str) -> dict[str, Any]:
+def best(task: str, dataset: str, algorithm: str) -> dict[str, Setting]:
     """The checked-in best settings of (task, data set, algorithm); {} where none are checked in."""
     text = resources.files("fedbilevel").joinpath("settings.toml").read_text()
     return dict(tomllib.loads(text).get(task, {}).get(dataset, {}).get(algorithm, {}))
 
 
-def parse(words: list[str], algorithms: list[str]) -> dict[str, dict[str, Any]]:
+def parse(words: list[str], algorithms: list[str]) -> dict[str, dict[str, Setting]]:
     """`["inner_rounds=5", "fednest.hessian_lr=.01"]` -> settings per algorithm.
 
     A name without an algorithm goes to every algorithm that has the field; at least one must.
@@ -33,7 +37,7 @@ def parse(words: list[str], algorithms: list[str]) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: a word that is not name=value, a name no algorithm has (with the nearest), a value of another type.
     """
-    settings: dict[str, dict[str, Any]] = {name: {} for name in algorithms}
+    settings: dict[str, dict[str, Setting]] = {name: {} for name in algorithms}
     known = {name: {f.name: f for f in dataclasses.fields(algorithm_class(name))} for name in algorithms}
     for word in words:
         name, equals, text = word.partition("=")
@@ -51,7 +55,7 @@ def parse(words: list[str], algorithms: list[str]) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def _value(field: dataclasses.Field, text: str) -> Any:
+def _value(field: dataclasses.Field, text: str) -> Setting:
     role = field.metadata.get("role")
     try:
         if role == "rate":

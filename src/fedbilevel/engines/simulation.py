@@ -7,6 +7,7 @@ compiled loops, and the program runs in chunks of iterations between which progr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -154,7 +155,7 @@ class _Simulated(Execution):
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    program: object
+    program: Callable
     cohort: int
     client_batch: int | None
     mesh: object

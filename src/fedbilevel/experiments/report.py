@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas
+from numpy.typing import ArrayLike
+from rich.console import Console
 
 from ..errors import InputError, check
 
+Cell = str | float | np.number | None  # of a table
 LEVELS = (0.80, 0.85, 0.88, 0.90)  # test accuracies whose first round the summary names
 AXES = {"rounds": "communication rounds", "megabytes": "payload, MB (down and up)", "seconds": "seconds of computation"}
 LOGARITHMIC = ("stationarity", "distance")
@@ -18,14 +21,12 @@ DIAGNOSTICS = ("hypergradient_norm", "vector_growth", "vector_residual", "lower_
 DERIVED = ("megabytes", "megabytes_up", "oracle_calls")
 
 
-def read(folder: str | Path):
+def read(folder: str | Path) -> pandas.DataFrame:
     """The history of a results folder, as a DataFrame.
 
     Raises:
         InputError: no such folder, no history in it, or one that cannot be read.
     """
-    import pandas
-
     file = Path(folder) / "history.csv"
     check(Path(folder).is_dir(), f"there is no folder {folder}.")
     check(file.is_file(), f"{folder} holds no history.csv: name the --out folder of a run or a comparison.")
@@ -44,20 +45,18 @@ def read(folder: str | Path):
     return frame
 
 
-def metrics_of(frame) -> list[str]:
+def metrics_of(frame: pandas.DataFrame) -> list[str]:
     """The metrics in a history, most telling first."""
     return [c for c in frame.columns if c not in (*FIXED, *DIAGNOSTICS, *DERIVED)]
 
 
-def summarise(frame):
+def summarise(frame: pandas.DataFrame) -> pandas.DataFrame:
     """A row per algorithm: what it spent, where its metrics ended, and the first rounds at which accuracies were reached."""
-    import pandas
-
     rows = []
     for name, runs in frame.groupby("algorithm", sort=False):
         last = runs.loc[runs.groupby("seed")["iteration"].idxmax()]
-        row: dict[str, Any] = {
-            "algorithm": name,
+        row: dict[str, Cell] = {
+            "algorithm": str(name),
             "seeds": len(last),
             "iterations": _short(last["iteration"]),
             "rounds": _short(last["rounds"]),
@@ -73,13 +72,13 @@ def summarise(frame):
     return pandas.DataFrame(rows)
 
 
-def first_round(runs, level: float) -> float:
+def first_round(runs: pandas.DataFrame, level: float) -> float:
     """Median over seeds of the first round with that test accuracy; NaN unless most seeds reach it."""
     reached = [seed["rounds"][seed["test_accuracy"] >= level].min() for _, seed in runs.groupby("seed")]
     return float(np.median([np.inf if np.isnan(r) else r for r in reached])) if reached else np.nan
 
 
-def first_reached(values, level: float, window: int = 5) -> int | None:
+def first_reached(values: np.ndarray, level: float, window: int = 5) -> int | None:
     """Index of the first evaluation at which the median of the last `window` ones is at the level; None for never.
 
     One run's values in order; of a metric that falls, pass -values and -level. A run with fewer evaluations than `window` is
@@ -95,13 +94,13 @@ def direction(metric: str) -> int:
     return 1 if metric.endswith("accuracy") else -1
 
 
-def running_median(values, window: int = 5) -> np.ndarray:
+def running_median(values: ArrayLike, window: int = 5) -> np.ndarray:
     """Medians of each `window` consecutive values, or of all if there are fewer."""
     values = np.asarray(values, float)
     return np.median(np.lib.stride_tricks.sliding_window_view(values, min(window, len(values))), axis=-1)
 
 
-def write(folder: Path, frame) -> list[Path]:
+def write(folder: Path, frame: pandas.DataFrame) -> list[Path]:
     """summary.csv, summary.md and the figures of a history; returns the files."""
     summary = summarise(frame)
     summary.to_csv(folder / "summary.csv", index=False)
@@ -109,7 +108,7 @@ def write(folder: Path, frame) -> list[Path]:
     return [folder / "summary.csv", folder / "summary.md", *draw(folder, frame)]
 
 
-def cells(summary) -> tuple[list[str], list[list[str]]]:
+def cells(summary: pandas.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Headings and text cells of a summary, spreads beside their means."""
     columns = [c for c in summary.columns if not c.endswith("_sd")]
     text = lambda row, c: (
@@ -118,7 +117,7 @@ def cells(summary) -> tuple[list[str], list[list[str]]]:
     return [c.replace("_", " ") for c in columns], [[text(row, c) for c in columns] for _, row in summary.iterrows()]
 
 
-def markdown(summary) -> str:
+def markdown(summary: pandas.DataFrame) -> str:
     """The summary as a Markdown table."""
     return pipe_table(*cells(summary))
 
@@ -129,7 +128,7 @@ def pipe_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def show(summary, console) -> None:
+def show(summary: pandas.DataFrame, console: Console) -> None:
     """The summary as a table in the terminal: a column per algorithm."""
     from rich.table import Table
 
@@ -140,16 +139,16 @@ def show(summary, console) -> None:
     console.print(grid)
 
 
-def draw(folder: Path, frame) -> list[Path]:
+def draw(folder: Path, frame: pandas.DataFrame) -> list[Path]:
     """One figure per metric: against rounds, bytes and seconds; mean and range over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     frame = frame.assign(megabytes=(frame["bytes_down"] + frame["bytes_up"]) / 1e6)
-    return [_figure_of(folder / f"{metric}.png", frame, metric, matplotlib) for metric in metrics_of(frame)]
+    return [_figure_of(folder / f"{metric}.png", frame, metric) for metric in metrics_of(frame)]
 
 
-def _figure_of(path: Path, frame, metric: str, matplotlib) -> Path:
+def _figure_of(path: Path, frame: pandas.DataFrame, metric: str) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -181,7 +180,7 @@ def _figure_of(path: Path, frame, metric: str, matplotlib) -> Path:
     return path
 
 
-def curves_of(runs, axis: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def curves_of(runs: pandas.DataFrame, axis: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """(grid, one curve per seed), interpolated up to where every seed has values."""
     taken = runs[runs[metric].notna()] if runs[metric].notna().any() else runs  # a run resumed with other metrics
     seeds = [seed.sort_values("iteration") for _, seed in taken.groupby("seed")]
@@ -190,18 +189,18 @@ def curves_of(runs, axis: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     return grid, np.stack([np.interp(grid, seed[axis], seed[metric]) for seed in seeds])
 
 
-def to_json(summary) -> str:
+def to_json(summary: pandas.DataFrame) -> str:
     """The summary as JSON records; what was not reached is null."""
     rows = summary.replace([np.inf, -np.inf], np.nan).astype(object)
     return json.dumps(rows.where(rows.notna(), None).to_dict(orient="records"), indent=2)
 
 
-def _short(values) -> str | int:
+def _short(values: pandas.Series) -> str | int:
     low, high = int(values.min()), int(values.max())
     return low if low == high else f"{low}-{high}"
 
 
-def _figure(column: str, value: Any) -> str:
+def _figure(column: str, value: str | float | np.number) -> str:
     if isinstance(value, str):
         return value
     if column.startswith("rounds_to"):

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pandas
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ...errors import RunError
-from ..report import pipe_table
+from ...settings import JSON
+from ...version import __version__
+from ..report import Cell, pipe_table
 
 EXACT = 1e-9  # how far, relatively, a deterministic point may be from its formula
 ROUNDING = 1e-13  # and how far besides, of the size of the vectors that were subtracted
 ERRORS = 5.0  # how many standard errors a random one may be
 Progress = Callable[[str], None]
+Row = Mapping[str, Cell]
+Number = float | np.number
 
 
-def table(folder: Path, name: str, settings: dict[str, Any], rows: Callable[[], list[dict[str, Any]]]) -> Any:
+def table(folder: Path, name: str, settings: Mapping[str, JSON], rows: Callable[[], Sequence[Row]]) -> pandas.DataFrame:
     """NAME.csv as a DataFrame, if NAME.json says that it was made with these settings; else of `rows()`, written there."""
-    import pandas
-
-    from ...version import __version__
-
     folder.mkdir(parents=True, exist_ok=True)
     file, beside = folder / f"{name}.csv", folder / f"{name}.json"
     wanted = json.dumps({"study": name, "version": __version__, **settings}, indent=2) + "\n"
@@ -35,13 +38,13 @@ def table(folder: Path, name: str, settings: dict[str, Any], rows: Callable[[], 
     return pandas.read_csv(file)
 
 
-def agree(frame: Any, study: str) -> None:
+def agree(frame: pandas.DataFrame, study: str) -> None:
     """Refuse a table in which a point's `measured` is off its `formula` by more than its `tolerance`.
 
     Raises:
         RunError: with the worst point.
     """
-    off = np.abs(frame["measured"] - frame["formula"])
+    off = (frame["measured"] - frame["formula"]).abs()
     worse = (off / frame["tolerance"]).fillna(math.inf).to_numpy()
     at = int(np.argmax(worse))
     if worse[at] > 1:
@@ -50,14 +53,13 @@ def agree(frame: Any, study: str) -> None:
         raise RunError(f"{study}: a measured point is off its formula, {worse[at]:.3g} times the tolerance: {where}.")
 
 
-def point(measured: Any, formula: Any, size: Any) -> dict[str, float]:
+def point(measured: Number, formula: Number, size: Number) -> dict[str, float]:
     """The columns of a deterministic point, which came out of vectors of that size."""
-    return {
-        "measured": float(measured), "formula": float(formula), "tolerance": EXACT * abs(formula) + ROUNDING * size
-    }  # fmt: skip
+    tolerance = float(EXACT * abs(formula) + ROUNDING * size)
+    return {"measured": float(measured), "formula": float(formula), "tolerance": tolerance}
 
 
-def distance(measured: Any, formula: Any, true: Any, size: Any) -> dict[str, float]:
+def distance(measured: np.ndarray, formula: np.ndarray, true: np.ndarray, size: Number) -> dict[str, float]:
     """The point that is the distance of a vector from the true one."""
     return point(np.linalg.norm(measured - true), np.linalg.norm(formula - true), size)
 
@@ -68,12 +70,12 @@ def markdown(path: Path, title: str, head: list[str], rows: list[list[str]], *no
     return path
 
 
-def number(value: Any, digits: int = 3) -> str:
+def number(value: Number, digits: int = 3) -> str:
     """A number in a table's cell; "never" where it is none."""
     return f"{float(value):.{digits}g}" if np.isfinite(float(value)) else "never"
 
 
-def count(value: Any) -> str:
+def count(value: Number) -> str:
     """A whole number in a table's cell."""
     return f"{int(value):,}" if np.isfinite(float(value)) else "never"
 
@@ -97,26 +99,26 @@ def style(place: int) -> dict[str, Any]:
     return {**STYLES[place % len(STYLES)], **hollow, "linewidth": 1.6, "markersize": 5}
 
 
-def panels(rows: int, columns: int, size: tuple[float, float], **options: Any):
+def panels(
+    rows: int, columns: int, size: tuple[float, float], sharex: bool = False, sharey: bool | Literal["row"] = False
+) -> tuple[Figure, np.ndarray]:
     """(figure, array of axes with a light grid)."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def ticks(axis: Any, values: Any) -> None:
+def ticks(axis: Axes, values: Iterable[Number]) -> None:
     """A logarithmic x axis with these whole numbers as its marks."""
     axis.set_xscale("log")
-    axis.set_xticks(list(values), [f"{value:g}" for value in values])
+    axis.set_xticks(np.asarray(list(values)), [f"{value:g}" for value in values])
     axis.minorticks_off()
 
 
-def legend(figure: Any, columns: int) -> None:
+def legend(figure: Figure, columns: int) -> None:
     """One legend for all panels, below them, every label once."""
     found = {}
     for axis in figure.axes:
@@ -125,7 +127,7 @@ def legend(figure: Any, columns: int) -> None:
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def save(figure: Any, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Write the figure."""
     figure.savefig(path, dpi=130)
     return path

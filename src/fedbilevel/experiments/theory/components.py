@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ...algorithm import State
+from ...algorithm import Algorithm, State
 from ...algorithms import AggITD
+from ...federation import Combine, Federation
 from ...protocol import protocol
 from . import common, problems, runner
 from .family import PROBLEM, Family, family
+from .runner import Count
 from .spread import STEPS, formula
 
 TRUNCATIONS = {
@@ -45,7 +50,7 @@ def ablation(folder: Path, quick: bool = False, progress: common.Progress = lamb
 # Turns, local steps, cohort, truncation ---------------------------------------------------------------------------------
 
 
-def _parts(folder, quick, progress):
+def _parts(folder: Path, quick: bool, progress: common.Progress) -> list[Path]:
     numbers, steps, cohorts, truncations, budget = (1, 3, 10, 30), (1, 5), (CLIENTS, 4), tuple(TRUNCATIONS), BUDGET
     if quick:
         numbers, steps, cohorts, truncations, budget = (2,), (1,), (4,), ("uniform", "full"), 300
@@ -76,7 +81,7 @@ def _parts(folder, quick, progress):
     return [folder / "ablation.csv", table, _parts_figure(folder, frame, budget)]
 
 
-def _after(cohort, truncation, local_steps, N, budget):
+def _after(cohort: int, truncation: str, local_steps: int, N: int, budget: int) -> float:
     """|grad Phi|^2 at the end of the budget, with the best of the steps."""
     setup = problems.quadratic(CLIENTS, SPREAD, None if cohort == CLIENTS else cohort)
     algorithm = AggITD(inner_rounds=N, local_steps=local_steps, skip_idle_rounds=True, **TRUNCATIONS[truncation])
@@ -85,13 +90,13 @@ def _after(cohort, truncation, local_steps, N, budget):
     ends = []
     for seed in range(SEEDS if random else 1):
         seeded = dataclasses.replace(setup, key=jax.random.key(seed))
-        _, values = runner.curves(seeded, algorithm, iterations, BLOCKS, **problems.grid(setup, local_steps))
+        _, values = runner.curves(seeded, algorithm, iterations, BLOCKS, None, **problems.grid(setup, local_steps))
         ends.append(values[:, -2:].mean(-1))
     middle = np.median(np.where(np.isfinite(ends), ends, np.inf), axis=0)
     return float(middle.min())
 
 
-def _parts_figure(folder, frame, budget):
+def _parts_figure(folder: Path, frame: pandas.DataFrame, budget: int) -> Path:
     cohorts, truncations = frame["cohort"].unique(), frame["truncation"].unique()
     figure, axes = common.panels(
         len(cohorts), len(truncations), (3.6 * len(truncations) + 0.6, 3 * len(cohorts) + 0.6), sharey="row"
@@ -116,26 +121,60 @@ def _parts_figure(folder, frame, budget):
 # One cohort for all exchanges -------------------------------------------------------------------------------------------
 
 
-class _OneCohort:
+class _OneCohort(Federation):
     """`fed`, but every exchange of the iteration asks the same clients."""
 
-    def __init__(self, fed):
+    def __init__(self, fed: Federation):
         self._fed, self._cohort = fed, fed.draw_cohort()
+        self.clients, self.cohort_size, self.weighted = fed.clients, fed.cohort_size, fed.weighted
 
-    def average(self, *args, cohort=None, **kwargs):
-        return self._fed.average(*args, **kwargs, cohort=self._cohort)
+    @property
+    def share(self) -> float | Float[Array, ""]:
+        return self._fed.share
 
-    def __getattr__(self, name):
-        return getattr(self._fed, name)
+    def ask(
+        self,
+        method: Callable[..., PyTree],
+        message: tuple[PyTree, ...],
+        combine: Combine,
+        replies: PyTree,
+        cohort: Int[Array, " cohort"] | None,
+        beside: bool,
+    ) -> PyTree:
+        return self._fed.ask(method, message, combine, replies, self._cohort, beside)
+
+    def repeat(
+        self,
+        times: int | Count,
+        body: Callable[[Count, PyTree], PyTree],
+        carry: PyTree,
+        most: int | None = None,
+    ) -> PyTree:
+        return self._fed.repeat(times, body, carry, most)
+
+    def until(
+        self,
+        condition: Callable[[PyTree], bool | Bool[Array, ""]],
+        body: Callable[[Count, PyTree], PyTree],
+        carry: PyTree,
+        most: int,
+    ) -> PyTree:
+        return self._fed.until(condition, body, carry, most)
+
+    def randint(self, low: int, high: int) -> Count:
+        return self._fed.randint(low, high)
+
+    def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
+        return self._fed.draw_cohort(size)
 
 
-def same(algorithm, fed, state):
+def same(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[State, dict[str, Array]]:
     """A program: the estimate that one cohort alone makes, in place of x."""
     h, y = algorithm.estimate(_OneCohort(fed), state.x, state.y)
     return State(h, y), {}
 
 
-def _one_cohort(folder, quick, progress):
+def _one_cohort(folder: Path, quick: bool, progress: common.Progress) -> list[Path]:
     numbers, draws = ((4,), 2_000) if quick else ((1, 2, 4, 8, 16, 32, 64), 20_000)
     settings = {"N": numbers, "draws": draws, "spread": SPREAD, "asked": ASKED, **STEPS}
 
@@ -158,8 +197,8 @@ def _one_cohort(folder, quick, progress):
         [
             str(name),
             *(
-                f"{row.measured:.3g} ± {row.tolerance / common.ERRORS:.1g} ({row.formula:.3g})"
-                for row in at.itertuples()
+                f"{mean:.3g} ± {far / common.ERRORS:.1g} ({exact:.3g})"
+                for mean, far, exact in zip(at["measured"], at["tolerance"], at["formula"], strict=True)
             ),
         ]
         for name, at in frame.groupby("cohorts", sort=False)
@@ -185,7 +224,7 @@ def alone(f: Family, C: tuple[int, ...]) -> Family:
     return dataclasses.replace(f, **{name: getattr(f, name)[at] for name in "HBbAt"})
 
 
-def _cohort_figure(folder, frame):
+def _cohort_figure(folder: Path, frame: pandas.DataFrame) -> Path:
     figure, axes = common.panels(1, 1, (6.4, 4.6))
     axis = axes[0, 0]
     for place, (name, at) in enumerate(frame.groupby("cohorts", sort=False)):

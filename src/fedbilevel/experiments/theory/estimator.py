@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 
 from ...algorithms import AggITD
 from ...errors import RunError
@@ -78,7 +79,7 @@ def _vectors(f: Family, N: int, lams: tuple[float, ...]) -> np.ndarray:
     return v.reshape(len(lams), N + 1, DY)
 
 
-def _bias_figure(folder, frame):
+def _bias_figure(folder: Path, frame: pandas.DataFrame) -> Path:
     figure, axes = common.panels(1, 2, (10, 4.6), sharey=True)
     for axis, (start, title) in zip(axes[0], STARTS.items(), strict=True):
         for place, (lam, at) in enumerate(frame[frame["start"] == start].groupby("hessian_lr")):
@@ -114,8 +115,8 @@ def q_variance(folder: Path, quick: bool = False, progress: common.Progress = la
     if (frame["measured"] > frame["bound"]).any():
         raise RunError("q-variance: E |v_Q|^2 is above its bound.")
     table = [
-        [common.count(row.N), *map(common.number, (row.measured, row.variance, row.bound))]
-        for row in frame.itertuples()
+        [common.count(N), *map(common.number, row)]
+        for N, *row in zip(frame["N"], frame["measured"], frame["variance"], frame["bound"], strict=True)
     ]
     head = ["N", "E abs(v_Q)^2", "of it variance", "bound"]
     text = "Exact over Q = 0..N; the closed form gives the same numbers."
@@ -140,7 +141,7 @@ def moment_bound(f: Family, N: int, lam: float) -> float:
     return float(lam * (N + 1) * C**2 / (mu * (2 - lam * mu)))
 
 
-def _moment_figure(folder, frame):
+def _moment_figure(folder: Path, frame: pandas.DataFrame) -> Path:
     figure, axes = common.panels(1, 1, (6.4, 4.6))
     axis = axes[0, 0]
     axis.plot(frame["N"], frame["bound"], color="grey", linestyle=":", linewidth=1.8, label="bound")

@@ -13,22 +13,25 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ...data import FederatedData
 from ...problem import Problem
+from ...tasks.base import Row
 
 DX, DY = 4, 6
 CURVATURE = 0.01  # c
 KAPPA, KAPPA_UPPER = 13.0, 56.0  # condition numbers of H and of the Hessian of Phi, whose largest eigenvalues are 1
+Loop = tuple[np.ndarray, np.ndarray]  # (P, the fixed point) of a lower loop
 power = np.linalg.matrix_power
 
 
-def inner_loss(x, y, row):
+def inner_loss(x: Float[Array, " upper"], y: Float[Array, " lower"], row: Row) -> Float[Array, ""]:
     """g_i; a client has one row."""
     return 0.5 * y @ row["H"] @ y - y @ (row["B"] @ x + row["b"])
 
 
-def outer_loss(x, y, row):
+def outer_loss(x: Float[Array, " upper"], y: Float[Array, " lower"], row: Row) -> Float[Array, ""]:
     """f_i."""
     return 0.5 * (y - row["t"]) @ row["A"] @ (y - row["t"]) + 0.5 * CURVATURE * jnp.sum(x**2)
 
@@ -59,23 +62,23 @@ class Family:
         """Of the mean H, ascending."""
         return np.linalg.eigvalsh(self.H.mean(0))
 
-    def outer_y(self, y) -> np.ndarray:
+    def outer_y(self, y: np.ndarray) -> np.ndarray:
         """d_y f_i, a row for each client."""
         return np.einsum("iab,ib->ia", self.A, y - self.t)
 
-    def solution(self, x) -> np.ndarray:
+    def solution(self, x: np.ndarray) -> np.ndarray:
         """y*(x)."""
         return np.linalg.solve(self.H.mean(0), self.B.mean(0) @ x + self.b.mean(0))
 
-    def adjoint(self, x) -> np.ndarray:
+    def adjoint(self, x: np.ndarray) -> np.ndarray:
         """v*(x)."""
         return np.linalg.solve(self.H.mean(0), self.outer_y(self.solution(x)).mean(0))
 
-    def compose(self, x, v) -> np.ndarray:
+    def compose(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         """d_x f - J v."""
         return CURVATURE * x + self.B.mean(0).T @ v
 
-    def hypergradient(self, x) -> np.ndarray:
+    def hypergradient(self, x: np.ndarray) -> np.ndarray:
         """grad Phi(x)."""
         return self.compose(x, self.adjoint(x))
 
@@ -86,23 +89,23 @@ class Family:
 
     # The lower loops: y^{t+1} - fixed = P (y^t - fixed)
 
-    def _local(self, lr, steps):
+    def _local(self, lr: float, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """(I - lr H_i)^steps, and the sum of the lower powers times lr."""
         contracted = [np.eye(DY) - lr * H for H in self.H]
         sums = [lr * sum(power(M, s) for s in range(steps)) for M in contracted]
         return np.stack([power(M, steps) for M in contracted]), np.stack(sums)
 
-    def corrected(self, x, lr, steps) -> tuple[np.ndarray, np.ndarray]:
+    def corrected(self, x: np.ndarray, lr: float, steps: int) -> Loop:
         """(P, fixed point y*) of the anchored rounds of FedNest and AggITD."""
         return np.eye(DY) - self._local(lr, steps)[1].mean(0) @ self.H.mean(0), self.solution(x)
 
-    def plain(self, x, lr, steps) -> tuple[np.ndarray, np.ndarray]:
+    def plain(self, x: np.ndarray, lr: float, steps: int) -> Loop:
         """(P, fixed point) of plain local steps; off y* as soon as steps > 1 and clients differ."""
         powers, sums = self._local(lr, steps)
         pull = np.einsum("iab,ib->a", sums, self.B @ x + self.b) / len(self.H)
         return powers.mean(0), np.linalg.solve(np.eye(DY) - powers.mean(0), pull)
 
-    def path(self, loop, rounds) -> list[np.ndarray]:
+    def path(self, loop: Loop, rounds: int) -> list[np.ndarray]:
         """[y^0, ..., y^rounds] of a lower loop (P, fixed) from the start."""
         P, fixed = loop
         path, error = [self.y], self.y - fixed

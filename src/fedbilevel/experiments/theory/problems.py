@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ... import reference
 from ...data import FederatedData
@@ -27,6 +28,9 @@ NEAR = 3.0
 INNER = (0.5, 1.0, 1.5, 1.9)  # inner_lr * local_steps, in units of 1 / L of g; and hessian_lr
 OUTER = (*(2.0**-k for k in range(7, -1, -1)), 1.9)  # outer_lr, in units of 1 / L of Phi
 
+Penalties = Float[Array, " features"]
+Moments = tuple[Float[Array, "lower lower"], Float[Array, " lower"]]  # of the rows, and with their targets
+
 
 def grid(setup: Setup, local_steps: int) -> dict[str, np.ndarray]:
     """Every combination of the three steps: the same multiples for every method."""
@@ -38,10 +42,10 @@ def grid(setup: Setup, local_steps: int) -> dict[str, np.ndarray]:
 class Affine(eqx.Module):
     """|G x + g|^2, with grad Phi(x) = G x + g."""
 
-    G: jax.Array
-    g: jax.Array
+    G: Float[Array, "upper upper"]
+    g: Float[Array, " upper"]
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, " upper"]) -> Float[Array, ""]:
         return jnp.sum((self.G @ x + self.g) ** 2)
 
 
@@ -60,11 +64,11 @@ class Ridge(eqx.Module):
     a run that ends there has found nothing.
     """
 
-    inner: tuple[jax.Array, ...]
-    outer: tuple[jax.Array, ...]
-    best: jax.Array
+    inner: Moments
+    outer: Moments
+    best: Penalties
 
-    def gradient(self, x):
+    def gradient(self, x: Penalties) -> Penalties:
         """grad Phi(x): v = H^-1 d_y f, d2_xy g = diag(exp(x) w)."""
         pull, (outside, wish) = self.inner[1], self.outer
         penalty = jnp.exp(x)
@@ -73,11 +77,11 @@ class Ridge(eqx.Module):
         v = jnp.linalg.solve(H, outside @ y - wish)
         return -penalty * y[:-1] * v[:-1]
 
-    def hessian(self, x):
+    def hessian(self, x: Penalties) -> Float[Array, "lower lower"]:
         """d2_yy g."""
         return self.inner[0] + jnp.diag(jnp.concatenate([jnp.exp(x), jnp.full((1,), BIAS_PENALTY, x.dtype)]))
 
-    def __call__(self, x):
+    def __call__(self, x: Penalties) -> Float[Array, ""]:
         near = jnp.max(jnp.abs(x - self.best)) <= NEAR
         return jnp.where(near, jnp.sum(self.gradient(x) ** 2), jnp.inf)
 
@@ -93,12 +97,9 @@ def ridge(clients: int = 8, cohort: int | None = None) -> Setup:
             a = scales * draw.normal(size=(rows, FEATURES))
             noise = 0.3 * draw.normal(size=rows)
             level.append({"a": a, "target": (a @ (size * own) + 0.3 + noise)[:, None]})
-    moments = lambda level: tuple(
-        jnp.asarray(np.mean(part, axis=0)) for part in zip(*map(_moments, level), strict=True)
-    )
     x = jnp.zeros((FEATURES,))
     y = {"weight": jnp.zeros((FEATURES, 1)), "bias": jnp.zeros((1,))}
-    stationarity = Ridge(moments(inside), moments(outside), jnp.zeros((FEATURES,)))
+    stationarity = Ridge(_mean_moments(inside), _mean_moments(outside), jnp.zeros((FEATURES,)))
     best = _minimum(stationarity, stationarity.best)
     stationarity = eqx.tree_at(lambda found: found.best, stationarity, best)
     largest = lambda matrix: float(jnp.abs(jnp.linalg.eigvalsh(matrix)).max())
@@ -108,12 +109,18 @@ def ridge(clients: int = 8, cohort: int | None = None) -> Setup:
     return Setup(Problem(inner_loss, outer_loss), data, x, y, stationarity, (curvatures[0], curvatures[1]), cohort)
 
 
-def _moments(rows):
+def _mean_moments(clients: list[dict[str, np.ndarray]]) -> Moments:
+    """The clients' moments, averaged."""
+    own, pull = zip(*map(_moments, clients), strict=True)
+    return jnp.asarray(np.mean(own, axis=0)), jnp.asarray(np.mean(pull, axis=0))
+
+
+def _moments(rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     a = np.concatenate([rows["a"], np.ones((len(rows["a"]), 1))], axis=1)
     return a.T @ a / len(a), a.T @ rows["target"][:, 0] / len(a)
 
 
-def _minimum(stationarity, x):
+def _minimum(stationarity: Ridge, x: Penalties) -> Penalties:
     """Gradient steps, then Newton's."""
     step = 0.5 / jnp.abs(jnp.linalg.eigvalsh(jax.jacfwd(stationarity.gradient)(x))).max()
     x = jax.lax.fori_loop(0, 5_000, lambda _, x: x - step * stationarity.gradient(x), x)
@@ -123,4 +130,5 @@ def _minimum(stationarity, x):
 
 def check(setup: Setup) -> float:
     """The closed form over `reference.stationarity`, at the start: 1."""
+    assert setup.stationarity is not None
     return float(setup.stationarity(setup.x) / reference.stationarity(setup.problem, setup.data, setup.x, setup.y))

@@ -7,11 +7,13 @@ ratio of their rounds is (2N+3)/(3N+3), which goes to 2/3.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 
 from ...algorithms import AggITD, FedNest
 from . import common, problems, runner
@@ -48,7 +50,7 @@ def rounds_ratio(folder: Path, quick: bool = False, progress: common.Progress = 
     ]
 
 
-def _both(N, progress):
+def _both(N: int, progress: common.Progress) -> Iterator[common.Row]:
     setup, row = problems.quadratic(), {"N": N}
     f = family(1.0)
     lanes = problems.grid(setup, 1)
@@ -82,7 +84,7 @@ def visible(f: Family, N: int, lam: float) -> problems.Affine:
     return problems.Affine(jnp.asarray(np.stack([at(e) - zero for e in np.eye(DX)], axis=1)), jnp.asarray(zero))
 
 
-def _figure(folder, frame):
+def _figure(folder: Path, frame: pandas.DataFrame) -> Path:
     figure, axes = common.panels(1, 2, (10, 4.4))
     left, right = axes[0]
     for place, method in enumerate(METHODS):

@@ -7,25 +7,31 @@ thousands of short runs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ...algorithm import Algorithm, State
+from ...algorithms import AggITD
 from ...data import FederatedData
 from ...engines import Simulation
 from ...engines.simulation import _SimulatedFederation, _Static
+from ...federation import Federation
 from ...problem import Problem, strong
 from ...protocol import as_leaves, client_state
 
 STALLED = 1_000  # iterations without progress after which a race is given up
 
-Program = Callable[[Any, Any, Any], tuple[Any, Any]]  # (algorithm, fed, state) -> (state, a dict of scalars)
+Program = Callable[[Algorithm, Federation, PyTree], tuple[PyTree, dict[str, Array]]]  # as `Algorithm.step`
+Stationarity = Callable[[PyTree], Float[Array, ""]]  # x -> |grad Phi(x)|^2
+States = tuple[PyTree, PyTree]  # of the server and of all clients
+Sites = tuple[tuple[int, ...], ...]  # the exchanges of an iteration that are rounds
+Count = Int[Array, ""]
+Lanes = np.ndarray | Sequence[float]  # the values of one setting, a lane each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +45,14 @@ class Setup:
 
     problem: Problem
     data: FederatedData
-    x: Any
-    y: Any
-    stationarity: Any = None
+    x: PyTree
+    y: PyTree
+    stationarity: Stationarity | None = None
     curvatures: tuple[float, float] = (1.0, 1.0)
     cohort: int | None = None
-    key: Any = dataclasses.field(default_factory=lambda: jax.random.key(0))
+    key: Key[Array, ""] = dataclasses.field(default_factory=lambda: jax.random.key(0))
 
-    def bind(self, algorithm: Algorithm, program: Program):
+    def bind(self, algorithm: Algorithm, program: Program) -> tuple[_Static, States, Sites]:
         """(the static part of the compiled program, state and clients' states before the first iteration, round counts)."""
         state = algorithm.init(self.x, self.y)
         engine = Simulation(cohort=self.cohort)
@@ -59,7 +65,7 @@ class Setup:
         return static, (strong(state), many), tuple(sorted(path for path, site in sites.items() if site.round))
 
 
-def stack(algorithm: Algorithm, **leaves: Any) -> Algorithm:
+def stack(algorithm: Algorithm, **leaves: Lanes) -> Algorithm:
     """The algorithm with arrays (lanes,) as the named step sizes; "truncation" for a fixed Q."""
     for name, values in leaves.items():
         whole = name == "truncation"
@@ -69,19 +75,20 @@ def stack(algorithm: Algorithm, **leaves: Any) -> Algorithm:
     return algorithm
 
 
-def hypergradient(algorithm, fed, state):
+def hypergradient(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[State, dict[str, Array]]:
     """A program: the estimate of the hypergradient in place of x."""
     h, y = algorithm.estimate(fed, state.x, state.y)
     return State(h, y), {}
 
 
-def adjoint(algorithm, fed, state):
+def adjoint(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[State, dict[str, Array]]:
     """A program: the estimate v of H^-1 d_y f in place of x."""
+    assert isinstance(algorithm, AggITD)
     _, v, _, after, _ = algorithm.estimate_parts(fed, state)
     return State(v, after.y), {}
 
 
-def estimates(setup: Setup, algorithm: Algorithm, program: Program = hypergradient, **leaves: Any) -> np.ndarray:
+def estimates(setup: Setup, algorithm: Algorithm, program: Program = hypergradient, **leaves: Lanes) -> np.ndarray:
     """(lanes, dim) what the program estimates, for each of the stacked settings."""
     static, states, _ = setup.bind(algorithm, program)
     out = _lanes(static, setup.problem, setup.data, stack(as_leaves(algorithm), **leaves), states, setup.key)
@@ -89,8 +96,15 @@ def estimates(setup: Setup, algorithm: Algorithm, program: Program = hypergradie
 
 
 @eqx.filter_jit
-def _lanes(static, problem, data, algorithms, states, key):
-    def one(algorithm):
+def _lanes(
+    static: _Static,
+    problem: Problem,
+    data: FederatedData,
+    algorithms: Algorithm,
+    states: States,
+    key: Key[Array, ""],
+) -> PyTree:
+    def one(algorithm: Algorithm) -> PyTree:
         fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, 0), *states)
         return static.program(algorithm, fed, states[0])[0]
 
@@ -105,20 +119,28 @@ def draws(setup: Setup, algorithm: Algorithm, program: Program, count: int) -> n
 
 
 @eqx.filter_jit
-def _draws(static, problem, data, algorithm, states, key, which):
-    def one(k):
+def _draws(
+    static: _Static,
+    problem: Problem,
+    data: FederatedData,
+    algorithm: Algorithm,
+    states: States,
+    key: Key[Array, ""],
+    which: Int[Array, " draws"],
+) -> PyTree:
+    def one(k: Count) -> PyTree:
         fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, k), *states)
         return static.program(algorithm, fed, states[0])[0].x
 
     return jax.lax.map(one, which, batch_size=500)
 
 
-def _batched(algorithms):
+def _batched(algorithms: Algorithm) -> PyTree:
     """in_axes: the first axis of every leaf that has one."""
     return jax.tree.map(lambda leaf: 0 if eqx.is_array(leaf) and leaf.ndim else None, algorithms)
 
 
-def _step(algorithm, fed, state):
+def _step(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[PyTree, dict[str, Array]]:
     state, _ = algorithm.step(fed, state)
     return state, {}
 
@@ -134,13 +156,14 @@ class Race:
     lowest: float
 
 
-def race(setup: Setup, algorithm: Algorithm, tolerance: float, rounds: int, **leaves: Any) -> Race:
+def race(setup: Setup, algorithm: Algorithm, tolerance: float, rounds: int, **leaves: Lanes) -> Race:
     """Run all lanes side by side until the first has |grad Phi(x)|^2 < tolerance, or `rounds` are used up.
 
     Given up earlier if its lowest value among all lanes has not fallen by 1 % in `STALLED` iterations: that is a floor.
 
     All lanes take the same number of rounds an iteration: they share the key of what the server draws.
     """
+    assert setup.stationarity is not None
     static, states, counted = setup.bind(algorithm, _step)
     algorithms = stack(as_leaves(algorithm), **leaves)
     lanes = len(next(iter(leaves.values())))
@@ -153,17 +176,32 @@ def race(setup: Setup, algorithm: Algorithm, tolerance: float, rounds: int, **le
     return Race(lane, int(used), int(iterations), last, float(lowest))
 
 
+# iteration, rounds used, states, |grad Phi|^2 of all lanes, the lowest so far, and what that was at the last mark
+_Loop = tuple[Count, Count, States, Float[Array, " lanes"], Float[Array, ""], Float[Array, ""]]
+
+
 @eqx.filter_jit
-def _race(static, counted, stationarity, problem, data, algorithms, states, key, tolerance, rounds):
+def _race(
+    static: _Static,
+    counted: Sites,
+    stationarity: Stationarity,
+    problem: Problem,
+    data: FederatedData,
+    algorithms: Algorithm,
+    states: States,
+    key: Key[Array, ""],
+    tolerance: Float[Array, ""],
+    rounds: Count,
+) -> tuple[Count, Count, Float[Array, " lanes"], Float[Array, ""]]:
     one = _one_lane(static, counted, problem, data, key)
     advance = eqx.filter_vmap(one, in_axes=(None, _batched(algorithms), 0), out_axes=(0, None))
 
-    def going(loop):
+    def going(loop: _Loop) -> Bool[Array, ""]:
         k, used, _, value, lowest, mark = loop
         stalled = (k % STALLED == 0) & (k > 0) & (lowest > 0.99 * mark)
         return (used < rounds) & ~jnp.any(value < tolerance) & jnp.any(value < 1e12) & ~stalled  # NaN: blown up
 
-    def body(loop):
+    def body(loop: _Loop) -> _Loop:
         k, used, states, value, lowest, mark = loop
         mark = jnp.where(k % STALLED == 0, lowest, mark)
         states, more = advance(k, algorithms, states)
@@ -176,13 +214,17 @@ def _race(static, counted, stationarity, problem, data, algorithms, states, key,
     return k, used, value, lowest
 
 
-def _one_lane(static, counted, problem, data, key):
+def _one_lane(
+    static: _Static, counted: Sites, problem: Problem, data: FederatedData, key: Key[Array, ""]
+) -> Callable[[Count, Algorithm, States], tuple[States, Count]]:
     keyed = _one_keyed(static, counted, problem, data)
     return lambda k, algorithm, states: keyed(k, algorithm, states, key)
 
 
-def _one_keyed(static, counted, problem, data):
-    def one(k, algorithm, states, key):
+def _one_keyed(
+    static: _Static, counted: Sites, problem: Problem, data: FederatedData
+) -> Callable[[Count, Algorithm, States, Key[Array, ""]], tuple[States, Count]]:
+    def one(k: Count, algorithm: Algorithm, states: States, key: Key[Array, ""]) -> tuple[States, Count]:
         fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, k), *states)
         state, _ = static.program(algorithm, fed, states[0])
         counts = fed.counts or {}
@@ -193,12 +235,18 @@ def _one_keyed(static, counted, problem, data):
 
 
 def curves(
-    setup: Setup, algorithm: Algorithm, iterations: int, blocks: int, keys: Key | None = None, **leaves: Any
+    setup: Setup,
+    algorithm: Algorithm,
+    iterations: int,
+    blocks: int,
+    keys: Key[Array, " lanes"] | None = None,
+    **leaves: Lanes,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rounds used up to the end of each block, mean |grad Phi(x)|^2 over each block), (blocks,) and (lanes, blocks).
 
     `keys`, one for each lane, in place of the setup's for all; rounds are then the mean over the lanes.
     """
+    assert setup.stationarity is not None
     static, states, counted = setup.bind(algorithm, _step)
     algorithms = stack(as_leaves(algorithm), **leaves)
     lanes = len(next(iter(leaves.values())))
@@ -212,19 +260,35 @@ def curves(
     return used if used.ndim == 1 else used.mean(1), np.asarray(value).T
 
 
+# iteration, rounds used (of each lane, where each has a key of its own), states; and |grad Phi|^2 summed over turns
+_Place = tuple[Count, Int[Array, "..."], States]
+_Turns = tuple[Count, Int[Array, "..."], States, Float[Array, " lanes"]]
+
+
 @eqx.filter_jit
-def _curves(static, counted, stationarity, blocks, problem, data, algorithms, states, key, each):
+def _curves(
+    static: _Static,
+    counted: Sites,
+    stationarity: Stationarity,
+    blocks: int,
+    problem: Problem,
+    data: FederatedData,
+    algorithms: Algorithm,
+    states: States,
+    key: Key[Array, ...],
+    each: Count,
+) -> tuple[Int[Array, "blocks ..."], Float[Array, "blocks lanes"]]:
     one, keyed = _one_keyed(static, counted, problem, data), key.ndim > 0
     axes = (None, _batched(algorithms), 0, 0 if keyed else None)
     advance = eqx.filter_vmap(one, in_axes=axes, out_axes=(0, 0 if keyed else None))
     nothing = jnp.zeros(key.shape, jnp.int32)
 
-    def turn(i, loop):
+    def turn(i: Count, loop: _Turns) -> _Turns:
         k, used, states, total = loop
         states, more = advance(k, algorithms, states, key)
         return k + 1, used + more, states, total + jax.vmap(stationarity)(states[0].x)
 
-    def block(loop, _):
+    def block(loop: _Place, _: None) -> tuple[_Place, tuple[Int[Array, ...], Float[Array, " lanes"]]]:
         k, used, states = loop
         start = (k, used, states, jnp.zeros_like(jax.vmap(stationarity)(states[0].x)))
         k, used, states, total = jax.lax.fori_loop(0, each, turn, start)

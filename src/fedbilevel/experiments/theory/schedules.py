@@ -11,15 +11,17 @@ reached where the mean of |grad Phi|^2 over a hundredth of the budget is below i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+import pandas
 
+from ...algorithm import Algorithm
 from ...algorithms import AggITD, FedNest, Lockstep
 from ...protocol import protocol
+from ...settings import JSON, Setting
 from . import common, problems, runner
 
 LEVEL, BUDGET, RANDOM_BUDGET, TURNS = 1e-8, 100_000, 20_000, (1, 2, 5, 10, 20, 40, 60, 80)
@@ -27,16 +29,16 @@ CLIENTS, COHORT, SEEDS, BLOCKS = 40, 4, 3, 100
 COHORT_BUDGET, COHORT_TURNS = 10_000, (1, 5, 20)
 PROBLEMS: dict[str, Callable[..., runner.Setup]] = {"quadratic": problems.quadratic, "ridge": problems.ridge}
 BASELINE = "FedNest, full, T = N"
-FULL: dict[str, Any] = {"truncation": "full"}
-WARM: dict[str, Any] = {**FULL, "warm_start_v": True}
+FULL: dict[str, Setting] = {"truncation": "full"}
+WARM: dict[str, Setting] = {**FULL, "warm_start_v": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A row of the table: a class and its options; `single`: FedNest with one turn of the lower loop, not N."""
 
-    kind: Any
-    options: dict[str, Any]
+    kind: type[Algorithm]
+    options: dict[str, Setting]
     single: bool = False
 
     def turns(self, wanted: tuple[int, ...]) -> tuple[int, ...]:
@@ -48,7 +50,7 @@ class Method:
         """Whether the server draws where the series ends; with constant steps that is noise."""
         return self.options.get("truncation") == "uniform"
 
-    def build(self, N: int, local_steps: int, skip: bool = True) -> Any:
+    def build(self, N: int, local_steps: int, skip: bool = True) -> Algorithm:
         """The algorithm with N turns; FedNest with N terms, and N turns or one."""
         if self.kind is Lockstep:
             return Lockstep(local_steps=local_steps)
@@ -85,27 +87,34 @@ def rounds_table(folder: Path, quick: bool = False, progress: common.Progress = 
     return [*files, *_cohorts(folder, quick, names, progress)]
 
 
-def _tables(folder, study, names, settings, rows):
+def _tables(
+    folder: Path,
+    study: str,
+    names: Sequence[str],
+    settings: Mapping[str, JSON],
+    rows: Callable[[str], Iterable[common.Row]],
+) -> pandas.DataFrame:
     """The problems' tables one below the other, each kept for itself: an interrupted study goes on with the next one."""
-    import pandas
 
-    def made(name):
+    def made(name: str) -> list[common.Row]:
         with jax.enable_x64(True):
             return list(rows(name))
 
-    settings = settings | {"inner": problems.INNER, "outer": problems.OUTER}
+    settings = {**settings, "inner": problems.INNER, "outer": problems.OUTER}
     frames = [common.table(folder, f"{study}-{name}", settings, lambda name=name: made(name)) for name in names]
     return pandas.concat(frames, ignore_index=True)
 
 
-def _csv(folder, study, names):
+def _csv(folder: Path, study: str, names: Sequence[str]) -> list[Path]:
     return [folder / f"{study}-{name}.csv" for name in names]
 
 
 # All clients, exact gradients ------------------------------------------------------------------------------------------
 
 
-def _problem(name, methods, budget, turns, progress) -> Iterable[dict[str, Any]]:
+def _problem(
+    name: str, methods: Mapping[int, Sequence[str]], budget: int, turns: tuple[int, ...], progress: common.Progress
+) -> Iterator[common.Row]:
     setup = PROBLEMS[name]()
     for local_steps, labels in methods.items():
         for label in labels:
@@ -129,13 +138,13 @@ def _problem(name, methods, budget, turns, progress) -> Iterable[dict[str, Any]]
             yield {"problem": name, "local_steps": local_steps, "method": label, **(best or never), "lowest": last}
 
 
-def _rounds_an_iteration(setup: runner.Setup, algorithm: Any) -> int | None:
+def _rounds_an_iteration(setup: runner.Setup, algorithm: Algorithm) -> int | None:
     """None if it is drawn while running."""
     found = protocol(algorithm, setup.problem, setup.data, setup.x, setup.y)
     return found.rounds_most if found.rounds == found.rounds_most else None
 
 
-def _markdown(folder, frame, budget):
+def _markdown(folder: Path, frame: pandas.DataFrame, budget: int) -> Path:
     names, rows = list(frame["problem"].unique()), []
     for (local_steps, label), at in frame.groupby(["local_steps", "method"], sort=False):
         cells = [str(local_steps), str(label)]
@@ -164,14 +173,14 @@ def _turns(label: str, N: str) -> str:
     return "-" if METHODS[label].kind is Lockstep else N
 
 
-def _ratio(frame, row):
+def _ratio(frame: pandas.DataFrame, row: pandas.Series) -> str:
     """Rounds of the baseline with one local step over this row's."""
     where = (frame["problem"] == row["problem"]) & (frame["method"] == BASELINE) & (frame["local_steps"] == 1)
     baseline = frame[where]["rounds"].item()
     return f"{baseline / row['rounds']:.3g}" if np.isfinite(row["rounds"]) and np.isfinite(baseline) else "-"
 
 
-def _figure(folder, frame):
+def _figure(folder: Path, frame: pandas.DataFrame) -> Path:
     names = list(frame["problem"].unique())
     figure, axes = common.panels(1, len(names), (5.2 * len(names) + 3, 5), sharey=True)
     bars = frame[["local_steps", "method"]].drop_duplicates()
@@ -198,7 +207,7 @@ def _figure(folder, frame):
 # Cohorts ---------------------------------------------------------------------------------------------------------------
 
 
-def _cohorts(folder, quick, names, progress):
+def _cohorts(folder: Path, quick: bool, names: Sequence[str], progress: common.Progress) -> list[Path]:
     budget, turns, seeds = (1_000, (2,), 1) if quick else (COHORT_BUDGET, COHORT_TURNS, SEEDS)
     methods = (BASELINE, *OURS[-1:]) if quick else tuple(METHODS)
     settings = {"budget": budget, "N": turns, "clients": CLIENTS, "cohort": COHORT, "seeds": seeds, "methods": methods}
@@ -209,8 +218,8 @@ def _cohorts(folder, quick, names, progress):
         line = [str(label)]
         for name in names:
             row = at[at["problem"] == name].iloc[0]
-            turns = [_turns(str(label), str(row[column])) for column in ("N", "N_rounds")]
-            line += [common.number(row["floor"], 2), turns[0], common.count(row["rounds"]), turns[1]]
+            numbers = [_turns(str(label), str(row[column])) for column in ("N", "N_rounds")]
+            line += [common.number(row["floor"], 2), numbers[0], common.count(row["rounds"]), numbers[1]]
         cells.append(line)
     head = ["method"]
     for name in names:
@@ -223,7 +232,9 @@ def _cohorts(folder, quick, names, progress):
     return [*_csv(folder, study, names), path]
 
 
-def _noisy(name, budget, turns, seeds, methods, progress):
+def _noisy(
+    name: str, budget: int, turns: tuple[int, ...], seeds: int, methods: Sequence[str], progress: common.Progress
+) -> Iterator[common.Row]:
     setup = PROBLEMS[name](CLIENTS, cohort=COHORT)
     lanes = problems.grid(setup, 1)
     found = {}
@@ -233,7 +244,7 @@ def _noisy(name, budget, turns, seeds, methods, progress):
             algorithm = METHODS[label].build(N, 1)
             iterations = int(budget / protocol(algorithm, setup.problem, setup.data, setup.x, setup.y).rounds)
             seeded = [dataclasses.replace(setup, key=jax.random.key(seed)) for seed in range(seeds)]
-            runs = [runner.curves(one, algorithm, iterations, BLOCKS, **lanes) for one in seeded]
+            runs = [runner.curves(one, algorithm, iterations, BLOCKS, None, **lanes) for one in seeded]
             found[label, N] = tuple(np.stack(part) for part in zip(*runs, strict=True))
     ends = {place: _median(values[:, :, -BLOCKS // 10 :].mean(-1)) for place, (_, values) in found.items()}
     level = min(np.nanmin(ends[place]) for place in ends if place[0] == BASELINE)
@@ -248,12 +259,12 @@ def _noisy(name, budget, turns, seeds, methods, progress):
         }  # fmt: skip
 
 
-def _median(values):
+def _median(values: np.ndarray) -> np.ndarray:
     """Over the seeds; what blew up counts as infinite."""
     return np.median(np.where(np.isfinite(values), values, np.inf), axis=0)
 
 
-def _first(runs, level):
+def _first(runs: tuple[np.ndarray, np.ndarray], level: float) -> np.ndarray:
     """(seeds, lanes) rounds at the end of the first block whose mean is at the level, of (rounds, values)."""
     rounds, values = runs
     reached = values <= level

@@ -17,14 +17,15 @@ The mean of |grad Phi|^2 = |G (x - x*)|^2 is then trace(G S_xx G').
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+import pandas
 
 from ...algorithms import ALGORITHMS
 from ...engines import Simulation
 from ...protocol import protocol
+from ...settings import Setting
 from . import common, problems, runner
 from .family import DX, DY, Family, family
 from .stationarity import FULL, LOCAL
@@ -37,7 +38,7 @@ AT = 0.5  # the scale at which floors are compared
 LEVEL, BLOCKS, KEYS = 0.02, 800, 8
 ROUNDS, LEAST = 20_000, 4_000  # of a run; and the fewest iterations, after half of which floors are reached
 # name -> (algorithm, settings, whether its v moves by steps that the scale is for; else hessian_lr is its series')
-METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
+METHODS: dict[str, tuple[str, dict[str, Setting], bool]] = {
     "SimFBO": ("simfbo", {}, True),
     "FedBiOAcc": ("fedbioacc", {"slow_after": 1e6}, True),
     "AggITD, full, warm v (ours)": ("aggitd", {"inner_rounds": 1, **FULL, "warm_start_v": True}, False),
@@ -135,7 +136,7 @@ def _measure(name: str, cohort: int, f: Family) -> dict[str, float]:
     setup = problems.quadratic(CLIENTS, SPREAD, cohort)
     kind, options, together = METHODS[name]
     options = {field: cohort if value is None else value for field, value in options.items()}
-    algorithm: Any = ALGORITHMS[kind](**{"local_steps": 1, **options})
+    algorithm = ALGORITHMS[kind](**{"local_steps": 1, **options})
     scales = np.repeat(SCALES, KEYS)
     lanes = {field: RATES[field] * scales for field in ("inner_lr", "outer_lr")}
     lanes["hessian_lr"] = RATES["hessian_lr"] * scales if together else np.full_like(scales, SERIES)
@@ -153,7 +154,7 @@ def _measure(name: str, cohort: int, f: Family) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _figure(folder, frame, cohorts):
+def _figure(folder: Path, frame: pandas.DataFrame, cohorts: tuple[int, ...]) -> Path:
     figure, axes = common.panels(1, 2, (11.2, 6.0))
     for place, (name, at) in enumerate(frame.groupby("method", sort=False)):
         look = {**common.style(place), "label": str(name)}

@@ -11,11 +11,13 @@ LFedNest's floor is its limit: the mean of d_x f_i - J_i H_i^-1 d_y f_i where pl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 
 from ...algorithms import AggITD, FedNest, LFedNest
 from . import common, runner
@@ -45,7 +47,7 @@ def heterogeneity(folder: Path, quick: bool = False, progress: common.Progress =
     return [folder / "heterogeneity.csv", _markdown(folder, frame), _figure(folder, frame)]
 
 
-def _rows(N, spreads, progress):
+def _rows(N: int, spreads: tuple[float, ...], progress: common.Progress) -> Iterator[common.Row]:
     for spread in spreads:
         progress(f"heterogeneity: N = {N}, s = {spread:g}")
         f = family(spread)
@@ -57,7 +59,7 @@ def _rows(N, spreads, progress):
             rounds = lambda cost, method=method: {"rounds": cost[method][0] * N + cost[method][1]}
             at = {"spread": spread, "method": method, "N": N, **rounds(COST)}
             yield {**at, "quantity": "error", **common.distance(mean, formula_mean, true, N * size)}
-            if deviation is not None:
+            if deviation is not None and formula_deviation is not None:
                 yield {
                     **at,
                     **rounds(MEAN),
@@ -66,7 +68,7 @@ def _rows(N, spreads, progress):
                 }
 
 
-def _floors(spreads, progress):
+def _floors(spreads: tuple[float, ...], progress: common.Progress) -> Iterator[common.Row]:
     """LFedNest with so many terms that nothing is left but its floor."""
     for spread in spreads:
         progress(f"heterogeneity: the floor of LFedNest, s = {spread:g}")
@@ -76,7 +78,7 @@ def _floors(spreads, progress):
         yield {**at, **common.distance(h, local_limit(f), f.hypergradient(f.x), 100)}
 
 
-def _setup(f):
+def _setup(f: Family) -> runner.Setup:
     return runner.Setup(PROBLEM, f.data(), jnp.asarray(f.x), jnp.asarray(f.y))
 
 
@@ -117,12 +119,12 @@ def local_limit(f: Family, exact_lower: bool = False) -> np.ndarray:
     return _local(f, y, np.linalg.inv(f.H))
 
 
-def _local(f, y, inverses):
+def _local(f: Family, y: np.ndarray, inverses: np.ndarray) -> np.ndarray:
     """mean d_x f_i - J_i inverse_i d_y f_i."""
     return CURVATURE * f.x + np.einsum("iab,iac,ic->b", f.B, inverses, f.outer_y(y)) / len(f.H)
 
 
-def _markdown(folder, frame):
+def _markdown(folder: Path, frame: pandas.DataFrame) -> Path:
     floors, curves = frame["quantity"] == "floor", frame["quantity"] != "floor"
     limit = frame[floors].set_index("spread")["formula"]
     last = frame[curves & (frame["N"] == frame[curves]["N"].max())].set_index(["quantity", "method", "spread"])
@@ -142,7 +144,7 @@ def _markdown(folder, frame):
     )  # fmt: skip
 
 
-def _figure(folder, frame):
+def _figure(folder: Path, frame: pandas.DataFrame) -> Path:
     spreads = frame["spread"].unique()
     figure, axes = common.panels(2, len(spreads), (3.1 * len(spreads) + 0.6, 6.4), sharex=True, sharey="row")
     for column, spread in enumerate(spreads):

@@ -8,21 +8,23 @@ those that use the clients' own Hessians stop at theirs however many steps they 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+import pandas
 
+from ...algorithm import Algorithm
 from ...algorithms import ALGORITHMS
 from ...protocol import protocol
+from ...settings import Setting
 from ..oracles import oracle_calls
 from . import common, problems, runner
 
 LEVEL, BUDGET, BLOCKS = 1e-8, 3_000, 100
-FULL: dict[str, Any] = {"truncation": "full"}
-_SERIES: dict[str, Any] = {"inner_rounds": 5, "neumann_terms": 20, **FULL}
-LOCAL: dict[str, Any] = {"neumann_terms": 20, **FULL, "slow_after": 1e6, "forget": 0.5}
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+FULL: dict[str, Setting] = {"truncation": "full"}
+_SERIES: dict[str, Setting] = {"inner_rounds": 5, "neumann_terms": 20, **FULL}
+LOCAL: dict[str, Setting] = {"neumann_terms": 20, **FULL, "slow_after": 1e6, "forget": 0.5}
+METHODS: dict[str, tuple[str, dict[str, Setting]]] = {
     "AggITD, full, warm v (ours), N = 1": ("aggitd", {"inner_rounds": 1, **FULL, "warm_start_v": True}),
     "Lockstep (ours)": ("lockstep", {}),
     "FedNest, full, 20 terms": ("fednest", _SERIES),
@@ -79,7 +81,7 @@ def stationarity(folder: Path, quick: bool = False, progress: common.Progress = 
     return [folder / "stationarity.csv", table, _figure(folder, frame, locals_, budget)]
 
 
-def _algorithm(name: str, local_steps: int) -> Any:
+def _algorithm(name: str, local_steps: int) -> Algorithm:
     kind, options = METHODS[name]
     return ALGORITHMS[kind](**{"local_steps": local_steps, **options})
 
@@ -94,12 +96,12 @@ def _costs(name: str, local_steps: int) -> tuple[float, float]:
     return each.bytes_up / setup.data.clients / 1e3 / each.rounds, calls / each.rounds
 
 
-def _curve(name, local_steps, budget):
+def _curve(name: str, local_steps: int, budget: int) -> list[common.Row]:
     setup = problems.ridge()
     algorithm = _algorithm(name, local_steps)
     lanes = {field: values for field, values in problems.grid(setup, local_steps).items() if hasattr(algorithm, field)}
     each = protocol(algorithm, setup.problem, setup.data, setup.x, setup.y).rounds
-    used, values = runner.curves(setup, algorithm, int(budget / each), BLOCKS, **lanes)
+    used, values = runner.curves(setup, algorithm, int(budget / each), BLOCKS, None, **lanes)
     values = np.where(np.isfinite(values), values, np.inf)
     first = np.where((values < LEVEL).any(1), (values < LEVEL).argmax(1), BLOCKS)
     soonest = first == first.min()
@@ -107,7 +109,7 @@ def _curve(name, local_steps, budget):
     return [{"rounds": int(rounds), "value": value} for rounds, value in zip(used, values[best], strict=True)]
 
 
-def _figure(folder, frame, locals_, budget):
+def _figure(folder: Path, frame: pandas.DataFrame, locals_: tuple[int, ...], budget: int) -> Path:
     figure, axes = common.panels(1, len(locals_), (5.6 * len(locals_), 5.6), sharey=True)
     for axis, local_steps in zip(axes[0], locals_, strict=True):
         for place, (name, at) in enumerate(frame[frame["local_steps"] == local_steps].groupby("method", sort=False)):

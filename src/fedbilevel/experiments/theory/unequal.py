@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 
 from ...algorithms import ShroFBO, SimFBO
 from ...solve import solve
@@ -98,11 +99,13 @@ def unequal_steps(folder: Path, quick: bool = False, progress: common.Progress =
     return [folder / "unequal-steps.csv", table, _figure(folder, frame, mismatch)]
 
 
-def _slope(f, x) -> float:
+def _slope(f: Family, x: np.ndarray) -> float:
     return float(np.sum(f.hypergradient(x) ** 2))
 
 
-def _end(f, name, rates, taus, near):
+def _end(
+    f: Family, name: str, rates: tuple[float, float, float], taus: tuple[int, ...], near: np.ndarray
+) -> np.ndarray:
     """x after so many iterations that nothing is left but the fixed point; started close to it, for small steps are slow."""
     algorithm = METHODS[name](outer_lr=rates[0], inner_lr=rates[1], hessian_lr=rates[2], client_steps=taus)
     x, y = near[:DX] + 0.01 * f.x, near[DX : DX + DY]
@@ -121,7 +124,7 @@ def _end(f, name, rates, taus, near):
     return np.asarray(result.x)
 
 
-def _figure(folder, frame, mismatch):
+def _figure(folder: Path, frame: pandas.DataFrame, mismatch: float) -> Path:
     figure, axes = common.panels(1, 1, (6.4, 4.4))
     axis = axes[0, 0]
     for place, (name, at) in enumerate(frame.groupby("method", sort=False)):
