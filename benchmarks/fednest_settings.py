@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedbilevel as fb
+from fedbilevel.algorithms.components import directions
 from fedbilevel.datasets import find_idx, idx_arrays
 from fedbilevel.partition import partition
 from fedbilevel.tasks.base import cross_entropy
@@ -134,11 +135,11 @@ class AllRows(fb.FedNest):
         return client.problem.outer_gradients(x, y, client.batch("outer"))[1]
 
     def factor(self, client, x, y, p, lam):
-        return fb.algorithms.directions.hessian_factor(client.problem, x, y, p, self.lam(lam), client.batch("inner"))
+        return directions.hessian_factor(client.problem, x, y, p, self.lam(lam), client.batch("inner"))
 
     def hypergradient(self, client, x, y, v):
         rows = client.batch("inner"), client.batch("outer")
-        return fb.algorithms.directions.hypergradient(client.problem, x, y, v, *rows)
+        return directions.hypergradient(client.problem, x, y, v, *rows)
 
 
 def mnist(folder: Path) -> list[np.ndarray]:

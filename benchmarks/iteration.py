@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedbilevel as fb
-from fedbilevel.algorithms.directions import hessian_factor, hypergradient
-from fedbilevel.algorithms.steps import fedsvrg
+from fedbilevel.algorithms.components.directions import hessian_factor, hypergradient
+from fedbilevel.algorithms.components.steps import fedsvrg
 from fedbilevel.cohorts import client_key, exchange_key, sample_cohort
 from fedbilevel.federation import Client
 from fedbilevel.tasks.hyper_representation import InnerLoss, features, outer_loss

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
+from fedbilevel.algorithms.components.curvature import remembered
 from fedbilevel.app import load_app
 from fedbilevel.engines.loopback import _Looped
 from fedbilevel.engines.messaging.transport import Answers as InTransit
@@ -151,7 +152,7 @@ def test_the_automatic_step_is_that_of_the_clients_own_places():
     roots = [float(np.roots([1, 0, 1, -each]).real[np.isreal(np.roots([1, 0, 1, -each]))][0]) for each in c]
     np.testing.assert_allclose(result.clients_y, roots, rtol=1e-6)
     assert 3 * max(roots) ** 2 + 1 > 25
-    np.testing.assert_allclose(result.state.kept["curvature"]["largest"], 3 * max(roots) ** 2 + 1, rtol=1e-6)
+    np.testing.assert_allclose(remembered(result.state).largest, 3 * max(roots) ** 2 + 1, rtol=1e-6)
 
 
 def test_they_are_saved_by_name(tmp_path):

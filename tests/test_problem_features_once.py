@@ -10,6 +10,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.jaxprs import dce_jaxpr
+from fedbilevel.protocol.calls import named_method
 from helpers.featured import (
     CLIENTS,
     DATA,
@@ -59,12 +60,12 @@ def computed_by(method, *message, problem=WITH, index=0) -> int:
 
 BUSY = {**STEPS, "local_steps": 7}
 ROW_COUNTS = [  # (algorithm, method, what is sent after x and y, draws on y at one x)
-    (fb.AggITD, "lower", (Y,), 6),  # the first step needs no rows
+    (fb.AggITD, "turns.lower", (Y,), 6),  # the first step needs no rows
     (fb.LFedNest, "lower", (), 7),
     (fb.LFedNest, "local_hypergradient", (None,), 4),
-    (fb.AggITD, "anchor", (fb.When(jnp.asarray(True), Y), None), 2),
-    (fb.AggITD, "vector_apart", (), 1),
-    (fb.AggITD, "largest_curvature", (), 1),
+    (fb.AggITD, "turns.anchor", (fb.When(jnp.asarray(True), Y), None), 2),
+    (fb.AggITD, "turns.vector_apart", (), 1),
+    (fb.AggITD, "hessian.largest_curvature", (), 1),
     (fb.FedNest, "factor", (Y, None), 1),
 ]
 
@@ -73,11 +74,12 @@ ROW_COUNTS = [  # (algorithm, method, what is sent after x and y, draws on y at 
 @pytest.mark.parametrize(("kind", "name", "rest", "draws"), ROW_COUNTS, ids=[name for _, name, *_ in ROW_COUNTS])
 def test_an_exchange_computes_no_row_twice(kind, name, rest, draws, batch_size):
     series = {} if kind is fb.AggITD else {"neumann_terms": 4}
+    series |= {"independent_cohorts": True} if name == "turns.vector_apart" else {}
     algorithm = kind(**BUSY, **series, truncation="full", batch_size=batch_size)
-    method, message = getattr(algorithm, name), (X, Y, *rest)
-    if name == "vector_apart":
+    method, message = named_method(algorithm, name), (X, Y, *rest)
+    if name == "turns.vector_apart":
         present = jnp.asarray(True)
-        method = lambda client, x, y: algorithm.vector_apart(
+        method = lambda client, x, y: algorithm.turns.vector_apart(
             client, fb.When(present, (x, y)), fb.When(present, Y), None
         )
     count = SIZES[0][0]
@@ -95,7 +97,7 @@ def test_the_one_round_turn_computes_each_row_once():
     algorithm = fb.AggITD(**BUSY, one_round=True)
     own = dataclasses.replace(client(), state=Y)
     sent = (Y, fb.When(jnp.asarray(True), Y), None)
-    made = jax.make_jaxpr(lambda x, y: jax.tree.leaves(algorithm.corrected_anchor(own, x, y, *sent)))(X, Y)
+    made = jax.make_jaxpr(lambda x, y: jax.tree.leaves(algorithm.turns.corrected_anchor(own, x, y, *sent)))(X, Y)
     assert rows_computed(dce_jaxpr(made.jaxpr, [True] * len(made.jaxpr.outvars))[0]) == SIZES[0][0]
 
 

@@ -3,6 +3,10 @@
 An `Algorithm` is an equinox module. Step sizes are leaves (a grid of them is a vmap, a new value does not recompile);
 loop counts and batch sizes are static. `step` runs at the server and reaches the clients only through `fed`; a client
 method is any public method that takes `(client, *message)` and returns a reply, or `Reply(reply, state)`.
+
+What several algorithms share is a `Component`: a module with client methods of its own and, where it remembers something, a
+typed state that the algorithm keeps for it. An algorithm makes its components from its fields (`component`), so that a step
+size stands in one place: in the field that users set. Their client methods are named by their path, as in `lower.gradient`.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from .component import component as component
+from .component import modules_in as modules_in
 from .errors import InputError, check
 from .federation import Federation
 from .given import as_whole
@@ -41,14 +47,14 @@ class Info(eqx.Module):
     Attributes:
         hypergradient_norm: Euclidean norm of the iteration's hypergradient estimate.
         vector_growth: how much the Hessian factors (I - hessian_lr H) stretched the vector they were applied to;
-            above one the Hessian step is too large. Zero where an algorithm does not measure it.
+            above one the Hessian step is too large.
         vector_residual: |H v - d_y f| / |d_y f|, how far v is from H^{-1} d_y f. Where only the difference travels,
             the |d_y f| is that of the first iteration, in which v = 0.
         lower_gradient_norm: |d_y g|, how far y is from y*(x).
     """
 
     hypergradient_norm: Float[Array, ""]
-    vector_growth: Float[Array, ""]
+    vector_growth: Float[Array, ""] | None = None
     vector_residual: Float[Array, ""] | None = None
     lower_gradient_norm: Float[Array, ""] | None = None
 
@@ -129,19 +135,8 @@ class About:
     exact: Mapping[str, Setting] | None = None
 
 
-class Algorithm(eqx.Module):
-    """Base of every algorithm; a subclass declares its fields with `rate`, `count` and `option`, which are checked.
-
-    Subclasses write `step`, their client methods, and where they have an estimator of the hypergradient, `estimate`.
-
-    Attributes:
-        follows: which setting moves which part of the state: "x", "y", another attribute of the state, or an entry of a
-            dict or tuple in it ("control.1"). A run that blows up names its setting by it.
-        about: the facts of one that ships with the library.
-    """
-
-    about: ClassVar[About]
-    follows: ClassVar[dict[str, str]] = {"x": "outer_lr", "y": "inner_lr", "v": "hessian_lr"}
+class Checked(eqx.Module):
+    """Fields made by `rate`, `count` and `option`, checked when they are set and shown by name."""
 
     def __check_init__(self):
         for field in dataclasses.fields(self):
@@ -159,6 +154,25 @@ class Algorithm(eqx.Module):
     def __repr__(self) -> str:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
+
+class Component(Checked):
+    """A piece that algorithms share: fields, client methods, and perhaps a state that the algorithm keeps for it."""
+
+
+class Algorithm(Checked):
+    """Base of every algorithm; a subclass declares its fields with `rate`, `count` and `option`, which are checked.
+
+    Subclasses write `step`, their client methods, and where they have an estimator of the hypergradient, `estimate`.
+
+    Attributes:
+        follows: which setting moves which part of the state: "x", "y", another attribute of the state, or an entry of a
+            dict or tuple in it ("control.1"). A run that blows up names its setting by it.
+        about: the facts of one that ships with the library.
+    """
+
+    about: ClassVar[About]
+    follows: ClassVar[dict[str, str]] = {"x": "outer_lr", "y": "inner_lr", "v": "hessian_lr"}
 
     def init(self, x: PyTree, y: PyTree) -> Any:
         """The state before the first iteration; it must have the fields `x` and `y`."""

@@ -15,6 +15,8 @@ from types import ModuleType
 MOVED = {
     "fedbilevel.exchanges": "fedbilevel.protocol.table",
     "fedbilevel.wire": "fedbilevel.protocol.wire",
+    "fedbilevel.algorithms.steps": "fedbilevel.algorithms.components.steps",
+    "fedbilevel.algorithms.directions": "fedbilevel.algorithms.components.directions",
     "fedbilevel.engines.client_side": "fedbilevel.engines.messaging.client_side",
     "fedbilevel.engines.server_side": "fedbilevel.engines.messaging.server_side",
     "fedbilevel.engines.transport": "fedbilevel.engines.messaging.transport",

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from . import arrays
-from .algorithms.curvature import EVERY, HALVINGS, AutoStep
+from .algorithm import Algorithm
+from .algorithms.components.curvature import EVERY, HALVINGS, automatic, remembered, remembering
 from .callbacks.checkpoint import FILE, read
 from .diagnosis import largest
 from .engines.base import Carry, Execution, Record
@@ -53,15 +54,17 @@ class Recovery:
         snapshot: the carry to go back to.
     """
 
-    def __init__(self, execution: Execution, algorithm: AutoStep, start: Carry):
+    def __init__(self, execution: Execution, algorithm: Algorithm, start: Carry):
         self._execution, self._algorithm = execution, algorithm
+        step = automatic(algorithm)
+        self._probes = step is not None and step.local_factors
         self._size = _ORDINARY * max(1.0, largest((start.state.x, start.state.y)))
         self.snapshot = start
 
     @property
     def halvings(self) -> int:
         """How often the run has gone back, and halved its step, so far."""
-        return int(self.snapshot.state.kept["curvature"]["halvings"])
+        return int(remembered(self.snapshot.state).halvings)
 
     def until_snapshot(self, iteration: int) -> int:
         """Iterations until the next one."""
@@ -72,17 +75,18 @@ class Recovery:
 
         Where a network's sites began their states anew, what was before is gone: the snapshot is then this carry.
         """
-        began = carry.iteration - int(carry.state.kept["curvature"]["iteration"])
-        before = self.snapshot.iteration - int(self.snapshot.state.kept["curvature"]["iteration"])
+        began = carry.iteration - int(remembered(carry.state).iteration)
+        before = self.snapshot.iteration - int(remembered(self.snapshot.state).iteration)
         if began != before:
-            state = self._algorithm.halved(carry.state, self.halvings, carry.state, carry.state)
+            memory = remembered(carry.state)
+            state = remembering(carry.state, memory.halved(self.halvings, memory, memory))
             self.snapshot = carry = dataclasses.replace(carry, state=state)
         elif carry.iteration % EVERY == 0 and self._ordinary(carry.state):
             self.snapshot = carry
         return carry
 
     def _ordinary(self, state: Any) -> bool:
-        return largest((state.x, state.y)) <= self._size and self._algorithm.calm(state)
+        return largest((state.x, state.y)) <= self._size and remembered(state).calm
 
     def back(self, last: Carry, failed: Carry, limit: float, spare: int | None) -> Back | None:
         """Take the iteration again that blew up, or go back.
@@ -97,6 +101,7 @@ class Recovery:
         """
         if self.halvings >= HALVINGS:
             return None
+        before, after = remembered(last.state), remembered(failed.state)
         tried, seen, right = [], failed, False
         takes = self._takes(last, failed)
         if spare is None or spare >= len(takes) * self._execution.protocol.rounds_most:
@@ -104,14 +109,14 @@ class Recovery:
                 asking = dataclasses.replace(last, state=state)
                 seen, record = self._execution.advance(self._algorithm, asking, 1, limit)
                 tried.append(record)
-                right = record.finite and not self._algorithm.too_large(last.state, seen.state)
-                right = right and not self._algorithm.made_by_step(failed.state, seen.state)
+                right = record.finite and not before.too_large(remembered(seen.state))
+                right = right and not after.made_by_step(remembered(seen.state))
                 if not right:
                     break
-            if right and self._algorithm.alarmed(failed.state):
+            if right and after.alarmed:
                 return Back(seen, tried, last)
-        state = self._algorithm.halved(self.snapshot.state, self.halvings + 1, last.state, seen.state)
-        self.snapshot = dataclasses.replace(self.snapshot, state=state)
+        memory = remembered(self.snapshot.state).halved(self.halvings + 1, before, remembered(seen.state))
+        self.snapshot = dataclasses.replace(self.snapshot, state=remembering(self.snapshot.state, memory))
         return Back(self.snapshot, tried, None)
 
     def _takes(self, last: Carry, failed: Carry) -> list[Any]:
@@ -120,9 +125,10 @@ class Recovery:
         Where clients move before the factors act, no measurement tells of the curvature that they met on their way:
         there, half the step comes first.
         """
-        again = self._algorithm.measuring(last.state)
-        probed = self._algorithm.local_factors and self._algorithm.alarmed(failed.state)
-        return [self._algorithm.with_half_the_step(again), again] if probed else [again]
+        again = remembered(last.state).measuring()
+        probed = self._probes and remembered(failed.state).alarmed
+        takes = [again.with_half_the_step(), again] if probed else [again]
+        return [remembering(last.state, memory) for memory in takes]
 
     def spent(self, why: str) -> str:
         """The sentence that ends the run, with what was tried before."""
@@ -131,8 +137,7 @@ class Recovery:
 
 def recovery(execution: Execution, algorithm: Any, start: Carry) -> Recovery | None:
     """None where the run does not go back: its steps are all the user's."""
-    automatic = isinstance(algorithm, AutoStep) and algorithm.measures_curvature
-    return Recovery(execution, algorithm, start) if automatic else None
+    return None if automatic(algorithm) is None else Recovery(execution, algorithm, start)
 
 
 def saved_snapshot(folder: Any, start: Carry) -> Carry:

@@ -33,18 +33,31 @@ class Seen(eqx.Module):
     sketch: Float[Array, " 32"]
 
 
-def parts(state: Any) -> dict[str, PyTree]:
-    """The parts of a state by name: x, y, and what else it holds, each entry of a dict and of a tuple on its own."""
+def attributes(state: Any) -> dict[str, PyTree]:
+    """What a state holds, by name."""
     if dataclasses.is_dataclass(state):
         named = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    else:
-        named = state._asdict() if hasattr(state, "_asdict") else {"x": state.x, "y": state.y}
+        return {name: value for name, value in named.items() if name != "kept"} | named.get("kept", {})
+    return state._asdict() if hasattr(state, "_asdict") else {"x": state.x, "y": state.y}
+
+
+def parts(state: Any) -> dict[str, PyTree]:
+    """The parts of a state by name: x, y, and what else it holds, each entry of a dict and of a tuple on its own.
+
+    What is made like x or y is one part, whatever it is made of.
+    """
+    held = attributes(state)
+    whole = [jax.tree.structure(held[name]) for name in ("x", "y")]
     found: dict[str, PyTree] = {}
-    for name, value in named.items():
-        beside = value if isinstance(value, dict) and name not in ("x", "y") else {name: value}
-        for part, tree in beside.items():
-            plain = type(tree) is tuple and part not in ("x", "y") and len(tree) > 1
-            found |= {f"{part}.{k}": piece for k, piece in enumerate(tree)} if plain else {str(part): tree}
+    for name, value in held.items():
+        if jax.tree.structure(value) in whole:
+            found[name] = value
+        elif isinstance(value, dict) and name not in getattr(state, "kept", {}):
+            found |= {str(part): tree for part, tree in value.items()}
+        elif type(value) is tuple and len(value) > 1:
+            found |= {f"{name}.{k}": piece for k, piece in enumerate(value)}
+        else:
+            found[name] = value
     return {name: tree for name, tree in found.items() if any(map(eqx.is_inexact_array, jax.tree.leaves(tree)))}
 
 

@@ -12,6 +12,7 @@ import optax.tree
 import pytest
 
 import fedbilevel as fb
+from fedbilevel.algorithms.components.curvature import remembered
 from fedbilevel.algorithms.curvature import STEPS, extend, krylov, largest_ritz_value
 from helpers.quadratic import estimate, quadratic
 
@@ -118,7 +119,7 @@ def test_a_curvature_that_grows_at_first_is_followed(cohort):
         check=False,  # the outer loss is flat in y: x is driven from outside
     )
     for iterations, measured in ((1, 0), (2, 1), (4, 2), (5, 4), (8, 4), (9, 8)):  # x grows by one in each iteration
-        largest = run(iterations).state.kept["curvature"]["largest"]
+        largest = remembered(run(iterations).state).largest
         np.testing.assert_allclose(largest, np.exp(measured), rtol=1e-6)
 
 
@@ -213,7 +214,7 @@ def test_every_algorithm_measures_alike_in_both_engines(kind):
     assert fb.testing.distance(ends[0].state, ends[1].state) <= 1e-12
     rows = [[row[name] for name in ("rounds", "bytes_down", "bytes_up")] for row in ends[0].history]
     assert rows == [[row[name] for name in ("rounds", "bytes_down", "bytes_up")] for row in ends[1].history]
-    curvature = np.asarray(ends[0].state.kept["curvature"]["largest"])
+    curvature = np.asarray(remembered(ends[0].state).largest)
     assert 0.1 < curvature < 100
 
 

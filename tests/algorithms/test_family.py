@@ -19,6 +19,7 @@ import fedbilevel as fb
 from fedbilevel.experiments.theory import unequal
 from fedbilevel.experiments.theory.family import CURVATURE, DX
 from fedbilevel.tasks.ridge import BIAS_PENALTY
+from fedbilevel.watch import attributes
 from helpers.family import L_UPPER, STEPS, L, end, on_quadratic, quadratic, ridge
 
 # Where the exact ones go -------------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def test_local_steps_stop_where_the_mean_of_the_moves_is_zero(algorithm, steps):
     algorithm = dataclasses.replace(algorithm, outer_lr=rates[0], inner_lr=rates[1], hessian_lr=rates[2])
     z = unequal.fixed_point(f, rates, steps, isinstance(algorithm, fb.ShroFBO))
     result = end(on_quadratic(f), algorithm, 30_000)
-    found = np.concatenate([result.x, result.y, result.state.kept["v"]])
+    found = np.concatenate([result.x, result.y, attributes(result.state)["v"]])
     np.testing.assert_allclose(found, z, rtol=0, atol=1e-6 * np.abs(z).max())
     assert np.linalg.norm(f.hypergradient(z[:DX])) > 1e-3  # beside the solution
 

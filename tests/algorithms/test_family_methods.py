@@ -11,6 +11,7 @@ import pytest
 import fedbilevel as fb
 from fedbilevel.experiments.theory import runner, unequal
 from fedbilevel.experiments.theory.family import CURVATURE, DX, DY
+from fedbilevel.watch import attributes
 from helpers.family import STEPS, end, on_quadratic, power, quadratic, ridge
 
 
@@ -78,7 +79,7 @@ def test_one_client_and_one_local_step_is_a_step_along_d():
 def test_the_projection_keeps_v_within_its_radius():
     setup = on_quadratic(quadratic())
     steps = {"inner_lr": 0.1, "hessian_lr": 0.1, "outer_lr": 0.02, "local_steps": 1}
-    size = lambda result: float(np.linalg.norm(result.state.kept["v"]))
+    size = lambda result: float(np.linalg.norm(attributes(result.state)["v"]))
     free, held = end(setup, fb.SimFBO(**steps), 300), end(setup, fb.SimFBO(**steps, radius=0.3), 300)
     assert size(free) > 0.6 and size(held) <= 0.3 + 1e-12
 

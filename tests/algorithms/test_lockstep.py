@@ -13,8 +13,8 @@ import pytest
 import scipy.optimize
 
 import fedbilevel as fb
-from fedbilevel.algorithms.curvature import keeping
 from fedbilevel.engines.base import Carry
+from fedbilevel.watch import attributes
 from helpers.quadratic import DX, DY, flat, orthogonal, quadratic
 
 Q = quadratic()
@@ -58,7 +58,7 @@ def run(q, algorithm, iterations, **options):
 def test_iterations_are_those_made_by_hand(local_steps, outer_steps):
     algorithm = fb.Lockstep(**RATES, local_steps=local_steps, outer_steps=outer_steps)
     state = run(Q, algorithm, 4).state
-    found = flat(state.x), flat(state.y), flat(state.kept["v"])
+    found = flat(state.x), flat(state.y), flat(attributes(state)["v"])
     for one, other in zip(found, by_hand(Q, 4, local_steps, outer_steps), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-12)
     assert np.abs(found[0] - by_hand(Q, 4, local_steps, outer_steps, shift=1)[0]).max() > 1e-6
@@ -93,10 +93,10 @@ def test_nothing_moves_where_every_direction_is_known(local_steps, cohort):
     engine = fb.Simulation(cohort=cohort)
     execution = engine.bind(Q.problem, Q.data, algorithm, algorithm.init(x, y), jax.random.key(0))
     own = directions(Q, flat(x), flat(y), flat(v))
-    start = {"v": v, "control": optax.tree.zeros_like((x, y, y))}
+    start = dataclasses.replace(algorithm.init(x, y), v=v)
     ravel = [jax.flatten_util.ravel_pytree(part)[1] for part in (x, y, y)]
     stacked = tuple(jax.vmap(back)(jnp.asarray(part)) for back, part in zip(ravel, own, strict=True))
-    known = Carry(keeping(x, y, start), stacked, 0)
+    known = Carry(start, stacked, 0)
     unknown = dataclasses.replace(known, client_state=optax.tree.zeros_like(stacked))
     moved = [
         flat((after.state.x, after.state.y)) - flat((x, y))

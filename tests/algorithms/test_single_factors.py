@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
+from fedbilevel.algorithms.components.curvature import remembered
 
 KEY = jax.random.key(0)
 DIM = 6
@@ -42,7 +43,7 @@ def solve(algorithm, iterations, engine=None):
 
 def largest(algorithm):
     """The curvature that is measured."""
-    return float(solve(algorithm, 1).state.kept["curvature"]["largest"])
+    return float(remembered(solve(algorithm, 1).state).largest)
 
 
 @pytest.mark.slow
@@ -50,7 +51,7 @@ def largest(algorithm):
 def test_local_steps_on_the_vector_take_single_clients_curvature(name):
     end = solve(LOCAL[name](hessian_lr="auto", **STEPS), 60)
     assert np.linalg.norm(end.x - GOAL) < 0.95 * np.linalg.norm(GOAL)  # on its way, slowly
-    assert float(end.state.kept["curvature"]["largest"]) == pytest.approx(SINGLE)
+    assert float(remembered(end.state).largest) == pytest.approx(SINGLE)
 
     class MeanStep(LOCAL[name]):
         """As it was: the mean Hessian's step."""
@@ -81,7 +82,7 @@ def test_local_steps_on_the_vector_take_single_clients_curvature(name):
 )
 def test_whose_curvature_counts(algorithm, expected):
     """What is asked for says it: products with the mean Hessian, or each client's own largest curvature."""
-    asked = {site.name for site in fb.protocol(algorithm, PROBLEM, DATA, *start()).sites.values()}
+    asked = {site.name.split(".")[-1] for site in fb.protocol(algorithm, PROBLEM, DATA, *start()).sites.values()}
     own, mean = "largest_curvature" in asked, "curvature_product" in asked
     assert (own, mean) == (expected == SINGLE, expected == MEAN)
 

@@ -10,6 +10,7 @@ import fedbilevel as fb
 from fedbilevel.callbacks import Checkpoint
 from fedbilevel.engines import loopback
 from fedbilevel.engines.faults import Roster, StateLost, TooFewReplies
+from fedbilevel.watch import attributes
 from helpers import cases
 from helpers.quadratic import flat
 
@@ -104,7 +105,7 @@ def test_the_mean_control_variate_stays_the_mean_of_what_clients_keep(engine):
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *kept) if isinstance(kept, list) else kept
     mean = jax.tree.map(lambda leaf: np.mean(leaf, axis=0), stacked)
     assert np.abs(flat(mean)).max() > 1e-3
-    np.testing.assert_allclose(flat(carry.state.kept["control"]), flat(mean), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(flat(attributes(carry.state)["control"]), flat(mean), rtol=0, atol=1e-13)
 
 
 def test_with_drop_outs_the_solution_is_still_reached():
@@ -249,7 +250,7 @@ def test_lost_state_is_rebuilt_everywhere(monkeypatch):
     carry, record = execution.advance(LOCKSTEP, execution.start(LOCKSTEP, state), 5, np.inf)
     assert record.done == 5
     mean = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), 0), *carry.client_state)
-    np.testing.assert_allclose(flat(carry.state.kept["control"]), flat(mean), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(flat(attributes(carry.state)["control"]), flat(mean), rtol=0, atol=1e-13)
     monkeypatch.undo()
     three = solve(LOCKSTEP, 3).state  # what the rebuilt run goes on from, with everything but x and y at its beginning
     again = fb.solve(Q.problem, Q.data, LOCKSTEP, three.x, three.y, 2, key=KEY)

@@ -23,50 +23,59 @@ order inner_lr * hessian_lr (a few per cent in a toy problem, whatever N), with 
 `same_cohort` asks one cohort in all exchanges of an iteration. Rounds and bytes stay the same; but factors of one cohort are
 not independent, which leaves a bias that does not shrink with N.
 
-`truncation="full"` (ours) sums all terms by Horner's rule in the same rounds, without the variance of Q:
-z_t = z_{t-1} - lam (H_t z_{t-1} - d_y f(x, y^t)), z_{-1} = 0, and v = z_N; about twice the Hessian-vector products.
+Floats per client: down (2N+4) dx + (4N-Q+5) dy, up 2N dy + (N-Q+1) dy + 2 dx.
 
-Floats per client: down (2N+4) dx + (4N-Q+5) dy, up 2N dy + (N-Q+1) dy + 2 dx ("full": as Q = 0).
-
-Ours too, each an option, off by default:
-
-`warm_start_v` ("full" only): the recursion starts from the last iteration's z_N instead of 0 and so never ends; v follows
-v* as y follows y*. One dy more down. The largest gain known. `vector_growth` is not measured (zero).
-
-`one_round`: control variates c_i at the clients and c = mean c_i at the server, both 0 at first; N+3 rounds:
-
-    corrected   a_i = d_y g_i(x, y^t);  y_i = y^t, then steps y_i -= inner_lr [d_y g_i(x, y_i) - c_i + c]
-                up y_i - y^t, a_i - c_i and r_i;  c_i <- a_i
-                y^{t+1} = y^t + mean (y_i - y^t),  c += sum of p_i (a_i - c_i) over those who answered
-
-y* is still the fixed point, with cohorts too. The gradient at y^t is a_i and the first local step, on the same rows. In the
-loop down N (dx + 2 dy) and up 2 N dy, and r as above; in all, down (N+4) dx + (3N-Q+5) dy, up 2N dy + (N-Q+1) dy + 2 dx.
-
-`independent_cohorts`: a second cohort answers r in the same round: without the bias named above, for twice the clients
-asked. Down (N-Q) (dx + dy) more: x and y^t once more for each r that is made in the loop; up the same.
+What is ours, options that are off by default, stands in `aggitd_ours.py`.
 
 `estimate` starts v and c at 0: it is for clients at their start, not for use in the `step` of another algorithm with these.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar, final
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
-from ..algorithm import About, option
+from .. import algorithm
+from ..algorithm import About, Algorithm, Info, Truncation, choice, component, count, option, rate
 from ..errors import check
-from ..federation import Client, Reply, When
-from .curvature import keeping, residual
-from .directions import hessian_factor, inner_gradient
-from .parts import CorrectedLower, CorrectedUpper, one_cohort
-from .steps import controlled_descent, growth, moved_mean, norm
+from ..federation import Client, Federation, When
+from ..problem import Rows
+from .aggitd_ours import AllTerms, AnchoredApart, OneRound, OneRoundApart, WarmTerms
+from .components.curvature import AutoStep, Curvature, Rate
+from .components.directions import inner_gradient
+from .components.optimizer import Optimizer, OuterOptimizer, resolve
+from .components.riding import Flag, Scalar, Terms, Told, Turn, Turns
+from .components.steps import descend, fedsvrg, growth, norm
+from .components.upper import CorrectedUpper, one_cohort
 
 
-class AggITD(CorrectedUpper, CorrectedLower):
+class State(algorithm.State):
+    """x and y, and what options keep; None without them.
+
+    Attributes:
+        v: the last iteration's z_N (`warm_start_v`).
+        pull: |d_y f| of the first iteration, to which the residual of v is compared (`warm_start_v`).
+        control: c, like y (`one_round`).
+        optimizer: optax's state (`outer_optimizer`).
+        curvature: what `hessian_lr="auto"` remembers.
+    """
+
+    v: PyTree
+    pull: Scalar | None
+    control: PyTree
+    optimizer: PyTree
+    curvature: Curvature | None
+
+
+@final
+class AggITD(Algorithm):
     """Aggregated iterative differentiation (Xiao & Ji, ICML 2023), 2 `inner_rounds` + 3 rounds an iteration.
 
     Args:
@@ -96,6 +105,19 @@ class AggITD(CorrectedUpper, CorrectedLower):
         exact={"inner_rounds": 600},
     )
 
+    follows: ClassVar[dict[str, str]] = Algorithm.follows | {"optimizer": "outer_optimizer", "control": "inner_lr"}
+
+    inner_rounds: int = count(5)
+    inner_lr: Rate = rate(0.01)
+    local_steps: int = count(5)
+    batch_size: int | None = count(None)
+    skip_idle_rounds: bool = option(False)
+    same_cohort: bool = option(False)
+    hessian_lr: Rate | str = rate(0.01, "auto")
+    outer_lr: Rate = rate(0.05)
+    outer_steps: int = count(1)
+    truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
+    outer_optimizer: Optimizer = choice(None)
     warm_start_v: bool = option(False)
     one_round: bool = option(False)
     independent_cohorts: bool = option(False)
@@ -106,125 +128,141 @@ class AggITD(CorrectedUpper, CorrectedLower):
         check(apart, "AggITD takes same_cohort or independent_cohorts, for they contradict each other: use one.")
         good = self.truncation.full or not self.warm_start_v
         check(good, "AggITD(warm_start_v=True) goes on with the last sum of all terms: add truncation='full'.")
+        resolve(self.outer_optimizer, "AggITD")
 
-    def keeps(self, x, y):
-        zeros = {"v": self.warm_start_v, "control": self.one_round}
-        kept = super().keeps(x, y) | {name: optax.tree.zeros_like(y) for name, used in zeros.items() if used}
-        return kept | ({"pull": jnp.zeros_like(norm(y))} if self.warm_start_v else {})
+    @component
+    def hessian(self) -> AutoStep:
+        """The step of the Hessian factors."""
+        return AutoStep(self.hessian_lr, self.batch_size)
 
-    def client_init(self, x, y):
-        return optax.tree.zeros_like(y) if self.one_round else None
+    @component
+    def terms(self) -> Terms:
+        """How v is made of the vector r: one term of the series, or ours."""
+        kind = WarmTerms if self.warm_start_v else AllTerms if self.truncation.full else OneTerm
+        return kind(self.hessian, self.truncation, self.inner_rounds, self.batch_size)
 
-    def estimate_parts(self, fed, state):
-        if self.one_round:
-            good = not fed.weighted or fed.cohort_size == fed.clients
-            check(good, "AggITD(one_round=True) with weighted clients needs all of them: leave cohort= out.")
-        lam, kept = self.hessian_step(fed, state)
+    @component
+    def turns(self) -> Turns:
+        """The turns of the lower loop, in which r rides along: anchored, or ours."""
+        whole = OneRoundApart if self.independent_cohorts else OneRound
+        split = AnchoredApart if self.independent_cohorts else Anchored
+        kind = whole if self.one_round else split
+        return kind(self.terms, self.inner_lr, self.local_steps, self.batch_size, self.skip_idle_rounds)
+
+    @component
+    def upper(self) -> CorrectedUpper:
+        """The upper level."""
+        return CorrectedUpper(self.outer_lr, self.outer_steps, self.batch_size, self.skip_idle_rounds)
+
+    @component
+    def optimizer(self) -> OuterOptimizer:
+        """The server's step on x."""
+        return OuterOptimizer(self.outer_optimizer, "AggITD")
+
+    def init(self, x: PyTree, y: PyTree) -> State:
+        v, pull = self.terms.begin(y)
+        return State(x, y, v, pull, self.turns.begin(y), self.optimizer.begin(x), self.hessian.begin(y))
+
+    def client_init(self, x: PyTree, y: PyTree) -> PyTree:
+        return self.turns.begin(y)
+
+    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
+        h, v, told, after, cohort = self.estimate_parts(fed, state)
+        mean = self.upper.move(fed, state.x, after.y, v, h, cohort)
+        x, kept = self.optimizer.step(state.x, mean, state.optimizer)
+        memory = self.hessian.watch(after.curvature, v)
+        return dataclasses.replace(after, x=x, optimizer=kept, curvature=memory), Info(norm(h), *told)
+
+    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        h, _, _, after, _ = self.estimate_parts(fed, self.init(x, y))
+        return h, after.y
+
+    def estimate_parts(
+        self, fed: Federation, state: State
+    ) -> tuple[PyTree, PyTree, tuple[Scalar | None, ...], State, jax.Array | None]:
+        """(h, v such that h = d_x f - d2_xy g v, the rest of `Info`, the state but for a new x, and the clients of the
+        upper round, None for fresh ones)."""
+        lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
         cohort = one_cohort(fed, self.same_cohort)
-        x, N, full = state.x, self.inner_rounds, self.truncation.full
-        Q = jnp.zeros((), jnp.int32) if full else self.truncation.draw(fed, N)
-        exists = lambda t: True if self.warm_start_v else t > Q  # r^{t-1}; and r^t from Q on
+        x, N, terms = state.x, self.inner_rounds, self.terms
+        Q = terms.draw(fed)
 
         def turn(t, loop):
-            y, control, r, last, first, _ = loop
-            moved, control, new = self._turn(fed, x, y, control, fed.when(exists(t), r), t >= Q, lam, cohort)
-            last, first = self._measure(r, new, last, first, t == Q)
-            slope = norm(optax.tree.sub(moved, y)) / (self.inner_lr * self.local_steps)
-            return moved, control, new, last, first, slope
+            before, control, r, last, first, _ = loop
+            sent = fed.when(terms.exists(t, Q), r)  # r^{t-1}; and r^t from Q on
+            y, control, new = self.turns.turn(fed, x, before, control, sent, t >= Q, lam, cohort)
+            last = terms.size(r, new)
+            slope = norm(optax.tree.sub(y, before)) / (self.inner_lr * self.local_steps)
+            return y, control, new, last, jnp.where(t == Q, last, first), slope
 
         zero = jnp.zeros_like(norm(state.y))
-        r = kept["v"] if self.warm_start_v else optax.tree.zeros_like(state.y)
-        loop = (state.y, kept.get("control"), r, zero, zero, zero)
-        y, control, r, last, first, slope = fed.repeat(N, turn, loop)
-        new = fed.average(self.vector, x, y, fed.when(exists(N), r), lam, cohort=cohort)
-        last, first = self._measure(r, new, last, first, jnp.asarray(N) == Q)
-        v = new if full else optax.tree.scale(self.lam(lam) * (N + 1), new)
-        h = fed.average(self.hypergradient, x, y, v, cohort=cohort)
-        kept = {**kept} | ({"v": v} if self.warm_start_v else {}) | ({"control": control} if self.one_round else {})
-        if self.warm_start_v:  # its increments begin near zero: their growth would tell nothing
-            stretched = jnp.zeros_like(zero)
-            step = self.lam(lam)
-            lag, kept = residual(kept, last / step, first / step)
-        else:  # Horner's increments are -lam (H z - d_y f); a random term has no residual
-            stretched = growth(last, first)
-            lag = stretched if full else None
-        told = {"vector_growth": stretched, "vector_residual": lag, "lower_gradient_norm": slope}
-        return h, v, told, keeping(x, y, kept), cohort
+        loop = (state.y, state.control, terms.start(state.y, state.v), zero, zero, zero)
+        y, control, r, _, first, slope = fed.repeat(N, turn, loop)
+        new = fed.average(self.terms.vector, x, y, fed.when(terms.exists(N, Q), r), lam, cohort=cohort)
+        last = terms.size(r, new)
+        first = jnp.where(jnp.asarray(N) == Q, last, first)
+        v, kept = terms.solution(new, lam)
+        h = self.upper.estimate(fed, x, y, v, cohort)
+        stretched, lag, pull = terms.told(last, first, lam, state.pull)
+        after = State(x, y, kept, pull, control, state.optimizer, memory)
+        return h, v, (stretched, lag, slope), after, cohort
 
-    def _turn(self, fed, x, y, control, r, now, lam, cohort):
-        """One turn of the lower loop: (the next y, the next control variate, r^t if `now`)."""
-        apart = lambda: fed.average(self.vector_apart, fed.when(now, (x, y)), r, lam, replies=(now,), beside=True)
-        if self.one_round:
-            if self.independent_cohorts:
-                step, change = fed.average(self.corrected, x, y, control, cohort=cohort)
-                control = moved_mean(control, fed.share, change)
-                new = apart()
-            else:
-                message = (x, y, control, r, lam)
-                sent = (True, True, now)
-                step, change, new = fed.average(self.corrected_anchor, *message, replies=sent, cohort=cohort)
-                control = moved_mean(control, fed.share, change)
-            return optax.tree.add(y, step), control, new
-        if self.independent_cohorts:
-            q, new = fed.average(self.gradient, x, y, cohort=cohort), apart()
-        else:
-            q, new = fed.average(self.anchor, x, y, r, lam, replies=(True, now), cohort=cohort)
-        return self.lower_round(fed, x, y, q, cohort), control, new
 
-    def _measure(self, r, new, last, first, starting):
-        """Norms of the latest and of the first vector that Hessian factors act on ("full": of Horner's increments)."""
-        size = norm(optax.tree.sub(new, r)) if self.truncation.full else norm(new)
-        return size, jnp.where(starting, size, first)
+@final
+class Anchored(Turns):
+    """The paper's turn: two rounds, the mean gradient with r, and FedSVRG steps on y around it."""
 
-    # The clients' side ----------------------------------------------------------------------------------------------
+    def begin(self, y: PyTree) -> PyTree:
+        return None
 
-    def anchor(self, client: Client, x: PyTree, y: PyTree, r: When, lam: Any) -> tuple[PyTree, PyTree]:
+    def turn(
+        self, fed: Federation, x: PyTree, y: PyTree, control: PyTree, r: When, wanted: Flag, lam: Scalar | None,
+        cohort: jax.Array | None,
+    ) -> tuple[PyTree, PyTree, PyTree]:  # fmt: skip
+        q, new = fed.average(self.anchor, x, y, r, lam, replies=(True, wanted), cohort=cohort)
+        if self.skip_idle_rounds and self.local_steps == 1:  # nothing is left for the clients to add
+            return descend(y, self.inner_lr, q), control, new
+        return fed.average(self.lower, x, y, q, cohort=cohort), control, new
+
+    def anchor(self, client: Client, x: PyTree, y: PyTree, r: When, lam: Scalar | None) -> tuple[PyTree, PyTree]:
         """q_i = d_y g_i(x, y^t), and r_i where wanted."""
         rows = client.batches("inner", self.batch_size, 2, at=x)
         q = client.problem.inner_gradient(x, y, rows(0))
-        return q, self._if_wanted(client, x, y, r, lam, lambda: rows(1))
+        return q, self.if_wanted(client, x, y, r, lam, lambda: rows(1))
 
-    def corrected(self, client: Client, x: PyTree, y: PyTree, c: PyTree) -> Reply:
-        """Steps on y corrected by control variates: y_i - y and a_i - c_i; the client keeps a_i = d_y g_i(x, y)."""
-        rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
-        step, change, a = self._corrected(client, x, y, c, rows)
-        return Reply((step, change), a)
+    def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
+        """FedSVRG steps on y around the mean gradient q at y."""
+        rows = client.batches("inner", self.batch_size, self.local_steps - 1, at=x)  # the first step needs none
+        return fedsvrg(lambda s: inner_gradient(client.problem, x, rows(s)), y, q, self.inner_lr, self.local_steps)
 
-    def corrected_anchor(self, client: Client, x: PyTree, y: PyTree, c: PyTree, r: When, lam: Any) -> Reply:
-        """`corrected`, and r_i where wanted."""
-        rows = client.batches("inner", self.batch_size, self.local_steps + 1, at=x)
-        step, change, a = self._corrected(client, x, y, c, rows)
-        own = lambda: rows(self.local_steps)  # a draw that no local step takes: every factor has rows of its own
-        return Reply((step, change, self._if_wanted(client, x, y, r, lam, own)), a)
 
-    def vector(self, client: Client, x: PyTree, y: PyTree, r: When, lam: Any) -> PyTree:
-        """r_i at y^N."""
-        return self._vector(client, x, y, r, lam, lambda: client.batch("inner", self.batch_size, 1))
+@final
+class OneTerm(Terms):
+    """One term of the series for all of them: r^Q = d_y f, then a factor a turn, and v = lam (N+1) r^N."""
 
-    def vector_apart(self, client: Client, at: When, r: When, lam: Any) -> PyTree:
-        """r_i where wanted, asked of a second cohort; `at` is (x, y^t)."""
-        x, y = at.value
-        return self._if_wanted(client, x, y, r, lam, lambda: client.batch("inner", self.batch_size, 1), place=0)
+    def begin(self, y: PyTree) -> tuple[PyTree, Scalar | None]:
+        return None, None
 
-    def _corrected(self, client, x, y, c, rows):
-        gradient = lambda s: inner_gradient(client.problem, x, rows(s))
-        a = gradient(0)(y)
-        correction = optax.tree.sub(c, client.state)
-        moved = controlled_descent(gradient, y, a, correction, self.inner_lr, self.local_steps)
-        return optax.tree.sub(moved, y), optax.tree.sub(a, client.state), a
+    def draw(self, fed: Federation) -> Int[Array, ""]:
+        return self.truncation.draw(fed, self.most)
 
-    def _if_wanted(self, client, x, y, r, lam, inner, place=-1):
-        make = lambda: self._vector(client, x, y, r, lam, inner)
-        return jax.lax.cond(client.wanted[place], make, lambda: optax.tree.zeros_like(r.value))
+    def start(self, y: PyTree, v: PyTree) -> PyTree:
+        return optax.tree.zeros_like(y)
 
-    def _vector(self, client, x, y, r, lam, inner):
-        def start():
-            return client.problem.outer_gradients(x, y, client.batch("outer", self.batch_size))[1]
+    def exists(self, t: Turn, Q: Int[Array, ""]) -> Flag:
+        return t > Q
 
-        def factor():
-            return hessian_factor(client.problem, x, y, r.value, self.lam(lam), inner())
+    def reply(
+        self, client: Client, x: PyTree, y: PyTree, r: When, lam: Scalar | None, inner: Callable[[], Rows]
+    ) -> PyTree:
+        factor = lambda: self.factor(client, x, y, r, lam, inner)
+        return jax.lax.cond(r.present, factor, lambda: self.pull(client, x, y))
 
-        if self.truncation.full:  # Horner: (I - lam H) z + lam d_y f
-            scaled = optax.tree.scale(self.lam(lam), start())
-            return jax.lax.cond(r.present, lambda: optax.tree.add(factor(), scaled), lambda: scaled)
-        return jax.lax.cond(r.present, factor, start)
+    def size(self, before: PyTree, after: PyTree) -> Scalar:
+        return norm(after)
+
+    def solution(self, r: PyTree, lam: Scalar | None) -> tuple[PyTree, PyTree]:
+        return optax.tree.scale(self.hessian.lam(lam) * (self.most + 1), r), None
+
+    def told(self, last: Scalar, first: Scalar, lam: Scalar | None, pull: Scalar | None) -> Told:
+        return growth(last, first), None, None  # a random term has no residual

@@ -33,12 +33,13 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..algorithm import About, option
+from ..algorithm import About, component, option
 from ..errors import check
 from ..federation import Client, Reply
+from .components.curvature import AutoStep
+from .components.steps import moved_mean, norm, tracked_descent
 from .curvature import keeping
 from .simultaneous import LocalRounds, along, told
-from .steps import moved_mean, norm, tracked_descent
 from .tracking import Tracking
 
 
@@ -115,8 +116,13 @@ class FedBiOAccLocal(FedBiOAcc):
 
     share_lower: bool = option(False)
 
+    @component
+    def hessian(self):
+        """It measures at the clients' own y_i: the server does not know them."""
+        return AutoStep(self.hessian_lr, self.batch_size, True, _own_lower)
+
     def own_lower(self, state):
-        return state["lower"][0]
+        return _own_lower(state)
 
     @property
     def local_factors(self):
@@ -151,10 +157,6 @@ class FedBiOAccLocal(FedBiOAcc):
         x, info = optax.tree.add(state.x, moved), told(moved, self.outer_lr * self.local_steps)
         return keeping(x, y, self.watch(after, size)), info
 
-    def largest_curvature(self, client, x, y):
-        """At the client's own y_i: the server does not know them."""
-        return super().largest_curvature(client, x, client.state["lower"][0])
-
     def own_moves(self, client: Client, x: PyTree, e: PyTree, t: Any, lam: Any) -> Reply:
         """The same with the client's own y_i and v_i, which stay."""
         own = client.state
@@ -175,3 +177,8 @@ class FedBiOAccLocal(FedBiOAcc):
         shared = (optax.tree.sub(lower[0], own["lower"][0]),) if self.share_lower else ()
         size = (norm(lower[1]),) if self.measures_curvature else ()
         return Reply((*reply, *shared, *size), state)
+
+
+def _own_lower(state: PyTree) -> PyTree:
+    """The client's y in what it keeps."""
+    return state["lower"][0]

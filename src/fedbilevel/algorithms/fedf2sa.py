@@ -28,9 +28,9 @@ from jaxtyping import PyTree
 from ..algorithm import About, Algorithm, Info, State, choice, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
+from .components.steps import controlled_descent, descend, moved_mean, norm
 from .curvature import keeping, kept_in
 from .optimizer import begin, outer_step, resolve
-from .steps import controlled_descent, descend, moved_mean, norm
 
 
 class FedF2SA(Algorithm):

@@ -31,12 +31,12 @@ from jaxtyping import PyTree
 from ..algorithm import About, Info, State, Truncation, choice, count, rate
 from ..errors import check
 from ..federation import Client, Federation, When
+from .components.directions import hessian_factor, hypergradient
+from .components.steps import descend, norm
 from .curvature import AutoStep, keeping
-from .directions import hessian_factor, hypergradient
 from .neumann import NeumannSeries
 from .optimizer import begin, outer_step, resolve
 from .parts import LocalLower
-from .steps import descend, norm
 
 
 class FedMBO(LocalLower, NeumannSeries):

@@ -26,9 +26,9 @@ from jaxtyping import PyTree
 from ..algorithm import About, Info, rate
 from ..errors import check
 from ..federation import Client, Federation
+from .components.steps import descend, norm, storm, tracked_descent
 from .curvature import keeping, of_each, residual
 from .simultaneous import Simultaneous, along
-from .steps import descend, norm, storm, tracked_descent
 
 
 class FedMSA(Simultaneous):

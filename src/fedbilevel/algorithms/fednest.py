@@ -32,10 +32,10 @@ from jaxtyping import PyTree
 
 from ..algorithm import About
 from ..federation import Client
+from .components.directions import hessian_factor
+from .components.steps import growth, norm
 from .curvature import keeping
-from .directions import hessian_factor
 from .parts import CorrectedLower, CorrectedUpper, LocalLower, NeumannFields, one_cohort
-from .steps import growth, norm
 
 
 class _NeumannHypergradient(NeumannFields, CorrectedUpper):

@@ -25,11 +25,11 @@ from jaxtyping import PyTree
 
 from ..algorithm import About, Info, State
 from ..federation import Client, Federation
+from .components.steps import local_descent, norm
 from .curvature import keeping
 from .neumann import LocalNeumann
 from .optimizer import outer_step
 from .parts import CorrectedLower, LocalLower, NeumannFields
-from .steps import local_descent, norm
 
 
 class _LocalHypergradient(NeumannFields, LocalNeumann):

@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 
 from ..algorithm import About, Truncation, count, rate
+from .components.steps import momentum, norm
 from .neumann import LocalNeumann
-from .steps import momentum, norm
 from .tracking import Tracking
 
 

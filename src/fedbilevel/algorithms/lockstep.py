@@ -30,21 +30,40 @@ formed for its own sake: the algorithm has no estimator.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, final
 
 import jax.numpy as jnp
 import optax.tree
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
-from ..algorithm import About, Info, count, rate
+from .. import algorithm
+from ..algorithm import About, Algorithm, Info, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
-from .curvature import AutoStep, keeping, of_each, residual
-from .directions import hypergradient, inner_gradient
-from .steps import controlled_descent, descend, moved_mean, norm
+from .components.curvature import AutoStep, Curvature, Rate
+from .components.diagnostics import of_each, residual
+from .components.directions import hypergradient, inner_gradient
+from .components.steps import controlled_descent, descend, moved_mean, norm
 
 
-class Lockstep(AutoStep):
+class State(algorithm.State):
+    """z and the control variates' mean.
+
+    Attributes:
+        v: the adjoint, like y.
+        control: c, like (x, y, v).
+        pull: |d_y f| of the first iteration, to which the residual of v is compared.
+        curvature: what `hessian_lr="auto"` remembers.
+    """
+
+    v: PyTree
+    control: PyTree
+    pull: Float[Array, ""]
+    curvature: Curvature | None
+
+
+@final
+class Lockstep(Algorithm):
     """All variables in one round an iteration (ours): the fewest rounds of all that are here, and the longest messages.
 
     Args:
@@ -65,36 +84,40 @@ class Lockstep(AutoStep):
         lower="at y* for any `local_steps`",
     )
 
-    follows: ClassVar[dict[str, str]] = AutoStep.follows | of_each("control")
+    follows: ClassVar[dict[str, str]] = Algorithm.follows | of_each("control")
 
-    inner_lr: Any = rate(0.01)
-    local_steps: int = count(5)
-    hessian_lr: Any = rate(0.01, "auto")
-    outer_lr: Any = rate(0.05)
-    outer_steps: int = count(1)
+    hessian_lr: Rate | str = rate(0.01, "auto")
     batch_size: int | None = count(None)
+    inner_lr: Rate = rate(0.01)
+    local_steps: int = count(5)
+    outer_lr: Rate = rate(0.05)
+    outer_steps: int = count(1)
 
-    def keeps(self, x, y):
-        own = {"v": optax.tree.zeros_like(y), "control": optax.tree.zeros_like((x, y, y))}
-        return super().keeps(x, y) | own | {"pull": jnp.zeros_like(norm(y))}
+    @component
+    def hessian(self) -> AutoStep:
+        """The step of v."""
+        return AutoStep(self.hessian_lr, self.batch_size)
 
-    def client_init(self, x, y):
+    def init(self, x: PyTree, y: PyTree) -> State:
+        zeros = optax.tree.zeros_like
+        return State(x, y, zeros(y), zeros((x, y, y)), jnp.zeros_like(norm(y)), self.hessian.begin(y))
+
+    def client_init(self, x: PyTree, y: PyTree) -> PyTree:
         return optax.tree.zeros_like((x, y, y))
 
-    def step(self, fed: Federation, state):
+    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         everyone = fed.cohort_size == fed.clients
         check(everyone or not fed.weighted, "Lockstep with weighted clients needs all of them: leave cohort= out.")
-        lam, kept = self.hessian_step(fed, state)
-        x, y, v, c = state.x, state.y, kept["v"], kept["control"]
-        moved, change = fed.average(self.moves, x, y, v, c, lam)
-        x, y, v = optax.tree.add((x, y, v), moved)
+        lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
+        z, c = (state.x, state.y, state.v), state.control
+        moved, change = fed.average(self.moves, *z, c, lam)
+        x, y, v = optax.tree.add(z, moved)
         direction = optax.tree.add(c, change)  # an estimate of D at the old point
-        c = moved_mean(c, fed.share, change)
-        lag, kept = residual(kept, norm(direction[2]))
-        info = Info(norm(direction[0]), jnp.zeros_like(norm(y)), lag, norm(direction[1]))
-        return keeping(x, y, self.watch({**kept, "v": v, "control": c})), info
+        lag, pull = residual(state.pull, norm(direction[2]))
+        info = Info(norm(direction[0]), None, lag, norm(direction[1]))
+        return State(x, y, v, moved_mean(c, fed.share, change), pull, self.hessian.watch(memory, v)), info
 
-    def moves(self, client: Client, x: PyTree, y: PyTree, v: PyTree, c: PyTree, lam: Any) -> Reply:
+    def moves(self, client: Client, x: PyTree, y: PyTree, v: PyTree, c: PyTree, lam: Float[Array, ""] | None) -> Reply:
         """How far the client's steps go from (x, y, v), and a_i - c_i; it keeps a_i = D_i(x, y, v)."""
         problem, T = client.problem, self.local_steps
         rows = client.batches("inner", self.batch_size, T + 1, at=x)
@@ -113,6 +136,6 @@ class Lockstep(AutoStep):
         ends = (
             controlled_descent(along_x, x, a[0], correction[0], self.outer_lr, self.outer_steps),
             controlled_descent(along_y, y, a[1], correction[1], self.inner_lr, T),
-            descend(v, self.lam(lam), optax.tree.add(adjoint, correction[2])),
+            descend(v, self.hessian.lam(lam), optax.tree.add(adjoint, correction[2])),
         )
         return Reply((optax.tree.sub(ends, (x, y, v)), optax.tree.sub(a, client.state)), a)

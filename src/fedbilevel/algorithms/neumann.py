@@ -11,8 +11,8 @@ import optax.tree
 from jaxtyping import PyTree
 
 from ..federation import Client
+from .components.directions import hessian_factor, hypergradient
 from .curvature import AutoStep
-from .directions import hessian_factor, hypergradient
 
 
 class NeumannSeries(AutoStep):

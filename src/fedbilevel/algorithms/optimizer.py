@@ -1,69 +1,24 @@
-"""`outer_optimizer=`: an optax transformation of x - mean x_i at the server, as it is given or by name."""
+"""The old functions of `outer_optimizer=`; `components/optimizer.py` is what stays."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
-import numpy as np
-import optax
-import optax.tree
 from jaxtyping import PyTree
 
-from ..errors import check
-
-NAMED = ("sgd", "adam", "adamw", "adagrad", "rmsprop", "yogi", "amsgrad", "lion")
-
-
-def resolve(optimizer: Any, owner: str) -> Any:
-    """The transformation: None, one of optax's, or words such as "adam:0.01", one of optax's names and its learning rate.
-
-    Raises:
-        InputError: it is nothing of these.
-    """
-    if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
-        if optimizer is not None and owner:
-            _check_update(optimizer, owner)
-        return optimizer
-    name, _, rate = optimizer.partition(":") if isinstance(optimizer, str) else ("", "", "")
-    try:
-        value = float(rate or "nan")
-    except ValueError:
-        value = float("nan")
-    check(
-        name in NAMED and 0 < value < float("inf"),
-        f"{owner}(outer_optimizer=...) is an optax transformation, or its name and learning rate as in 'adam:0.01' "
-        f"({', '.join(NAMED)}); got {optimizer!r}.",
-    )
-    return getattr(optax, name)(value)
-
-
-def _check_update(optimizer: Any, owner: str) -> None:
-    """Refuse a transformation whose update needs more than updates, state and parameters."""
-    x = jax.ShapeDtypeStruct((2,), np.float32)
-    try:
-        with jax.numpy_dtype_promotion("standard"):
-            jax.eval_shape(lambda x: optimizer.update(x, optimizer.init(x), x), x)
-    except TypeError as error:
-        check(
-            "required keyword-only argument" not in str(error) and "required positional argument" not in str(error),
-            f"{owner}(outer_optimizer=...) needs more than the direction of its step ({error}): line searches and "
-            "plateau schedules ask for values of the loss, which an iteration does not compute. Take another, such as "
-            "optax.adam(0.01).",
-        )
-    except Exception:  # it is made for x of another structure: tried when there is one
-        pass
+from .components.optimizer import NAMED as NAMED
+from .components.optimizer import OuterOptimizer
+from .components.optimizer import resolve as resolve
 
 
 def begin(optimizer: Any, x: PyTree) -> dict[str, PyTree]:
     """What the state keeps of the optimizer at the start."""
-    return {} if optimizer is None else {"optimizer": resolve(optimizer, "").init(x)}
+    return {} if optimizer is None else {"optimizer": OuterOptimizer(optimizer).begin(x)}
 
 
 def outer_step(optimizer: Any, x: PyTree, mean: PyTree, kept: dict[str, PyTree]) -> tuple[PyTree, dict[str, PyTree]]:
-    """(The next x, what is kept) from the mean of the clients' x_i: that mean, or the optimizer's step along x - mean."""
+    """(The next x, what is kept) from the mean of the clients' x_i."""
     if optimizer is None:
         return mean, kept
-    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic relies on it
-        updates, after = resolve(optimizer, "").update(optax.tree.sub(x, mean), kept["optimizer"], x)
-    return optax.apply_updates(x, updates), {**kept, "optimizer": after}
+    x, after = OuterOptimizer(optimizer).step(x, mean, kept["optimizer"])
+    return x, {**kept, "optimizer": after}

@@ -12,11 +12,11 @@ from jaxtyping import PyTree
 
 from ..algorithm import Algorithm, Info, State, Truncation, choice, count, option, rate
 from ..federation import Client, Federation
+from .components.directions import hypergradient, inner_gradient
+from .components.steps import descend, fedsvrg, local_descent, norm
 from .curvature import AutoStep, keeping, kept_in
-from .directions import hypergradient, inner_gradient
 from .neumann import NeumannSeries
 from .optimizer import begin, outer_step, resolve
-from .steps import descend, fedsvrg, local_descent, norm
 
 
 def one_cohort(fed: Federation, same: bool) -> Any:

@@ -35,9 +35,9 @@ from jaxtyping import PyTree
 from ..algorithm import About, choice, rate
 from ..errors import check
 from ..federation import Client, Federation
-from .directions import first_order_direction
+from .components.directions import first_order_direction
+from .components.steps import norm
 from .simultaneous import LocalRounds
-from .steps import norm
 
 
 def _counts(steps: Any) -> Any:

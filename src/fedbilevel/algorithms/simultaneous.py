@@ -19,9 +19,9 @@ from jaxtyping import Array, Int, PyTree
 from ..algorithm import Info, State, count, rate
 from ..federation import Client, Federation
 from ..problem import Problem, Rows
+from .components.directions import direction
+from .components.steps import Gradient, local_descent, norm
 from .curvature import AutoStep, keeping, residual
-from .directions import direction
-from .steps import Gradient, local_descent, norm
 
 
 class Simultaneous(AutoStep):

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import optax
 
-from ..algorithms.curvature import kept_in
 from ..engines.base import Carry, Execution
+from ..watch import attributes
 
 LEAST, _MOST = 50, 200  # iterations repeated
 _UNSETTLED = 10.0  # how much the steps of a part grow, at least, where it diverges (noise keeps them alike)
@@ -69,10 +69,12 @@ class Replays:
     def _begin(self, algorithm: Any) -> Carry:
         """Where it starts: what the state holds of settings is these settings'."""
         state = self.start.state
-        held = [name for name in kept_in(state) if name in rates(algorithm)]
+        held = [name for name in attributes(state) if name in rates(algorithm)]
         for name in held:
             value = rates(algorithm)[name]
-            state = eqx.tree_at(lambda s, name=name: s.kept[name], state, replace_fn=lambda a, v=value: a * 0 + v)
+            state = eqx.tree_at(
+                lambda s, name=name: attributes(s)[name], state, replace_fn=lambda a, v=value: a * 0 + v
+            )
         return dataclasses.replace(self.start, state=state)
 
     def cures(self, field: str, value: Any = None) -> bool:
@@ -191,7 +193,7 @@ def grown(algorithm: Any, state: Any) -> list[Blame]:
     for part, field in followed(algorithm).items():
         if is_step(algorithm, field) or field not in rates(algorithm) or part not in rates(algorithm):
             continue
-        begun, now = number(algorithm, part), float(np.asarray(kept_in(state)[part]))
+        begun, now = number(algorithm, part), float(np.asarray(attributes(state)[part]))
         if now > _FAR * begun:
             why = f"{part} has grown from {begun:g} to {now:g}, and where it does not everything stays finite"
             found.append(Blame(field, why, _LOWER * number(algorithm, field)))
@@ -227,9 +229,10 @@ def isinstance_optimizer(value: Any) -> bool:
 
 def slowed(optimizer: Any, factor: float) -> optax.GradientTransformation:
     """The optimizer with its steps scaled; its state stays as it is."""
-    from ..algorithms.optimizer import resolve
+    from ..algorithms.components.optimizer import resolve
 
     own = resolve(optimizer, "")
+    assert own is not None  # it is asked for where there is one
 
     def update(updates, state, params=None, **extra):
         updates, state = own.update(updates, state, params, **extra)
@@ -240,9 +243,10 @@ def slowed(optimizer: Any, factor: float) -> optax.GradientTransformation:
 
 def gain(optimizer: Any) -> float:
     """How far the optimizer goes along a gradient of one: its learning rate, for those that do not scale gradients."""
-    from ..algorithms.optimizer import resolve
+    from ..algorithms.components.optimizer import resolve
 
     own, one = resolve(optimizer, ""), np.ones(1, np.float32)
+    assert own is not None
     with jax.numpy_dtype_promotion("standard"):
         step, _ = own.update(one, own.init(one), one)
     return float(np.max(np.abs(np.asarray(step))))

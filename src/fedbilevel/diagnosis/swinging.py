@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..algorithms.curvature import kept_in
 from ..engines.base import Carry, Execution, Record
 from ..errors import warn
-from ..watch import precision
+from ..watch import attributes, precision
 from .blame import changed, followed, gain, rates
 from .sentences import advice_for
 from .swing import Swing, swing_of
@@ -119,7 +118,7 @@ class Swings:
 def paces(carry: Carry, last: Record) -> dict[str, float]:
     """How far y and v go in an iteration along their residuals, lately; only what was measured."""
     info, seen, found = last.info, last.seen, {}
-    pull = float(np.asarray(kept_in(carry.state).get("pull", np.nan)))  # pyright: ignore[reportArgumentType]
+    pull = float(np.asarray(attributes(carry.state).get("pull", np.nan)))
     measured = {"y": getattr(info, "lower_gradient_norm", None), "v": getattr(info, "vector_residual", None)}
     for part, residual in measured.items():
         if residual is None or seen is None or part not in seen.moves:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ..component import modules_in
 from ..errors import InputError, check
 from ..federation import Client
 from ..problem import Problem, describe
@@ -23,7 +26,7 @@ def answer(problem: Problem, algorithm: Any, name: str, client: Client, message:
     Raises:
         InputError: something else than arrays.
     """
-    out = getattr(algorithm, name)(dataclasses.replace(client, problem=problem), *message)
+    out = named_method(algorithm, name)(dataclasses.replace(client, problem=problem), *message)
     leaves = jax.tree.leaves(out)
     good = all(isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex) for leaf in leaves)
     where = f"{type(algorithm).__name__}.{name}"
@@ -31,10 +34,19 @@ def answer(problem: Problem, algorithm: Any, name: str, client: Client, message:
     return out
 
 
+def named_method(algorithm: Any, name: str) -> Callable[..., Any]:
+    """The client method of that name, of the algorithm or (with a path before it) of a module in it."""
+    return operator.attrgetter(name)(algorithm)
+
+
 def client_method(algorithm: Any, method: Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
-    """A client method's name, and that method of the algorithm as configured (what a client's own copy would run)."""
+    """A client method's name, and that method of the algorithm as configured (what a client's own copy would run).
+
+    A method of a module in the algorithm is named by its path, as in "lower.gradient".
+    """
     name, owner = getattr(method, "__name__", None), getattr(method, "__self__", None)
-    known = isinstance(name, str) and type(owner) is type(algorithm) and hasattr(algorithm, name)
+    path = _path_of(owner, algorithm)
+    known = isinstance(name, str) and path is not None and callable(getattr(owner, name, None))
     check(
         known,
         lambda: (
@@ -42,9 +54,28 @@ def client_method(algorithm: Any, method: Callable[..., Any]) -> tuple[str, Call
             f"got {method!r}."
         ),
     )
-    assert isinstance(name, str)
-    check(not name.startswith("_"), f"{name!r} is private: clients run public methods only. Drop the underscore.")
-    return name, getattr(algorithm, name)
+    check(not str(name).startswith("_"), f"{name!r} is private: clients run public methods only. Drop the underscore.")
+    return f"{path}{name}", named_method(algorithm, f"{path}{name}")
+
+
+def _path_of(owner: Any, algorithm: Any) -> str | None:
+    """Where in the algorithm a module is: "" for itself, else a path that ends in a dot; None: it is none of it.
+
+    Of several of one kind it is the one that holds the same values.
+    """
+    if type(owner) is type(algorithm):
+        return ""
+    for name, each in vars(algorithm).items():  # its own components and fields, without a search
+        if each is owner:
+            return f"{name}."
+    alike = {path: each for path, each in modules_in(algorithm).items() if type(each) is type(owner)}
+    same = [path for path, each in alike.items() if _same(each, owner)]
+    return next((f"{path}." for path in (*same, *alike)), None)
+
+
+def _same(one: eqx.Module, other: eqx.Module) -> bool:
+    (leaves, structure), (others, theirs) = jax.tree.flatten(one), jax.tree.flatten(other)
+    return structure == theirs and all(a is b for a, b in zip(leaves, others, strict=True))
 
 
 def check_times(times: Any, most: int | None) -> Any:

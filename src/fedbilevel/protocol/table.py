@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
+from .calls import named_method
 from .sites import Path, Site
 
 SAMPLED = 2_000  # draws of the server, where there are too many to enumerate
@@ -148,7 +149,7 @@ def summary(
 
 def _labels(algorithm, site: Site) -> tuple[str, str]:
     """Names of the parts: the message's from the method's signature, the reply's by their place."""
-    names = list(inspect.signature(getattr(algorithm, site.name)).parameters)[1:]
+    names = list(inspect.signature(named_method(algorithm, site.name)).parameters)[1:]
     show = lambda text, part: text if part.flag is None else f"[{text}]"
     name = lambda place: names[place] if place < len(names) else f"#{place}"
     down = ", ".join(show(name(int(part.label)), part) for part in site.down)

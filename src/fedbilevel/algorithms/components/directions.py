@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
-from ..problem import Problem, Rows
+from ...problem import Problem, Rows
 from .steps import descend, norm
 
 
