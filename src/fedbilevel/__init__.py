@@ -8,7 +8,8 @@ from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
 from .algorithms.shipped import *  # noqa: F403  AggITD and all the others
 from .app import App
 from .data import FederatedData
-from .engines import Faults, Loopback, Simulation
+from .engines import Faults
+from .engines.shipped import *  # noqa: F403  Simulation and the others
 from .errors import ClientError, Diverged, InputError, RunError
 from .federation import Client, Federation, Reply, When
 from .moved import install as _install

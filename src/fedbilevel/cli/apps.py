@@ -11,8 +11,6 @@ from pathlib import Path
 
 from ..app import App, load_app
 
-ENGINES = ("simulation", "loopback", "nvflare")
-
 
 def run_app(
     file: str, *, engine: str, poc: bool, clients: int | None, out: str | None, resume: bool, overwrite: bool,
@@ -21,10 +19,11 @@ def run_app(
     """Run an application; its results go to the folder `out`, by default beside the file, named after the app."""
     import jax
 
+    from ..engines import ENGINES
     from ..errors import check, unknown_name
 
-    if engine not in ENGINES:
-        raise unknown_name("engine", engine, ENGINES)
+    if engine not in (*ENGINES, "nvflare"):
+        raise unknown_name("engine", engine, (*ENGINES, "nvflare"))
     check(engine == "nvflare" or not poc, "--poc goes with --engine nvflare.")
     check(clients is None or clients >= 1, f"--clients is how many sites there are, at least 1; got {clients}.")
     app = load_app(file).with_(**settings)
@@ -95,12 +94,13 @@ def _folder(folder: Path, resume: bool, overwrite: bool) -> Path:
 
 def _simulate(app: App, engine: str, sites: list[str], folder: Path, resume: bool) -> None:
     from ..callbacks import CSV, Checkpoint, Progress
-    from ..engines import Loopback, Simulation
+    from ..engines import ENGINES
     from ..result import save_variables
     from ..solve import solve
 
     x, y = app.begin()
-    how = Simulation(cohort=app.cohort) if engine == "simulation" else Loopback(cohort=app.cohort, faults=app.faults)
+    faults = {"faults": app.faults} if hasattr(ENGINES[engine], "faults") else {}  # of engines where clients can fail
+    how = ENGINES[engine](**{"cohort": app.cohort, **faults})
     result = solve(
         app.problem, app.data(sites), app.algorithm, x, y, app.iterations, rounds=app.rounds, key=app.key, engine=how,
         callbacks=[CSV(folder / "history.csv"), Checkpoint(folder), Progress(app.name)], metrics=app.metrics,

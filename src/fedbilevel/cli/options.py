@@ -34,7 +34,9 @@ Out = Annotated[str | None, typer.Option("--out", help="Folder for config, histo
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the --out folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in the --out folder.")]
-Engine = Annotated[str, typer.Option("--engine", help="simulation, loopback, or for an application nvflare.")]
+Engine = Annotated[
+    str, typer.Option("--engine", help="simulation, loopback, ... (see `list`); for an application also nvflare.")
+]
 Every = Annotated[int, typer.Option("--evaluate-every", help="Iterations between evaluations.")]
 NoCheck = Annotated[
     bool, typer.Option("--no-check", help="Do not look first whether the problem can mean what it says.")

@@ -9,7 +9,8 @@ from typing import Annotated, Unpack
 
 import typer
 
-from ..experiments.plan import ENGINES, Plan
+from ..engines import ENGINES
+from ..experiments.plan import Plan
 from ..tasks import TASKS, Options
 from ..tasks.base import Settings
 from .options import (

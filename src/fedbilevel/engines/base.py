@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import equinox as eqx
 import jax
@@ -113,7 +113,15 @@ class Execution(abc.ABC):
 
 
 class Engine(abc.ABC):
-    """How a server program is run. `cohort` is how many clients one exchange asks (None: all)."""
+    """How a server program is run. `cohort` is how many clients one exchange asks (None: all).
+
+    Attributes:
+        name: on the command line, of an engine that ships with the library; such a one can be made of `cohort` alone.
+        use: what such a one is for.
+    """
+
+    name: ClassVar[str]
+    use: ClassVar[str]
 
     cohort: int | None
 

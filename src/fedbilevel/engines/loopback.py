@@ -8,6 +8,7 @@ fails is reported with the client, the method and the shapes it was sent.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,9 @@ class Loopback(Engine):
             same bias where clients' weights differ.
         faults: what to do when a client fails; by default the run ends with its error.
     """
+
+    name: ClassVar[str] = "loopback"
+    use: ClassVar[str] = "debugging: a failure names the client, the method and the shapes"
 
     cohort: int | None = None
     jit: bool = True

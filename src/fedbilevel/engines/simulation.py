@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -47,6 +47,9 @@ class Simulation(Engine):
         mesh: a `jax.make_mesh((devices,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))`: the cohort is
             spread over its first axis, rows too; several processes or hosts after `jax.distributed.initialize()`.
     """
+
+    name: ClassVar[str] = "simulation"
+    use: ClassVar[str] = "experiments"
 
     cohort: int | None = None
     client_batch: int | None = None

@@ -17,15 +17,13 @@ import jax
 
 from ..callbacks import CSV, Callback, Checkpoint, Progress
 from ..cohorts import check_cohort
-from ..engines import Loopback, Simulation
+from ..engines import ENGINES
 from ..errors import Diverged, InputError, RunError, check, unknown_name
 from ..identity import differences
 from ..result import History, Result
 from ..settings import algorithm_class, best
 from ..solve import solve
 from ..tasks import TASKS, Options, Task
-
-ENGINES = {"simulation": Simulation, "loopback": Loopback}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Plan:
         """The engine."""
         if self.engine not in ENGINES:
             raise unknown_name("engine", self.engine, ENGINES)
-        return ENGINES[self.engine](cohort=self.cohort)
+        return ENGINES[self.engine](**{"cohort": self.cohort})
 
     def to_dict(self, clients: int) -> dict[str, Any]:
         """For config.json: every setting that decides the numbers, the algorithms' fields in full.

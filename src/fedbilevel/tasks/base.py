@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ..data import FederatedData
-from ..datasets import Dataset, load
+from ..datasets import DATASETS, Dataset, Facts, load
 from ..errors import check, unknown_name
 from ..partition import Parts, partition
 from ..problem import Loss, Problem
@@ -115,18 +115,22 @@ class Kind:
 
 
 def federated(
-    options: Options, columns: Callable[[Dataset, np.ndarray], PyTree], clients: int, outer: float
+    options: Options, columns: Callable[[Dataset, np.ndarray], PyTree], outer: float
 ) -> tuple[Dataset, FederatedData]:
     """Load a data set, partition its training rows, and split each client's for the two levels.
 
     Args:
         columns: (data set, row indices) -> one client's rows.
-        clients: how many, unless the options say.
         outer: the share of a client's rows for the outer level.
     """
     dataset = load(str(options.dataset), options.data_dir)
-    parts = deal(options, dataset.y_train, clients)
+    parts = deal(options, dataset.y_train, dataset.facts.clients)
     return dataset, FederatedData.split([columns(dataset, rows) for rows in parts], outer, options.keys()[1])
+
+
+def suited(judge: Callable[[Facts], bool]) -> tuple[str, ...]:
+    """The data sets of which `judge` holds, by name, in the order in which they ship."""
+    return tuple(name for name, source in DATASETS.items() if judge(source.facts))
 
 
 def deal(options: Options, labels: np.ndarray, clients: int) -> Parts:

@@ -13,8 +13,8 @@ import optax.tree
 from jaxtyping import Array, Float, PyTree
 
 from ..problem import Problem
-from .base import Kind, Options, Row, Task, classification_metrics, cross_entropy, federated
-from .network import CLIENTS, HIDDEN, Layer, hidden, layer, logits
+from .base import Kind, Options, Row, Task, classification_metrics, cross_entropy, federated, suited
+from .network import Layer, hidden, layer, logits
 
 
 def predict(x: Layer, y: Layer, a: Float[Array, "rows inputs"]) -> Float[Array, "rows classes"]:
@@ -47,11 +47,10 @@ def build(options: Options) -> Task:
     dataset, data = federated(
         options,
         lambda d, rows: {"a": d.x_train[rows], "label": d.y_train[rows]},
-        CLIENTS[name],
         outer=0.5 if options.partition == "iid" else 0.2,
     )
     start, run = options.keys()[2:]
-    inputs, width, classes = dataset.x_train.shape[1], HIDDEN[name], int(dataset.classes or 0)
+    inputs, width, classes = dataset.x_train.shape[1], int(dataset.facts.hidden or 0), int(dataset.classes or 0)
     body, head = jax.random.split(start)
     return Task(
         "hyper-representation", name, Problem(InnerLoss(), outer_loss, features=features), data,
@@ -63,6 +62,6 @@ def build(options: Options) -> Task:
 hyper_representation = Kind(
     "hyper-representation",
     "x: a network's body, y: its head; validation rows judge the body",
-    tuple(HIDDEN),
+    suited(lambda facts: facts.hidden is not None),
     build,
 )

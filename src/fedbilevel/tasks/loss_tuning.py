@@ -14,10 +14,10 @@ delta = iota = 0: all classes alike.
 
 Metrics: test_accuracy, test_loss, balanced_accuracy (mean over classes of the recall on the test rows), validation_loss (f).
 
-Of class c floor(n_max * RATIO^(c / (C - 1))) + 1 training rows are kept, at most all (`fb.partition.imbalanced`); the test
-rows stay as they are. After the loss tuning of FedNest (Tarzanagh et al., ICML 2022), whose loss is the parametric one of
-AutoBalance (Li et al., NeurIPS 2021). The penalty is ours: g stays non-convex in y, as with
-any such network, but y stays bounded, and directions that the data leave flat get a curvature.
+Of class c floor(n_max * r^(c / (C - 1))) + 1 training rows are kept, at most all (`fb.partition.imbalanced`), with r
+the data set's `rarest`; the test rows stay as they are. After the loss tuning of FedNest (Tarzanagh et al., ICML 2022),
+whose loss is the parametric one of AutoBalance (Li et al., NeurIPS 2021). The penalty is ours: g stays non-convex in y,
+as with any such network, but y stays bounded, and directions that the data leave flat get a curvature.
 """
 
 from __future__ import annotations
@@ -47,12 +47,11 @@ from .base import (
     classification_metrics,
     cross_entropy,
     deal,
+    suited,
     validation_loss,
 )
-from .network import CLIENTS, HIDDEN, Layer, layer, logits
+from .network import Layer, layer, logits
 
-LARGEST = {"digits": None, "mnist": 6_000, "fashion-mnist": 6_000}
-RATIO = {"digits": 0.1, "mnist": 0.01, "fashion-mnist": 0.01}  # digits has 133 rows a class: 0.01 would leave two
 VALIDATION = 0.2  # of a client's rows, whatever the partition
 PENALTY = 0.001
 
@@ -85,14 +84,15 @@ def build(options: Options) -> Task:
     name = str(options.dataset)
     place, split, start, run = options.keys()
     whole = load(name, options.data_dir)
-    kept = imbalanced(whole.y_train, RATIO[name], jax.random.fold_in(place, 0), LARGEST[name])
+    facts = whole.facts
+    kept = imbalanced(whole.y_train, facts.rarest, jax.random.fold_in(place, 0), facts.most)
     dataset = dataclasses.replace(whole, x_train=whole.x_train[kept], y_train=whole.y_train[kept])
-    parts = deal(options, dataset.y_train, CLIENTS[name])
+    parts = deal(options, dataset.y_train, facts.clients)
     data = clients_data(dataset.x_train, dataset.y_train, *levels(dataset.y_train, parts, split))
-    inputs, classes = dataset.x_train.shape[1], int(dataset.classes or 0)
+    inputs, width, classes = dataset.x_train.shape[1], int(facts.hidden or 0), int(dataset.classes or 0)
     body, head = jax.random.split(start)
     x = {"delta": jnp.zeros((classes,)), "iota": jnp.zeros((classes,))}
-    y = {"body": layer(body, inputs, HIDDEN[name]), "head": layer(head, HIDDEN[name], classes)}
+    y = {"body": layer(body, inputs, width), "head": layer(head, width, classes)}
     test = classification_metrics(predict, dataset)
     metrics = {
         "test_accuracy": test["test_accuracy"],
@@ -148,6 +148,6 @@ def levels(labels: np.ndarray, parts: Parts, key: Key[Array, ""]) -> tuple[Parts
 loss_tuning = Kind(
     "loss-tuning",
     "x: a factor and a shift for each class's logits, y: a network; imbalanced classes, no direct part",
-    tuple(HIDDEN),
+    suited(lambda facts: facts.hidden is not None),
     build,
 )

@@ -8,8 +8,6 @@ import jax
 from jaxtyping import Array, Float, Key
 
 Layer = Mapping[str, Array]  # "weight" (inputs, outputs) and "bias" (outputs,)
-HIDDEN = {"digits": 64, "mnist": 200, "fashion-mnist": 200}
-CLIENTS = {"digits": 20, "mnist": 100, "fashion-mnist": 100}
 
 
 def layer(key: Key[Array, ""], inputs: int, outputs: int) -> dict[str, Array]:

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..problem import Problem
-from .base import Kind, Options, Row, Task, classification_metrics, cross_entropy, federated, validation_loss
+from .base import Kind, Options, Row, Task, classification_metrics, cross_entropy, federated, suited, validation_loss
 from .network import Layer
 
-CLIENTS = {"digits": 20, "breast-cancer": 10, "mnist": 100, "fashion-mnist": 100}
 BIAS_PENALTY = 0.01
 
 
@@ -37,7 +36,7 @@ def inner_loss(x: Float[Array, " features"], y: Layer, example: Row) -> Float[Ar
 def build(options: Options) -> Task:
     name = str(options.dataset)
     columns = lambda d, rows: {"a": d.x_train[rows], "label": d.y_train[rows]}
-    dataset, data = federated(options, columns, CLIENTS[name], outer=0.3)
+    dataset, data = federated(options, columns, outer=0.3)
     features, classes = dataset.x_train.shape[1], int(dataset.classes or 0)
     x = jnp.zeros((features,))
     y = {"weight": jnp.zeros((features, classes)), "bias": jnp.zeros((classes,))}
@@ -48,6 +47,6 @@ def build(options: Options) -> Task:
 regularisation = Kind(
     "regularisation",
     "x: log penalties of logistic regression, y: its weights; no direct part in the hypergradient",
-    tuple(CLIENTS),
+    suited(lambda facts: facts.kind in ("images", "classes")),
     build,
 )

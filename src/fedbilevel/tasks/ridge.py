@@ -14,11 +14,10 @@ from jaxtyping import Array, Float
 
 from ..datasets import Dataset
 from ..problem import Problem
-from .base import Kind, Options, Row, Task, classification_metrics, federated
+from .base import Kind, Options, Row, Task, classification_metrics, federated, suited
 from .closed_form import closed_form_metrics
 from .network import Layer
 
-CLIENTS = {"digits": 20, "diabetes": 10, "mnist": 100, "fashion-mnist": 100}
 BIAS_PENALTY = 0.01
 _SMALL = 100  # lower variables up to which the closed-form metrics are quick enough to take while running
 
@@ -49,7 +48,7 @@ def targets(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
 def build(options: Options) -> Task:
     name = str(options.dataset)
     columns = lambda d, rows: {"a": d.x_train[rows], "target": targets(d, d.y_train[rows])}
-    dataset, data = federated(options, columns, CLIENTS[name], outer=0.3)
+    dataset, data = federated(options, columns, outer=0.3)
     features, outputs = dataset.x_train.shape[1], dataset.classes or 1
     x = jnp.zeros((features,))
     y = {"weight": jnp.zeros((features, outputs)), "bias": jnp.zeros((outputs,))}
@@ -65,4 +64,9 @@ def build(options: Options) -> Task:
     return Task("ridge", name, problem, data, x, y, metrics, options.keys()[3])
 
 
-ridge = Kind("ridge", "x: log penalties of least squares, y: its weights; a closed form exists", tuple(CLIENTS), build)
+ridge = Kind(
+    "ridge",
+    "x: log penalties of least squares, y: its weights; a closed form exists",
+    suited(lambda facts: facts.kind in ("images", "numbers")),
+    build,
+)

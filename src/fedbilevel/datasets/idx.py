@@ -1,95 +1,24 @@
-"""Data sets by name, split into training and test rows and already normalised; nothing is downloaded.
-
-| name | rows (training / test), features | targets | normalisation |
-|---|---|---|---|
-| digits | 1,347 / 450, 64 | 10 classes | p/16, then the training pixels' own overall mean and deviation |
-| mnist | 60,000 / 10,000, 784 | 10 classes | (p/255 - 0.1307) / 0.3081 |
-| fashion-mnist | 60,000 / 10,000, 784 | 10 classes | (p/255 - 0.2860) / 0.3530 |
-| diabetes | 331 / 111, 10 | a number | features and target to training mean 0 and deviation 1, column by column |
-| breast-cancer | 426 / 143, 30 | 2 classes | features to training mean 0 and deviation 1, column by column |
-
-mnist and fashion-mnist are read from a folder with their four idx files; the others come with scikit-learn.
-"""
+"""Data sets of images in MNIST's format: a folder with four idx files, plain or gzipped."""
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import math
 import os
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError, check, unknown_name
+from ..errors import InputError, check
+from .base import Dataset, Facts, Folder
 
 PIXELS = {"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530)}
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 LARGEST = 2**31  # bytes in one idx file: EMNIST, the largest in use, has a quarter of that
 CHUNK = 2**20
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """One data set, held in memory as numpy arrays.
-
-    Attributes:
-        name: what it is called.
-        x_train, x_test: (rows, features) float32, normalised as the module's table says; images are flattened row by row.
-        y_train, y_test: (rows,) int32 labels in [0, classes), or float32 targets.
-        classes: how many classes there are; None for a regression.
-    """
-
-    name: str
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
-    classes: int | None
-
-
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """The data set called `name`.
-
-    Args:
-        name: one of `DATASETS`.
-        data_dir: for mnist and fashion-mnist, the folder with the four idx files (plain or .gz), or its parent, where
-            they lie in a folder called `name`. None: FEDBILEVEL_DATA (either folder too), then
-            ~/.cache/fedbilevel/NAME. The data sets that come with scikit-learn do not use it.
-
-    Raises:
-        InputError: an unknown name, or files that are missing or unusable.
-    """
-    if name not in DATASETS:
-        raise unknown_name("data set", name, DATASETS)
-    return DATASETS[name](data_dir)
-
-
-def digits(seed: int = 0) -> Dataset:
-    """8x8 images of handwritten digits (scikit-learn's); a quarter of each class is for the test, drawn by `seed`."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    return _split("digits", images / 16, labels, seed, classes=10, axis=None)
-
-
-def breast_cancer(seed: int = 0) -> Dataset:
-    """Benign or malignant, from 30 features (scikit-learn's); a quarter of each class is for the test."""
-    from sklearn.datasets import load_breast_cancer
-
-    features, labels = load_breast_cancer(return_X_y=True)
-    return _split("breast-cancer", features, labels, seed, classes=2)
-
-
-def diabetes(seed: int = 0) -> Dataset:
-    """Progression of diabetes, a regression on 10 features (scikit-learn's); a quarter of the rows is for the test."""
-    from sklearn.datasets import load_diabetes
-
-    features, targets = load_diabetes(return_X_y=True, scaled=False)
-    return _split("diabetes", features, targets, seed, classes=None)
+LIKE_MNIST = Facts("images", clients=100, hidden=200, rarest=0.01, most=6_000)
 
 
 def idx_folder(folder: str | os.PathLike[str], name: str) -> Dataset:
@@ -110,7 +39,8 @@ def idx_folder(folder: str | os.PathLike[str], name: str) -> Dataset:
     )
     x_train, x_test = (_pixels(array, mean, deviation) for array in (images, test_images))
     y_train, y_test = labels.astype(np.int32), test_labels.astype(np.int32)
-    return Dataset(name, x_train, y_train, x_test, y_test, int(max(y_train.max(), y_test.max())) + 1)
+    classes = int(max(y_train.max(), y_test.max())) + 1
+    return Dataset(name, x_train, y_train, x_test, y_test, classes, LIKE_MNIST)
 
 
 def idx_arrays(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -168,24 +98,6 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
-def _split(name, features, targets, seed: int, classes: int | None, axis: int | None = 0) -> Dataset:
-    from sklearn.model_selection import train_test_split
-
-    stratify = None if classes is None else targets
-    parts = train_test_split(features, targets, test_size=0.25, random_state=seed, stratify=stratify)
-    x_train, x_test, y_train, y_test = map(np.asarray, parts)
-    x_train, x_test = _standardised(x_train, x_test, axis)
-    if classes is None:
-        y_train, y_test = _standardised(y_train, y_test, 0)
-        return Dataset(name, x_train, y_train, x_test, y_test, None)
-    return Dataset(name, x_train, y_train.astype(np.int32), x_test, y_test.astype(np.int32), classes)
-
-
-def _standardised(train: np.ndarray, test: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
-    mean, deviation = train.mean(axis), train.std(axis)  # of the training rows alone: the test rows stay unseen
-    return ((train - mean) / deviation).astype(np.float32), ((test - mean) / deviation).astype(np.float32)
-
-
 def _pixels(images: np.ndarray, mean: float, deviation: float) -> np.ndarray:
     x = images.reshape(len(images), -1).astype(np.float32)
     x /= 255  # in place: a copy of MNIST is 188 MB
@@ -200,7 +112,7 @@ def _file(folder: Path, stem: str) -> Path:
     return found[0]
 
 
-def find_idx(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
+def find_idx(name: str, data_dir: Folder) -> Path:
     """The folder with the files of "mnist" or "fashion-mnist": `data_dir`, NAME in it, or by default the cache.
 
     Raises:
@@ -219,12 +131,3 @@ def find_idx(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
         f"the data set {name} is not in {' or '.join(map(str, places))}: pass --data-dir (data_dir=) with a folder "
         f"that holds {', '.join(IDX_FILES)} (or .gz), itself or in {name}/."
     )
-
-
-DATASETS: dict[str, Callable[[str | os.PathLike[str] | None], Dataset]] = {
-    "digits": lambda data_dir: digits(),
-    "mnist": lambda data_dir: idx_folder(find_idx("mnist", data_dir), "mnist"),
-    "fashion-mnist": lambda data_dir: idx_folder(find_idx("fashion-mnist", data_dir), "fashion-mnist"),
-    "diabetes": lambda data_dir: diabetes(),
-    "breast-cancer": lambda data_dir: breast_cancer(),
-}
