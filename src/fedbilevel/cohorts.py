@@ -75,7 +75,7 @@ def answered(
     return jnp.sum(jnp.where(present, weights[cohort], 0.0))
 
 
-def stays(key: Key[Array, ""], cohort: Int[Array, " n"], dropout: float) -> Bool[Array, " n"]:
+def stays(key: Key[Array, ""], cohort: Int[Array, " n"], dropout: float | Float[Array, ""]) -> Bool[Array, " n"]:
     """Which clients of a cohort answer an exchange when each drops out with probability `dropout`; one always stays.
 
     A client that was drawn twice answers for both or for neither, as it would over a network.

@@ -11,16 +11,17 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from .data import ClientRows
 from .errors import check, unknown_name
 from .problem import Problem, Rows
 
 Combine = Literal["mean", "maximum"]
+Flag: TypeAlias = bool | Bool[Array, ""]  # whether a part travels
 
 
 class When(eqx.Module):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import ClassVar, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from ..algorithm import Algorithm
@@ -19,6 +20,7 @@ from ..federation import Federation
 from ..problem import Problem
 from ..protocol import step as iteration
 from ..protocol import trace
+from ..protocol.sites import Path
 from ..protocol.table import Protocol, bytes_of
 from ..watch import Seen
 
@@ -29,7 +31,7 @@ Program: TypeAlias = Callable[[Algorithm, Federation, PyTree], tuple[PyTree, PyT
 class Carry:
     """Where a run stands: the server's state, the clients' states (or None), and the iterations done."""
 
-    state: Any
+    state: PyTree
     client_state: PyTree
     iteration: int
 
@@ -70,22 +72,22 @@ class Execution(abc.ABC):
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         problem: Problem,
         data: FederatedData,
         key: Key[Array, ""],
         protocol: Protocol,
-        program: Callable,
+        program: Program,
     ):
         self.engine, self.problem, self.data, self.key = engine, problem, data, key
         self.protocol, self.program = protocol, program
 
     @abc.abstractmethod
-    def start(self, algorithm: Any, state: Any) -> Carry:
+    def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
         """The carry before the first iteration."""
 
     @abc.abstractmethod
-    def advance(self, algorithm: Any, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
+    def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         """Run `iterations` more, or until a number in the state exceeds `limit` or is not finite."""
 
     def client_states(self, carry: Carry) -> PyTree:
@@ -96,7 +98,7 @@ class Execution(abc.ABC):
         """Hear that the run will not come back to anything before `carry` (an engine may then forget it)."""
         return None
 
-    def ledger(self, counts: dict, done: int) -> tuple[list[int], list[int], list[int]]:
+    def ledger(self, counts: Mapping[Path, ArrayLike], done: int) -> tuple[list[int], list[int], list[int]]:
         """(rounds, bytes down, bytes up) per iteration from the counts per site.
 
         These are (iterations, 1 + flags), or where clients drop out (iterations, 2, 1 + flags), the second of replies.
@@ -130,15 +132,23 @@ class Engine(abc.ABC):
         self,
         problem: Problem,
         data: FederatedData,
-        algorithm: Any,
-        state: Any,
+        algorithm: Algorithm,
+        state: PyTree,
         key: Key[Array, ""],
-        program: Callable = iteration,
+        program: Program = iteration,
     ) -> Execution:
         """Check everything, trace the protocol, and get ready to run `program(algorithm, fed, state)`."""
 
 
-def plan(engine: Engine, problem, data, algorithm, state, cohort: int, program) -> Protocol:
+def plan(
+    engine: Engine,
+    problem: Problem,
+    data: FederatedData,
+    algorithm: Algorithm,
+    state: PyTree,
+    cohort: int,
+    program: Program,
+) -> Protocol:
     """The protocol of a program on an engine (shared by the engines' `bind`)."""
     return trace(algorithm, problem, data, state, cohort, program)
 

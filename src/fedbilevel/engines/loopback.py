@@ -8,22 +8,27 @@ fails is reported with the client, the method and the shapes it was sent.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key, PyTree
 
+from ..algorithm import Algorithm
 from ..cohorts import check_cohort, check_dropout
-from ..problem import strong
+from ..data import ClientRows, FederatedData
+from ..problem import Problem, strong
 from ..program import freeze
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
-from .base import Carry, Engine, plan
+from .base import Carry, Engine, Program, Record, plan
 from .faults import Faults
 from .messaging.client_side import ClientSide, Methods
 from .messaging.server_side import Messaging
-from .messaging.transport import Answers, Transport, as_tag
+from .messaging.transport import Answers, Request, Transport, as_tag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,44 +58,55 @@ class Loopback(Engine):
             check_cohort(self.cohort, 2**31)
         check_dropout(self.dropout)
 
-    def bind(self, problem, data, algorithm, state, key, program=iteration):
+    def bind(
+        self,
+        problem: Problem,
+        data: FederatedData,
+        algorithm: Algorithm,
+        state: PyTree,
+        key: Key[Array, ""],
+        program: Program = iteration,
+    ) -> _Looped:
         cohort = check_cohort(self.cohort, data.clients)
         problem = freeze(problem, state.x, state.y, data)
-        return _Looped(self, problem, data, key, plan(self, problem, data, algorithm, state, cohort, program), program)
+        protocol = plan(self, problem, data, algorithm, state, cohort, program)
+        return _Looped(
+            self, problem, data, key, protocol, program,
+            transport=InProcess(self.shuffle), faults=self.faults, dropout=self.dropout,
+        )  # fmt: skip
 
 
 class _Looped(Messaging):
     """Its carry holds the clients' states themselves, so that any carry can be gone on from."""
 
+    engine: Loopback
+    transport: InProcess
     holds_clients = True
 
-    def __init__(self, engine, problem, data, *parts):
-        self.methods, self.clients = Methods(engine.jit), InProcess(engine.shuffle)
-        super().__init__(
-            engine,
-            problem,
-            data,
-            *parts,
-            transport=self.clients,
-            faults=engine.faults,
-            dropout=engine.dropout,
-        )
-        self.rows = [(data.inner.alone(i), data.outer.alone(i)) for i in range(data.clients)]
+    @functools.cached_property
+    def methods(self) -> Methods:
+        """Runs the client methods."""
+        return Methods(self.engine.jit)
 
-    def start(self, algorithm, state):
+    @functools.cached_property
+    def rows(self) -> list[tuple[ClientRows, ClientRows]]:
+        """Each client's own."""
+        return [(self.data.inner.alone(i), self.data.outer.alone(i)) for i in range(self.data.clients)]
+
+    def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
         one = client_state(algorithm, state)
         return Carry(strong(state), None if one is None else [one] * self.data.clients, 0)
 
-    def advance(self, algorithm, carry, iterations, limit):
+    def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         leaves, states = as_leaves(algorithm), carry.client_state or [None] * self.data.clients
-        clients = self.clients.members = [
+        clients = self.transport.members = [
             ClientSide(self.problem, rows, leaves, self.protocol, self.key, i, state, self.methods, self.data.names[i])
             for i, (rows, state) in enumerate(zip(self.rows, states, strict=True))
         ]
-        self.clients.first = lambda x, y: strong(algorithm.client_init(x, y))
+        self.transport.first = lambda x, y: strong(algorithm.client_init(x, y))
         self.kept = self.first_tags()
 
-        def holding(carry):
+        def holding(carry: Carry) -> Carry:
             both = zip(clients, carry.client_state, strict=True)
             held = [client.states[as_tag(tag)] for client, tag in both if client.keeps]
             return dataclasses.replace(carry, client_state=held or None)
@@ -101,7 +117,7 @@ class _Looped(Messaging):
             record = dataclasses.replace(record, last=holding(record.last))
         return holding(carry), record
 
-    def client_states(self, carry):
+    def client_states(self, carry: Carry) -> PyTree:
         states = carry.client_state
         return None if states is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
@@ -112,9 +128,9 @@ class InProcess(Transport):
     def __init__(self, shuffle: int):
         self.members: list[ClientSide] = []
         self.order = np.random.default_rng(shuffle)
-        self.first = lambda x, y: None
+        self.first: Callable[[PyTree, PyTree], PyTree] = lambda x, y: None
 
-    def ask(self, requests, deadline):
+    def ask(self, requests: dict[int, Request], deadline: float | None) -> Answers:
         answers = Answers()
         for client in self.order.permutation(list(requests)):
             try:
@@ -123,6 +139,6 @@ class InProcess(Transport):
                 answers.failures[int(client)] = error
         return answers
 
-    def restart(self, x, y):
+    def restart(self, x: PyTree, y: PyTree) -> None:
         for client in self.members:
             client.restart(self.first(x, y))

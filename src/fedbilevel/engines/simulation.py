@@ -7,28 +7,32 @@ compiled loops, and the program runs in chunks of iterations between which progr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+import functools
+from collections.abc import Callable, Hashable
+from typing import ClassVar, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from ..algorithm import Algorithm
 from ..clock import Stopwatch
 from ..cohorts import answered, check_cohort, check_dropout, client_key, combine_replies, full_weights, stays
 from ..compiled import run
-from ..data import entry
+from ..data import FederatedData, entry
 from ..errors import check
-from ..federation import Client, Reply
+from ..federation import Client, Combine, Flag, Reply
 from ..given import whole_number
-from ..problem import strong
+from ..problem import Problem, strong
 from ..program import freeze
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
+from ..protocol.sites import Path
 from ..protocol.traced import TracedFederation
 from ..watch import observe
-from .base import Carry, Engine, Execution, Record, plan, within
+from .base import Carry, Engine, Execution, Program, Record, plan, within
 
 _CAPACITY = 256  # the most iterations of one compiled chunk: bounds its buffers of diagnostics
 
@@ -73,7 +77,15 @@ class Simulation(Engine):
             "mesh= spreads the cohort over devices and client_batch= runs it piecewise: use one.",
         )
 
-    def bind(self, problem, data, algorithm, state, key, program=iteration):
+    def bind(
+        self,
+        problem: Problem,
+        data: FederatedData,
+        algorithm: Algorithm,
+        state: PyTree,
+        key: Key[Array, ""],
+        program: Program = iteration,
+    ) -> _Simulated:
         cohort = check_cohort(self.cohort, data.clients)
         problem = freeze(problem, state.x, state.y, data)
         protocol = plan(self, problem, data, algorithm, state, cohort, program)
@@ -83,16 +95,19 @@ class Simulation(Engine):
 
 
 class _Simulated(Execution):
-    def __init__(self, *parts):
-        super().__init__(*parts)
-        self._compiled: set[Any] = set()  # the structures of the algorithms that have run
+    engine: Simulation
 
-    def start(self, algorithm, state):
+    @functools.cached_property
+    def _compiled(self) -> set[Hashable]:
+        """The structures of the algorithms that have run."""
+        return set()
+
+    def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
         one = client_state(algorithm, state)
         many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.data.clients, *leaf.shape)), one)
         return Carry(strong(state), many, 0)
 
-    def advance(self, algorithm, carry, iterations, limit):
+    def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         rounds, down, up, infos, seconds = [], [], [], [], 0.0
         finite, left, spent = True, iterations, (0, 0, 0)
         self._compile(algorithm, carry, limit)
@@ -112,7 +127,9 @@ class _Simulated(Execution):
         info, seen = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos) if infos else (None, None)
         return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, seen=seen, spent=spent)
 
-    def advance_many(self, algorithms, carry, iterations, limit):
+    def advance_many(
+        self, algorithms: Algorithm, carry: Carry, iterations: int, limit: float
+    ) -> tuple[Carry, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """As `advance`, for several algorithms in one program that draw the same cohorts, rows and numbers.
 
         Args:
@@ -131,7 +148,7 @@ class _Simulated(Execution):
         rounds, down, up = (np.array([ledger[i] for ledger in ledgers], object) for i in range(3))
         return Carry(state, client_state, carry.iteration + asked), rounds, down, up, np.asarray(done)
 
-    def _compile(self, algorithm, carry, limit):
+    def _compile(self, algorithm: Algorithm, carry: Carry, limit: float) -> None:
         """Compile, if need be, so that it is not timed."""
         leaves, structure = jax.tree.flatten(as_leaves(algorithm))
         kind = (
@@ -142,7 +159,14 @@ class _Simulated(Execution):
             jax.block_until_ready(self._run(algorithm, carry, 0, limit))  # no iterations
             self._compiled.add(kind)
 
-    def _run(self, algorithm, carry, iterations, limit, program=None):
+    def _run(
+        self,
+        algorithm: Algorithm,
+        carry: Carry,
+        iterations: int,
+        limit: float,
+        program: Callable[..., PyTree] | None = None,
+    ) -> PyTree:
         layout = tuple(sorted((path, site.flags) for path, site in self.protocol.sites.items()))
         engine = self.engine
         static = _Static(
@@ -158,19 +182,36 @@ class _Simulated(Execution):
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    program: Callable
+    program: Program
     cohort: int
     client_batch: int | None
-    mesh: object
-    layout: tuple
+    mesh: jax.sharding.Mesh | None
+    layout: tuple[tuple[Path, int], ...]
     drops: bool = False
 
 
-def _chunk(problem, algorithm, static, data, states, key, first, iterations, limit, dropout):
+_States: TypeAlias = tuple[PyTree, PyTree]  # the server's, the clients'
+_Loop: TypeAlias = tuple[
+    Int[Array, ""], Bool[Array, ""], _States, dict[str, Array]
+]  # how many are done, ended well; ...
+
+
+def _chunk(
+    problem: Problem,
+    algorithm: Algorithm,
+    static: _Static,
+    data: FederatedData,
+    states: _States,
+    key: Key[Array, ""],
+    first: Int[Array, ""],
+    iterations: Int[Array, ""],
+    limit: Float[Array, ""],
+    dropout: Float[Array, ""],
+) -> tuple[_States, PyTree, PyTree, Int[Array, ""]]:
     """Up to `iterations` iterations, counted from `first`; stops after one that blows up."""
 
     @jax.jit  # traced once, for the buffers' shapes and for the loop
-    def one(k, states):
+    def one(k: Int[Array, ""], states: _States) -> tuple[_States, PyTree, tuple[PyTree, PyTree]]:
         fed = _SimulatedFederation(
             static, problem, data, algorithm, jax.random.fold_in(key, first + k), *states, dropout=dropout
         )
@@ -180,11 +221,11 @@ def _chunk(problem, algorithm, static, data, states, key, first, iterations, lim
     books = _Books(eqx.filter_eval_shape(one, first, states)[1:])
     buffers = {kind: jnp.zeros((_CAPACITY, size), kind) for kind, size in books.sizes.items()}
 
-    def going(loop):
+    def going(loop: _Loop) -> Bool[Array, ""]:
         k, fine, _, _ = loop
         return (k < iterations) & fine
 
-    def body(loop):
+    def body(loop: _Loop) -> _Loop:
         k, _, states, buffers = loop
         states, *out = one(k, states)
         write = lambda b, new: jax.lax.dynamic_update_index_in_dim(b, new, k, 0, allow_negative_indices=False)
@@ -205,24 +246,24 @@ class _Books:
         sizes: by dtype, how many numbers.
     """
 
-    def __init__(self, shapes: Any):
+    def __init__(self, shapes: PyTree):
         self._leaves, self._structure = jax.tree.flatten(shapes)
         self.sizes: dict[str, int] = {}
-        self._places = []
+        self._places: list[tuple[str, int]] = []
         for leaf in self._leaves:
             kind = str(leaf.dtype)
             start = self.sizes.get(kind, 0)
             self.sizes[kind] = start + leaf.size
             self._places.append((kind, start))
 
-    def packed(self, tree: Any) -> dict[str, Any]:
+    def packed(self, tree: PyTree) -> dict[str, Array]:
         """The rows of one iteration."""
         parts: dict[str, list] = {kind: [] for kind in self.sizes}
         for leaf, (kind, _) in zip(jax.tree.leaves(tree), self._places, strict=True):
             parts[kind].append(jax.lax.reshape(leaf, (leaf.size,)))
         return {kind: jax.lax.concatenate(leaves, 0) for kind, leaves in parts.items()}
 
-    def unpacked(self, buffers: dict[str, Any]) -> Any:
+    def unpacked(self, buffers: dict[str, Array]) -> PyTree:
         """Of buffers of such rows, the tree with a leading axis."""
         cut = lambda leaf, kind, start: jax.lax.reshape(
             jax.lax.slice_in_dim(buffers[kind], start, start + leaf.size, axis=1), (_CAPACITY, *leaf.shape)
@@ -231,7 +272,18 @@ class _Books:
         return jax.tree.unflatten(self._structure, leaves)
 
 
-def _many_chunks(problem, algorithms, static, data, states, key, first, iterations, limit, dropout):
+def _many_chunks(
+    problem: Problem,
+    algorithms: Algorithm,
+    static: _Static,
+    data: FederatedData,
+    states: _States,
+    key: Key[Array, ""],
+    first: Int[Array, ""],
+    iterations: Int[Array, ""],
+    limit: Float[Array, ""],
+    dropout: Float[Array, ""],
+) -> tuple[_States, PyTree, PyTree, Int[Array, " many"]]:
     """`_chunk` over a leading axis of the algorithm's leaves and of the states; what is drawn is common to all."""
     run = lambda algorithm, states: _chunk(
         problem, algorithm, static, data, states, key, first, iterations, limit, dropout
@@ -247,28 +299,47 @@ class _SimulatedFederation(TracedFederation):
     mesh, nor with `client_batch`, which bounds the memory that they would take: then once in each exchange.
     """
 
-    def __init__(self, static, problem, data, algorithm, key, state, client_state, dropout=0.0):
+    def __init__(
+        self,
+        static: _Static,
+        problem: Problem,
+        data: FederatedData,
+        algorithm: Algorithm,
+        key: Key[Array, ""],
+        state: PyTree,
+        client_state: PyTree,
+        dropout: float | Float[Array, ""] = 0.0,
+    ):
         self.drops, self._dropout = static.drops, dropout
         super().__init__(algorithm, data.clients, static.cohort, data.weights, key, dict(static.layout))
         self._static, self._problem, self._data, self._x = static, problem, data, state.x
         self.client_state = client_state
-        self._known: list[tuple[Any, Any]] = []  # (cohort, features of its clients' inner rows)
+        self._known: list[tuple[Int[Array, " cohort"], PyTree]] = []  # (cohort, features of its clients' inner rows)
         if static.cohort == data.clients:
             self._remember(jnp.arange(data.clients, dtype=jnp.int32))
 
-    def draw_cohort(self, size=None):
+    def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
         cohort = super().draw_cohort(size)
         self._remember(cohort)
         return cohort
 
-    def _remember(self, cohort):
+    def _remember(self, cohort: Int[Array, " cohort"]) -> None:
         batch = self._static.client_batch
         at_once = self._static.mesh is None and (batch is None or batch >= cohort.shape[0])
         if self._problem.features is not None and at_once:
             features = lambda i: self._data.inner.client(i).with_features(self._problem, self._x).features
             self._known.append((cohort, jax.vmap(features)(cohort)))
 
-    def exchange(self, name, method, message, combine, wanted, key, cohort):
+    def exchange(
+        self,
+        name: str,
+        method: Callable[..., PyTree],
+        message: PyTree,
+        combine: Combine,
+        wanted: tuple[Flag, ...],
+        key: Key[Array, ""],
+        cohort: Int[Array, " cohort"] | None,
+    ) -> tuple[PyTree, PyTree]:
         if cohort is None and self._static.cohort == self.clients and self._known:
             cohort = self._known[0][0]
         index = self.sample(key) if cohort is None else cohort
@@ -286,7 +357,7 @@ class _SimulatedFederation(TracedFederation):
             self._replied = jnp.sum(present, dtype=jnp.int32)
             self._share = answered(self._data.weights, index[:size], present, self.clients)
 
-        def one(slot):
+        def one(slot: tuple[Int[Array, ""], PyTree]) -> tuple[PyTree, PyTree]:
             i, phi = slot
             inner, outer = self._data.inner.client(i), self._data.outer.client(i)
             if phi is not None:
@@ -311,15 +382,15 @@ class _SimulatedFederation(TracedFederation):
         return shapes, combine_replies(combine, replies, full_weights(self._data.weights, index, self.clients), present)
 
 
-def _by_client(mesh):
+def _by_client(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
 
 
-def _spread(data, mesh):
+def _spread(data: FederatedData, mesh: jax.sharding.Mesh) -> FederatedData:
     """Rows over the devices, padded to as many for each; what describes them stays everywhere."""
     devices = mesh.devices.shape[0]
 
-    def spread(leaf):
+    def spread(leaf: np.ndarray | Array) -> Array:
         short = -leaf.shape[0] % devices
         padded = np.concatenate([leaf, np.zeros((short, *leaf.shape[1:]), leaf.dtype)]) if short else leaf
         return jax.device_put(padded, _by_client(mesh))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import collections
 import time
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from ...algorithm import Algorithm
 from ...arrays import on_device
 from ...clock import spent_compiling
 from ...cohorts import client_key
@@ -26,7 +27,7 @@ from ...federation import Client, Reply
 from ...problem import Problem, describe
 from ...program import helpers_of
 from ...protocol.calls import alike, answer
-from ...protocol.sites import reply_parts
+from ...protocol.sites import Site, reply_parts
 from ...protocol.table import Protocol
 from ...protocol.wire import conditional_parts, decode, encode, message_schema, rebuild_message
 from ..faults import StateLost
@@ -50,7 +51,7 @@ class ClientSide:
         self,
         problem: Problem,
         rows: tuple[ClientRows, ClientRows],
-        algorithm: Any,
+        algorithm: Algorithm,
         protocol: Protocol,
         key: Key[Array, ""],
         index: int,
@@ -105,7 +106,7 @@ class ClientSide:
         """Begin again with a first state."""
         self.states = {START: state}
 
-    def _site(self, request: Request) -> Any:
+    def _site(self, request: Request) -> Site:
         known = 0 <= request.place < len(self._sites)
         if not known:
             raise RunError(f"exchange {request.place} is not in the protocol, which has {len(self._sites)}.")
@@ -155,8 +156,8 @@ class Methods:
 
     def __init__(self, jit: bool = True):
         self.jit = jit
-        self._bound: tuple[Any, Any, Bound | None] = (None, None, None)
-        self._key: tuple[Any, Tag, Any] = (None, START, None)
+        self._bound: tuple[Problem | None, Algorithm | None, Bound | None] = (None, None, None)
+        self._key: tuple[Key[Array, ""] | None, Tag, np.ndarray] = (None, START, np.zeros(0, np.uint32))
 
     def key(self, base: Key[Array, ""], tag: Tag) -> np.ndarray:
         """The numbers of an attempt's key, which all clients that are asked here share."""
@@ -164,7 +165,7 @@ class Methods:
             self._key = base, tag, np.asarray(jax.random.key_data(attempt_key(base, tag)))
         return self._key[2]
 
-    def __call__(self, problem: Problem, algorithm: Any, name: str, parts: _Parts, message: tuple) -> Any:
+    def __call__(self, problem: Problem, algorithm: Algorithm, name: str, parts: _Parts, message: PyTree) -> PyTree:
         if not self.jit:
             with helpers_of(problem):
                 return answer(problem, algorithm, name, parts.client(), jax.tree.map(on_device, message))
@@ -179,6 +180,6 @@ class Methods:
         return out
 
 
-def _call(problem, algorithm, name, parts, message):
+def _call(problem: Problem, algorithm: Algorithm, name: str, parts: _Parts, message: PyTree) -> PyTree:
     Methods.traced[name] += 1
     return answer(problem, algorithm, name, parts.client(), message)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int, Key, PyTree
 
+from ...algorithm import Algorithm
 from ...arrays import on_device
 from ...clock import Stopwatch
 from ...cohorts import (
@@ -28,18 +29,20 @@ from ...cohorts import (
     sample_cohort,
     stays,
 )
+from ...data import FederatedData
 from ...errors import RunError, check
-from ...federation import Federation
-from ...problem import strong
+from ...federation import Combine, Federation, Flag
+from ...problem import Problem, strong
 from ...protocol import as_leaves
 from ...protocol.calls import check_carry, check_given, check_times, client_method
-from ...protocol.sites import mask_reply, normalise, reply_parts, wanted_flags
+from ...protocol.sites import Path, mask_reply, normalise, reply_parts, wanted_flags
+from ...protocol.table import Protocol
 from ...protocol.traced import Scopes
 from ...protocol.wire import decode, encode, message_schema
 from ...watch import observe
-from ..base import Carry, Execution, Record, within
+from ..base import Carry, Engine, Execution, Program, Record, within
 from ..faults import REBUILD, Faults, Roster, StateLost, TooFewReplies
-from .transport import START, Request, Round, Transport, as_tag, attempt_key
+from .transport import START, Answers, Request, Round, Tag, Transport, as_tag, attempt_key
 
 _REBUILDS = 3  # in a row, without an iteration in between: a client that cannot keep its state will not
 
@@ -56,9 +59,20 @@ class Messaging(Execution):
     holds_clients = False
 
     def __init__(
-        self, *parts, transport: Transport, faults: Faults | None, dropout: float, watch: Callable | None = None
+        self,
+        engine: Engine,
+        problem: Problem,
+        data: FederatedData,
+        key: Key[Array, ""],
+        protocol: Protocol,
+        program: Program,
+        *,
+        transport: Transport,
+        faults: Faults | None,
+        dropout: float,
+        watch: Callable[[Round], None] | None = None,
     ):
-        super().__init__(*parts)
+        super().__init__(engine, problem, data, key, protocol, program)
         check_dropout(dropout)
         if faults is not None:
             faults.check_cohort(self.protocol.cohort)
@@ -71,13 +85,13 @@ class Messaging(Execution):
         """(clients, 3) the tags of the states that the clients start with."""
         return np.tile(np.asarray(START, np.int32), (self.data.clients, 1))  # 32 bits: a checkpoint has them
 
-    def start(self, algorithm, state):
+    def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
         return Carry(strong(state), self.first_tags(), 0)
 
-    def keep(self, carry):
+    def keep(self, carry: Carry) -> None:
         self.kept = carry.client_state
 
-    def advance(self, algorithm, carry, iterations, limit):
+    def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         algorithm = as_leaves(algorithm)
         rounds, down, up, infos, finite, last, rebuilt = [], [], [], [], True, carry, 0
         spent = (0, 0, 0)
@@ -111,7 +125,7 @@ class Messaging(Execution):
         """Seconds spent so far in calls that compiled elsewhere, where that is known."""
         return 0.0
 
-    def _rebuild(self, algorithm, carry, lost):
+    def _rebuild(self, algorithm: Algorithm, carry: Carry, lost: StateLost) -> Carry:
         """All clients' states anew, and with them what the server keeps beside x and y."""
         if self.faults is None or self.faults.lost_state != REBUILD:
             raise lost
@@ -124,7 +138,7 @@ class Messaging(Execution):
 class MessageFederation(Federation):
     """`fed` for one iteration, run round by round."""
 
-    def __init__(self, execution: Messaging, algorithm: Any, carry: Carry):
+    def __init__(self, execution: Messaging, algorithm: Algorithm, carry: Carry):
         self.clients, self.cohort_size = execution.data.clients, execution.protocol.cohort
         self.weighted = execution.data.weights is not None
         self.rounds = self.bytes_down = self.bytes_up = 0
@@ -133,7 +147,15 @@ class MessageFederation(Federation):
         self._key = jax.random.fold_in(execution.key, carry.iteration)
         self._scopes, self._counter = Scopes(), 0
 
-    def ask(self, method, message, combine, replies, cohort, beside):
+    def ask(
+        self,
+        method: Callable[..., PyTree],
+        message: tuple,
+        combine: Combine,
+        replies: bool | tuple[Flag, ...],
+        cohort: Int[Array, " cohort"] | None,
+        beside: bool,
+    ) -> PyTree:
         path = self._scopes.advance()
         client_method(self._algorithm, method)
         message, flags = normalise(message)
@@ -157,7 +179,9 @@ class MessageFederation(Federation):
         self._share = answered(everyone, asked, present, self.clients)
         return mask_reply(combine_replies(combine, stacked, weights), wanted)
 
-    def _until_enough(self, exchange, cohort):
+    def _until_enough(
+        self, exchange: _Exchange, cohort: Int[Array, " cohort"] | None
+    ) -> tuple[np.ndarray, dict[int, PyTree]]:
         """(The cohort asked, replies by client), tried again until enough have answered."""
         run, faults, have, needed = self._run, self._run.faults, 0, 1
         attempts = 1 if faults is None else 1 + faults.retries
@@ -179,7 +203,7 @@ class MessageFederation(Federation):
             "checkpoint."
         )
 
-    def _attempt(self, exchange, tag, key, index):
+    def _attempt(self, exchange: _Exchange, tag: Tag, key: Key[Array, ""], index: np.ndarray) -> dict[int, PyTree]:
         """One attempt: replies by client, decoded. Takes note of who failed, and keeps the books."""
         run, faults = self._run, self._run.faults
         left_out = run.roster.left_out(run.transport.there)
@@ -210,7 +234,7 @@ class MessageFederation(Federation):
             run.watch(Round(tag[0] + 1, name, tag[2] + 1, *who, answers.seconds, seconds, down, up, *wire))
         return replies
 
-    def _decoded(self, exchange, answers):
+    def _decoded(self, exchange: _Exchange, answers: Answers) -> dict[int, PyTree]:
         """The replies that can be used; the others join the failures."""
         schema, wanted = self._run.protocol.sites[exchange.path].reply, exchange.wanted
         replies = {}
@@ -226,7 +250,7 @@ class MessageFederation(Federation):
                 del replies[client]
         return replies
 
-    def _request(self, exchange, tag, client) -> Request:
+    def _request(self, exchange: _Exchange, tag: Tag, client: int) -> Request:
         counted, kept = (as_tag(tags[client]) for tags in (self.client_state, self._run.kept))
         return Request(
             self._run.places[exchange.path], tag, exchange.sent, exchange.wanted, counted, kept, exchange.payload
@@ -234,14 +258,26 @@ class MessageFederation(Federation):
 
     # Loops and draws ------------------------------------------------------------------------------------------------
 
-    def repeat(self, times, body, carry, most=None):
+    def repeat(
+        self,
+        times: int | Int[Array, ""],
+        body: Callable[[Int[Array, ""], PyTree], PyTree],
+        carry: PyTree,
+        most: int | None = None,
+    ) -> PyTree:
         times = check_times(times, most)
         path = self._scopes.advance()
         for t in range(int(times)):
             carry = self._turn(path, body, t, carry)
         return carry
 
-    def until(self, condition, body, carry, most):
+    def until(
+        self,
+        condition: Callable[[PyTree], Flag],
+        body: Callable[[Int[Array, ""], PyTree], PyTree],
+        carry: PyTree,
+        most: int,
+    ) -> PyTree:
         check_times(most, most)
         path = self._scopes.advance()
         for t in range(most):
@@ -250,21 +286,21 @@ class MessageFederation(Federation):
             carry = self._turn(path, body, t, carry)
         return carry
 
-    def _turn(self, path, body, t, carry):
+    def _turn(self, path: Path, body: Callable[[Int[Array, ""], PyTree], PyTree], t: int, carry: PyTree) -> PyTree:
         new = self._scopes.inside(path, lambda: body(jnp.asarray(t, jnp.int32), carry))
         check_carry(carry, new)
         return new
 
-    def randint(self, low, high):
+    def randint(self, low: int, high: int) -> Int[Array, ""]:
         self._scopes.advance()
         check(low < high, f"fed.randint(low, high) needs low < high; got {low}, {high}.")
         return jax.random.randint(exchange_key(self._key, self._tick()), (), low, high, dtype=jnp.int32)
 
-    def draw_cohort(self, size=None):
+    def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
         self._scopes.advance()
         return self._sample(exchange_key(self._key, self._tick()), size)
 
-    def _sample(self, key, size=None):
+    def _sample(self, key: Key[Array, ""], size: int | None = None) -> Int[Array, " cohort"]:
         size = self.cohort_size if size is None else check_cohort(size, self.clients)
         return sample_cohort(key, self.clients, size, self._run.data.weights)
 
@@ -277,7 +313,7 @@ class MessageFederation(Federation):
 class _Exchange:
     """What an exchange sends, the same at every attempt."""
 
-    path: tuple[int, ...]
+    path: Path
     counter: int
     sent: tuple[bool, ...]
     wanted: tuple[bool, ...]
@@ -285,6 +321,6 @@ class _Exchange:
     beside: bool
 
 
-def _finite(reply: Any) -> bool:
+def _finite(reply: PyTree) -> bool:
     inexact = [leaf for leaf in jax.tree.leaves(reply) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in inexact)

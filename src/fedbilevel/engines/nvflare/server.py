@@ -215,6 +215,7 @@ class OverNetwork(Messaging):
     Sites run their own settings, so that a stretch cannot be repeated with others to find out what blew up.
     """
 
+    engine: Collab
     longest = 1
     replays = False
 
