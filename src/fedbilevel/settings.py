@@ -6,14 +6,11 @@ import dataclasses
 import tomllib
 from importlib import resources
 
-from jaxtyping import PyTree
-
 from .algorithm import Algorithm
 from .algorithms import ALGORITHMS
 from .errors import InputError, check, unknown_name
 
 Setting = bool | int | float | str | None  # as files and the command line write one
-JSON = PyTree[Setting]  # what is written as JSON: dicts and lists of these
 
 
 def algorithm_class(name: str) -> type[Algorithm]:

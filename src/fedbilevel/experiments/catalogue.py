@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
+from ..settings import Setting
 from ..tasks import Options
+from ..tasks.base import DataDir
 from . import summary
 from .family import PARTS, QUICK
 from .study import Contender, Study
@@ -17,12 +18,12 @@ OURS, LOCKSTEP = "one round a turn (ours)", "Lockstep (ours)"
 _FREE = (1, 5)  # the turns of the lower loop that a study with N free tries, for every contender alike
 
 
-def equal(rounds: int, local: int, outer: int, batch: int | None) -> dict[str, Any]:
+def equal(rounds: int, local: int, outer: int, batch: int | None) -> dict[str, Setting]:
     """T = N and the same local work for everybody."""
     return {"inner_rounds": rounds, "local_steps": local, "outer_steps": outer, "batch_size": batch}
 
 
-def lockstep(local: int, outer: int, batch: int | None) -> dict[str, Any]:
+def lockstep(local: int, outer: int, batch: int | None) -> dict[str, Setting]:
     """Lockstep with the same local work; it has no T and no N."""
     return {"local_steps": local, "outer_steps": outer, "batch_size": batch}
 
@@ -234,7 +235,7 @@ def folder_of(name: str, out: Path, several: bool) -> Path:
     return out / name if several and name != "family" else out
 
 
-def reproduce(name: str, folder: Path, *, small: bool, data_dir: Any, checked_in: bool) -> list[Path]:
+def reproduce(name: str, folder: Path, *, small: bool, data_dir: DataDir, checked_in: bool) -> list[Path]:
     """Run one study to its tables and figures; returns the files.
 
     Raises:
@@ -267,7 +268,7 @@ def reproduce(name: str, folder: Path, *, small: bool, data_dir: Any, checked_in
     return tables.write(study, folder)
 
 
-def found(name: str) -> dict[str, dict[str, Any]]:
+def found(name: str) -> dict[str, dict[str, Setting]]:
     """What the grid of a study chose, as kept in the package."""
     import tomllib
     from importlib import resources

@@ -26,9 +26,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas
 
 from ..errors import InputError, check
 from .network import Network, duration
@@ -54,7 +54,7 @@ class Goal:
     level: float
     levels: tuple[float, ...]
 
-    def when(self, values: Any, level: float) -> int | None:
+    def when(self, values: np.ndarray | pandas.Series, level: float) -> int | None:
         """Index of the evaluation at which one run's values are at the level; None for never."""
         sign = direction(self.metric)
         return first_reached(sign * np.asarray(values, float), sign * level)
@@ -78,13 +78,13 @@ class Prediction:
         goal, networks, clients, compute: what it was made with; `clients` is how many an exchange asks.
     """
 
-    table: Any
+    table: pandas.DataFrame
     goal: Goal
     networks: Mapping[str, Network]
     clients: int
     compute: float
 
-    def on(self, network: str) -> Any:
+    def on(self, network: str) -> pandas.DataFrame:
         """The rows of one network."""
         return self.table[self.table["network"] == network]
 
@@ -111,7 +111,11 @@ def clients_an_exchange(folder: str | Path, clients: int | None = None) -> int:
 
 
 def predict(
-    frame: Any, networks: Mapping[str, Network], clients: int, level: float | None = None, compute: float = 1.0
+    frame: pandas.DataFrame,
+    networks: Mapping[str, Network],
+    clients: int,
+    level: float | None = None,
+    compute: float = 1.0,
 ) -> Prediction:
     """Predict the time of every algorithm of a history on every network.
 
@@ -131,8 +135,6 @@ def predict(
     Raises:
         InputError: a level or a factor that makes no sense, or a history without metrics.
     """
-    import pandas
-
     check(0 <= compute < math.inf, f"--compute is a factor on the seconds of computation, 0 or more; got {compute}.")
     goal = _goal(frame, level)
     rows = []
@@ -147,10 +149,8 @@ def predict(
     return Prediction(pandas.DataFrame(rows), goal, networks, clients, compute)
 
 
-def spent(run: Any, network: Network, clients: int, compute: float = 1.0):
+def spent(run: pandas.DataFrame, network: Network, clients: int, compute: float = 1.0) -> pandas.DataFrame:
     """What one run had cost at each row of its history: rounds, one client's megabytes, and seconds, in all and by part."""
-    import pandas
-
     rounds, down, up, seconds = (run[name].to_numpy(float) for name in ("rounds", "bytes_down", "bytes_up", "seconds"))
     slower = lambda size, link, whole: 8 * np.maximum(size / (clients * link), size / whole)
     parts = {
@@ -169,7 +169,7 @@ def advice(prediction: Prediction) -> str:
     return "\n".join(_sentence(prediction.goal, name, prediction.on(name)) for name in prediction.networks)
 
 
-def _sentence(goal: Goal, network: str, rows: Any) -> str:
+def _sentence(goal: Goal, network: str, rows: pandas.DataFrame) -> str:
     ordered = rows.sort_values("seconds", kind="stable")
     best, *others = zip(ordered["algorithm"], ordered["seconds"], strict=True)
     name, seconds = best
@@ -188,7 +188,7 @@ def _sentence(goal: Goal, network: str, rows: Any) -> str:
     return f"{text}, {later / seconds:.1f} times sooner than {second}."
 
 
-def _goal(frame: Any, level: float | None) -> Goal:
+def _goal(frame: pandas.DataFrame, level: float | None) -> Goal:
     metrics = metrics_of(frame)
     check(metrics, "the history has no metric, so nothing says how far a run has come: record one.")
     if ACCURACY in metrics:
@@ -200,7 +200,7 @@ def _goal(frame: Any, level: float | None) -> Goal:
     return Goal(metrics[0], level, (level,))
 
 
-def _loosest_end(frame: Any, metric: str) -> float:
+def _loosest_end(frame: pandas.DataFrame, metric: str) -> float:
     sign, ends = direction(metric), []
     for _, runs in frame.groupby("algorithm", sort=False):
         values = [sign * seed.sort_values("iteration")[metric].to_numpy(float) for _, seed in runs.groupby("seed")]
@@ -211,7 +211,7 @@ def _loosest_end(frame: Any, metric: str) -> float:
     return float(sign * min(ends))
 
 
-def _middle(goal: Goal, level: float, seeds: list[Any], costs: list[Any]) -> dict[str, float]:
+def _middle(goal: Goal, level: float, seeds: list[pandas.DataFrame], costs: list[pandas.DataFrame]) -> dict[str, float]:
     """The cost to a level at the median of the seconds, or the mean of the two in the middle: its parts add up."""
     never = dict.fromkeys(costs[0].columns, math.inf)
     places = [goal.when(seed[goal.metric], level) for seed in seeds]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from .cost import ACCURACY, PARTS, Prediction, advice
 from .network import duration, span
-from .report import pipe_table
+from .report import Text, pipe_table
 
 COLOURS = dict(zip(PARTS, ("#0072B2", "#E69F00", "#009E73"), strict=True))  # Okabe and Ito: told apart by everyone
 
@@ -23,11 +28,8 @@ def write(folder: Path, prediction: Prediction) -> list[Path]:
     return [folder / "cost.csv", folder / "cost.md", draw(folder / "cost.png", prediction)]
 
 
-def show(prediction: Prediction, console: Any) -> None:
+def show(prediction: Prediction, console: Console) -> None:
     """The table in the terminal, and the numbers that it stands on."""
-    from rich import box
-    from rich.table import Table
-
     head, rows = cells(prediction)
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for heading, justify in zip(head, ["left", *["right"] * (len(head) - 1)], strict=True):
@@ -40,7 +42,7 @@ def show(prediction: Prediction, console: Any) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
-def cells(prediction: Prediction, mark: str = "{}*") -> tuple[list[str], list[list[str]]]:
+def cells(prediction: Prediction, mark: str = "{}*") -> Text:
     """Headings and text cells: a row per algorithm; of several networks a row per network and a column per algorithm."""
     table, goal = prediction.table, prediction.goal
     if len(prediction.networks) > 1:
@@ -55,8 +57,6 @@ def cells(prediction: Prediction, mark: str = "{}*") -> tuple[list[str], list[li
 
 def draw(path: Path, prediction: Prediction) -> Path:
     """Bars of predicted time by latency, transfer and computation: a panel per network, a bar per algorithm."""
-    from matplotlib.figure import Figure
-
     panels, bars = len(prediction.networks), prediction.table["algorithm"].nunique()
     figure = Figure(figsize=(8, 1 + panels * (0.8 + 0.3 * bars)), layout="constrained")
     for panel, (name, network) in zip(
@@ -82,7 +82,7 @@ def setting(prediction: Prediction) -> list[str]:
     return [*lines, f"{clients} clients an exchange; computation: {share}."]
 
 
-def _bars(panel: Any, rows: Any) -> None:
+def _bars(panel: Axes, rows: pandas.DataFrame) -> None:
     reached = np.isfinite(rows["seconds"].to_numpy())
     size, unit = span(rows["seconds"][reached].max()) if reached.any() else (1.0, "s")
     ends, places = np.zeros(len(rows)), np.arange(len(rows))
@@ -101,7 +101,7 @@ def _bars(panel: Any, rows: Any) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _spent(row: Any) -> list[str]:
+def _spent(row: pandas.Series) -> list[str]:
     """One algorithm's name, rounds, megabytes and shares of the time, at the level that decides."""
     if not np.isfinite(row["seconds"]):
         return [row["algorithm"], "-", "-", "-"]
@@ -110,7 +110,7 @@ def _spent(row: Any) -> list[str]:
     return [row["algorithm"], f"{row['rounds']:.0f}", f"{megabytes:.3g}", " / ".join(f"{s:.0f}" for s in shares)]
 
 
-def _marked(times: Any, mark: str) -> list[str]:
+def _marked(times: pandas.Series, mark: str) -> list[str]:
     """Times in words, the soonest marked."""
     best = min(times)
     return [mark.format(duration(t)) if t == best and np.isfinite(t) else duration(t) for t in times]

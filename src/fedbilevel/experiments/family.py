@@ -11,8 +11,9 @@ best few. What is peculiar to an algorithm is tried at two values at most.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
+from ..settings import Setting
 from ..tasks import Options
 from .study import Contender, Study
 
@@ -22,6 +23,9 @@ QUICK = (  # who takes part in the quick form
     "AggITD, one round a turn (ours)", "Lockstep (ours)", "FedNest, full", "SimFBO", "FedMSA", "LocalBSGM", "FedF2SA",
 )  # fmt: skip
 LOCAL = "FedBiOAccLocal (own lower levels)"
+
+Settings = Mapping[str, Setting]
+Variants = tuple[Settings, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +58,28 @@ class Work:
 
 def everybody(work: Work) -> tuple[Contender, ...]:
     """All algorithms on one task; of ShroFBO, SimFBO stands for it: with equal local steps the two are one."""
-    local: dict[str, Any] = {"local_steps": work.local, "batch_size": work.batch}
-    full: dict[str, Any] = {"truncation": "full"}
-    alone: tuple[dict[str, Any], ...] = ({},)
+    local: dict[str, Setting] = {"local_steps": work.local, "batch_size": work.batch}
+    full: dict[str, Setting] = {"truncation": "full"}
+    alone: Variants = ({},)
 
-    def one(label, algorithm, steps, settings, variants=alone, rounds=None):
+    def one(
+        label: str,
+        algorithm: str,
+        steps: int,
+        settings: Settings,
+        variants: Variants = alone,
+        rounds: int | None = None,
+    ) -> Contender:
         moves = work.gentle if work.gentle and algorithm in _GENTLE else work.moves
         grid = {"outer_lr": tuple(move / steps for move in moves)}
-        return Contender(label, algorithm, local | settings, variants=variants, rounds=rounds, grid=grid)
+        return Contender(label, algorithm, {**local, **settings}, variants=variants, rounds=rounds, grid=grid)
 
-    def loops(label, algorithm, settings):
+    def loops(label: str, algorithm: str, settings: Settings) -> Contender:
         names = ("inner_rounds",) if algorithm == "aggitd" else ("inner_rounds", "neumann_terms")
-        turns = tuple(dict.fromkeys(names, turns) for turns in work.turns)
+        turns: Variants = tuple(dict.fromkeys(names, turns) for turns in work.turns)
         return one(label, algorithm, work.outer, {"outer_steps": work.outer, **settings}, turns)
 
-    def together(label, algorithm, settings=None, variants=alone):
+    def together(label: str, algorithm: str, settings: Settings | None = None, variants: Variants = alone) -> Contender:
         return one(label, algorithm, work.local, settings or {}, variants, work.rounds)
 
     chains = tuple({"inner_rounds": turns, "neumann_terms": turns} for turns in work.turns)

@@ -7,16 +7,16 @@ gradient, Hessian-vector or cross-vector product of one client on one batch; bot
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from ..algorithm import Algorithm, Truncation
 from ..data import FederatedData
 from ..engines import Loopback
-from ..problem import Problem
+from ..problem import Problem, Rows
 
 ORACLES = ("inner_gradient", "inner_gradient_x", "hessian_vector", "cross_vector", "outer_gradients")
 
@@ -26,23 +26,23 @@ class _Counting(Problem):
 
     calls: list[str] = eqx.field(static=True, default_factory=list)
 
-    def inner_gradient(self, x, y, rows):
+    def inner_gradient(self, x: PyTree, y: PyTree, rows: Rows) -> PyTree:
         self.calls.append("inner_gradient")
         return y
 
-    def inner_gradient_x(self, x, y, rows):
+    def inner_gradient_x(self, x: PyTree, y: PyTree, rows: Rows) -> PyTree:
         self.calls.append("inner_gradient_x")
         return x
 
-    def hessian_vector(self, x, y, v, rows):
+    def hessian_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
         self.calls.append("hessian_vector")
         return v
 
-    def cross_vector(self, x, y, v, rows):
+    def cross_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
         self.calls.append("cross_vector")
         return x
 
-    def outer_gradients(self, x, y, rows):
+    def outer_gradients(self, x: PyTree, y: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
         self.calls.append("outer_gradients")
         return x, y
 
@@ -56,7 +56,7 @@ def oracle_calls(algorithm: Algorithm, clients: int = 2, cohort: int = 1) -> dic
         name of the oracle -> calls, and "all" -> their sum.
     """
     truncation = getattr(algorithm, "truncation", None)
-    variants: list[Any] = [algorithm]
+    variants: list[Algorithm] = [algorithm]
     if isinstance(truncation, Truncation) and truncation.mode == "uniform":
         most = getattr(algorithm, "neumann_terms", None)
         cuts = range(algorithm.inner_rounds + 1) if most is None else range(most)  # pyright: ignore[reportAttributeAccessIssue]
@@ -68,7 +68,7 @@ def oracle_calls(algorithm: Algorithm, clients: int = 2, cohort: int = 1) -> dic
     return {**totals, "all": sum(totals.values())}
 
 
-def _count(algorithm: Any, clients: int, cohort: int) -> dict[str, int]:
+def _count(algorithm: Algorithm, clients: int, cohort: int) -> dict[str, int]:
     loss = lambda x, y, row: jnp.sum(x) * jnp.sum(y) * jnp.sum(row)
     problem = _Counting(loss, loss)
     rows = [jnp.ones((2, 1))] * clients

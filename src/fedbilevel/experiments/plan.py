@@ -10,18 +10,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
+from ..algorithm import Algorithm
 from ..callbacks import CSV, Callback, Checkpoint, Progress
 from ..cohorts import check_cohort
 from ..engines import ENGINES
+from ..engines.base import Engine
 from ..errors import Diverged, InputError, RunError, check, unknown_name
+from ..given import JSON
 from ..identity import differences
 from ..result import History, Result
-from ..settings import algorithm_class, best
+from ..settings import Setting, algorithm_class, best
 from ..solve import solve
 from ..tasks import TASKS, Options, Task
 
@@ -41,7 +44,7 @@ class Plan:
 
     task: str
     options: Options
-    algorithms: dict[str, dict[str, Any]]
+    algorithms: dict[str, dict[str, Setting]]
     seeds: tuple[int, ...]
     iterations: int | None = None
     rounds: int | None = None
@@ -57,18 +60,18 @@ class Plan:
             raise unknown_name("task", self.task, TASKS)
         return TASKS[self.task](dataclasses.replace(self.options, seed=seed))
 
-    def build_algorithm(self, name: str, dataset: str):
+    def build_algorithm(self, name: str, dataset: str) -> Algorithm:
         """An algorithm with its best settings, overridden by the user's."""
         kind = algorithm_class(name)
         return kind(**{**best(self.task, dataset, name), **self.algorithms[name]})
 
-    def build_engine(self):
+    def build_engine(self) -> Engine:
         """The engine."""
         if self.engine not in ENGINES:
             raise unknown_name("engine", self.engine, ENGINES)
         return ENGINES[self.engine](**{"cohort": self.cohort})
 
-    def to_dict(self, clients: int) -> dict[str, Any]:
+    def to_dict(self, clients: int) -> dict[str, JSON]:
         """For config.json: every setting that decides the numbers, the algorithms' fields in full.
 
         `clients` is how many the task has; with the cohort it says how many an exchange asks.
@@ -85,7 +88,7 @@ class Plan:
         return plain
 
 
-def describe(algorithm: Any) -> dict[str, Any]:
+def describe(algorithm: Algorithm) -> dict[str, JSON]:
     """An algorithm's fields as plain values."""
     fields = {f.name: getattr(algorithm, f.name) for f in dataclasses.fields(algorithm)}
     return {k: (v.value if v.mode == "fixed" else v.mode) if k == "truncation" else v for k, v in fields.items()}
@@ -120,7 +123,7 @@ def prepare(out: str | os.PathLike[str], plan: Plan, clients: int, resume: bool,
     return folder
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Mapping[str, JSON], prefix: str = "") -> dict[str, JSON]:
     """Nested settings under dotted names."""
     flat = {}
     for name, value in tree.items():

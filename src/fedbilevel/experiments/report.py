@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -13,6 +14,8 @@ from rich.console import Console
 from ..errors import InputError, check
 
 Cell = str | float | np.number | None  # of a table
+Text = tuple[list[str], list[list[str]]]  # headings, and the cells of each row
+Look = dict[str, Any]  # how a curve looks, in the words of matplotlib
 LEVELS = (0.80, 0.85, 0.88, 0.90)  # test accuracies whose first round the summary names
 AXES = {"rounds": "communication rounds", "megabytes": "payload, MB (down and up)", "seconds": "seconds of computation"}
 LOGARITHMIC = ("stationarity", "distance")
@@ -108,7 +111,7 @@ def write(folder: Path, frame: pandas.DataFrame) -> list[Path]:
     return [folder / "summary.csv", folder / "summary.md", *draw(folder, frame)]
 
 
-def cells(summary: pandas.DataFrame) -> tuple[list[str], list[list[str]]]:
+def cells(summary: pandas.DataFrame) -> Text:
     """Headings and text cells of a summary, spreads beside their means."""
     columns = [c for c in summary.columns if not c.endswith("_sd")]
     text = lambda row, c: (

@@ -19,21 +19,26 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas
 
 from ..callbacks.progress import Meter
+from ..settings import Setting
+from ..tasks.base import DataDir
 from .memory import release
-from .report import direction, first_reached, running_median
+from .report import Cell, direction, first_reached, running_median
 from .study import Contender, Study
 from .sweep import Curve, sweep
 
 Telling = Callable[[str], None]
+Point = dict[str, Setting]  # of a grid
+Chosen = Mapping[str, Mapping[str, Setting]]  # label -> the point that the grid chose
+Row = dict[str, Cell]  # of grid.csv
 _FAR = 9.0  # goals off at the end: as good as blown up
 
 
-def search(study: Study, folder: Path, data_dir: Any, say: Telling) -> dict[str, dict[str, Any]]:
+def search(study: Study, folder: Path, data_dir: DataDir, say: Telling) -> dict[str, Point]:
     """Each contender's best step sizes and variant; every finished point is kept in grid.csv."""
     best = {}
     for contender in study.contenders:
@@ -54,7 +59,7 @@ def search(study: Study, folder: Path, data_dir: Any, say: Telling) -> dict[str,
     return best
 
 
-def _second_look(grid: _Grid, ranked: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
+def _second_look(grid: _Grid, ranked: list[Point], rounds: int) -> list[Point]:
     """The best few from best to worst; as many more are looked at until one held on all seeds."""
     study = grid.study
     for count in range(study.shortlist, len(ranked) + study.shortlist, study.shortlist):
@@ -64,18 +69,24 @@ def _second_look(grid: _Grid, ranked: list[dict[str, Any]], rounds: int) -> list
     return few
 
 
-def neighbours(best: Mapping[str, Any], tried: list[dict[str, Any]], rates: Iterable[str]) -> list[dict[str, Any]]:
+def neighbours(best: Point, tried: list[Point], rates: Iterable[str]) -> list[Point]:
     """The points next to the best one, in one step size each, that were not tried; beyond the ends, by the same ratio."""
     found = []
     for name in rates:
-        values = sorted({point[name] for point in tried if name in point})
+        values = sorted({as_number(point[name]) for point in tried if name in point})
         if len(values) < 2:  # it is not searched
             continue
-        at = values.index(best[name])
+        at = values.index(as_number(best[name]))
         below = values[at - 1] if at else _short(values[0] * values[0] / values[1])
         above = values[at + 1] if at + 1 < len(values) else _short(values[-1] * values[-1] / values[-2])
         found += [{**best, name: value} for value in (below, above)]
     return [point for point in found if point not in tried]
+
+
+def as_number(value: Setting) -> float:
+    """A step size of a point, which is a number."""
+    assert isinstance(value, int | float)
+    return value
 
 
 def _short(value: float) -> float:
@@ -90,21 +101,17 @@ class _Grid:
     study: Study
     contender: Contender
     file: Path
-    data_dir: Any
+    data_dir: DataDir
     say: Telling
+    rows: list[Row] = dataclasses.field(init=False)
 
     def __post_init__(self):
-        import pandas
-
         exists = self.file.is_file()
-        self.rows = pandas.read_csv(self.file).to_dict("records") if exists else []
+        kept = pandas.read_csv(self.file).to_dict("records") if exists else []
+        self.rows = [{str(name): value for name, value in row.items()} for row in kept]
 
-    def rank(
-        self, points: list[dict[str, Any]], seeds: tuple[int, ...], rounds: int, whole: bool = False
-    ) -> list[dict[str, Any]]:
+    def rank(self, points: list[Point], seeds: tuple[int, ...], rounds: int, whole: bool = False) -> list[Point]:
         """The points from best to worst; `whole`: all their runs go to the end of the budget."""
-        import pandas
-
         for seed in seeds:
             scores = [self._score(point, seed) for point in points]
             missing = [point for point, score in zip(points, scores, strict=True) if score is None]
@@ -117,22 +124,22 @@ class _Grid:
         mean = lambda point: sum(self._score(point, seed) or 0.0 for seed in seeds) / len(seeds)
         return sorted(points, key=mean)
 
-    def held(self, point: Mapping[str, Any], seeds: tuple[int, ...], rounds: int) -> bool:
+    def held(self, point: Point, seeds: tuple[int, ...], rounds: int) -> bool:
         """Whether a point that was tried on the seeds blew up on none."""
         return all((self._score(point, seed) or 0.0) < (1 + _FAR) * rounds for seed in seeds)
 
-    def _score(self, point: Mapping[str, Any], seed: int) -> float | None:
+    def _score(self, point: Point, seed: int) -> float | None:
         """Of the point's row, if it was tried on the seed; a number read from a file may be off by its last digit."""
         same = lambda a, b: a == b or (isinstance(b, float) and math.isclose(a, b, rel_tol=1e-9))
         for row in self.rows:
             mine = row["label"] == self.contender.label and row["seed"] == seed
             if mine and all(same(row[name], value) for name, value in point.items()):
-                return float(row["score"])
+                score = row["score"]
+                assert score is not None
+                return float(score)
         return None
 
-    def _try(
-        self, points: list[dict[str, Any]], seed: int, rounds: int, soonest: float, whole: bool
-    ) -> list[dict[str, Any]]:
+    def _try(self, points: list[Point], seed: int, rounds: int, soonest: float, whole: bool) -> list[Row]:
         """A row for each of the points."""
         study, contender = self.study, self.contender
         task, engine = study.build(contender, seed, self.data_dir)
@@ -144,7 +151,11 @@ class _Grid:
 
         rows = []
         for variant in contender.variants:
-            steps = [{n: v for n, v in p.items() if n not in variant} for p in points if variant.items() <= p.items()]
+            steps = [
+                {n: as_number(v) for n, v in p.items() if n not in variant}
+                for p in points
+                if variant.items() <= p.items()
+            ]
             if not steps:
                 continue
             named = "".join(f", {name} {value}" for name, value in variant.items())
@@ -181,7 +192,7 @@ def judge(study: Study, rounds: np.ndarray, values: np.ndarray, budget: int) -> 
     return reached, budget * (1 + float(missed))
 
 
-def write_settings(file: Path, best: Mapping[str, Mapping[str, Any]]) -> None:
+def write_settings(file: Path, best: Chosen) -> None:
     """What the grid chose, as TOML, a section a contender."""
     text = "".join(  # numbers, words and truth values are written alike in JSON and TOML
         f"[{json.dumps(label)}]\n" + "".join(f"{name} = {json.dumps(v)}\n" for name, v in chosen.items()) + "\n"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
 import optax.tree
+from jaxtyping import Array, Float, PyTree
 
 from ..algorithm import Algorithm, State
 from ..callbacks import Callback
-from ..engines.base import Carry
+from ..callbacks.base import Running
+from ..engines import Simulation
+from ..engines.base import Carry, Execution
+from ..problem import Loss
 from ..solve import estimate
 from ..tasks import Task
 
@@ -32,19 +34,19 @@ class Shares(Callback):
     |implicit| / (|direct| + |implicit|).
     """
 
-    def __init__(self, file: Path, task: Task, engine: Any, label: str, seed: int, every: int):
+    def __init__(self, file: Path, task: Task, engine: Simulation, label: str, seed: int, every: int):
         self.file, self.task, self.engine, self.every = file, task, engine, every
         self.named = {"algorithm": label, "seed": seed}
-        self._runs: list[Any] | None = None
+        self._runs: list[Execution] | None = None
         self._next = 0
 
-    def start(self, run) -> None:
+    def start(self, run: Running) -> None:
         self._next = run.iteration
         if not self.file.exists():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text("algorithm,seed,iteration,rounds,implicit,direct,share\n")
 
-    def advance(self, run) -> None:
+    def advance(self, run: Running) -> None:
         if run.iteration < self._next:
             return
         self._next = run.iteration + self.every
@@ -54,7 +56,7 @@ class Shares(Callback):
         with self.file.open("a", newline="") as file:
             csv.writer(file).writerow(cells)
 
-    def _parts(self, run) -> tuple[float, float]:
+    def _parts(self, run: Running) -> tuple[float, float]:
         if self._runs is None:
             problem = self.task.problem
             blind = dataclasses.replace(problem, outer=_Blind(problem.outer))
@@ -76,7 +78,7 @@ class Shares(Callback):
 class _Blind(eqx.Module):
     """An outer loss that takes x for a constant."""
 
-    loss: Callable[..., Any]
+    loss: Loss
 
-    def __call__(self, x, *rest):
+    def __call__(self, x: PyTree, *rest: PyTree) -> Float[Array, ""]:
         return self.loss(jax.lax.stop_gradient(x), *rest)

@@ -6,19 +6,21 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from ..algorithm import Algorithm
 from ..callbacks import CSV, Callback, Checkpoint, Progress
 from ..errors import Diverged, check
+from ..given import JSON
 from ..solve import solve
+from ..tasks.base import DataDir
 from .memory import release
 from .oracles import oracle_calls
-from .search import Telling, search, write_settings
+from .search import Chosen, Telling, search, write_settings
 from .shares import Shares, estimates
 from .study import Contender, Study
 
 
-def run(study: Study, folder: Path, data_dir: Any = None, best: Mapping[str, Any] | None = None) -> None:
+def run(study: Study, folder: Path, data_dir: DataDir = None, best: Chosen | None = None) -> None:
     """Stages 1 and 2.
 
     Args:
@@ -45,14 +47,14 @@ def run(study: Study, folder: Path, data_dir: Any = None, best: Mapping[str, Any
             _final(study, contender, contender.build(best[contender.label]), seed, folder, data_dir, say)
 
 
-def open_folder(folder: Path, plain: dict[str, Any]) -> None:
+def open_folder(folder: Path, plain: Mapping[str, JSON]) -> None:
     """Make the folder, or go on in one of the very same study."""
     same_study(folder, plain)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.json").write_text(json.dumps(plain, indent=2) + "\n")
 
 
-def same_study(folder: Path, plain: dict[str, Any]) -> None:
+def same_study(folder: Path, plain: Mapping[str, JSON]) -> None:
     """Refuse a folder of anything else."""
     file = folder / "study.json"
     if folder.exists() and any(folder.iterdir()):
@@ -61,7 +63,7 @@ def same_study(folder: Path, plain: dict[str, Any]) -> None:
         check(same, f"{folder} holds another study, or another version of it: name another folder, or remove this one.")
 
 
-def same_settings(folder: Path, best: Mapping[str, Any]) -> None:
+def same_settings(folder: Path, best: Chosen) -> None:
     """Refuse to mix runs of these step sizes with finished ones of others."""
     file = folder / "settings.toml"
     if not file.is_file() or not any(folder.glob("runs/*/done.json")):
@@ -74,7 +76,7 @@ def same_settings(folder: Path, best: Mapping[str, Any]) -> None:
 
 
 def _final(
-    study: Study, contender: Contender, algorithm: Any, seed: int, folder: Path, data_dir: Any, say: Telling
+    study: Study, contender: Contender, algorithm: Algorithm, seed: int, folder: Path, data_dir: DataDir, say: Telling
 ) -> None:
     place = folder / "runs" / f"{contender.label}-{seed}"
     if (place / "done.json").is_file():
@@ -110,7 +112,7 @@ def _final(
     release()
 
 
-def _calls(folder: Path, study: Study, contender: Contender, algorithm: Any) -> float:
+def _calls(folder: Path, study: Study, contender: Contender, algorithm: Algorithm) -> float:
     """Oracle calls of one iteration; counted once for each contender."""
     file = folder / "oracles.json"
     known = json.loads(file.read_text()) if file.is_file() else {}

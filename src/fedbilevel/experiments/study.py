@@ -13,11 +13,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
+from ..algorithm import Algorithm
 from ..engines import Simulation
-from ..settings import algorithm_class
+from ..given import JSON
+from ..settings import Setting, algorithm_class
 from ..tasks import TASKS, Options, Task
+from ..tasks.base import DataDir
 from .sweep import points
 
 _STILL = 1e-30  # the outer step of a reference line that leaves x where it is
@@ -39,13 +42,13 @@ class Contender:
 
     label: str
     algorithm: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Setting]
     kind: Literal["rival", "frozen", "pooled"] = "rival"
-    variants: tuple[Mapping[str, Any], ...] = ({},)
+    variants: tuple[Mapping[str, Setting], ...] = ({},)
     grid: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     rounds: int | None = None
 
-    def build(self, chosen: Mapping[str, Any]) -> Any:
+    def build(self, chosen: Mapping[str, Setting]) -> Algorithm:
         """The algorithm with these step sizes, and the variant's settings."""
         still = {"outer_lr": _STILL} if self.kind == "frozen" else {}
         return algorithm_class(self.algorithm)(**{**self.settings, **chosen, **still})
@@ -92,7 +95,7 @@ class Study:
     shortlist: int = 1
     shortlist_seeds: tuple[int, ...] = ()
 
-    def build(self, contender: Contender, seed: int, data_dir: Any) -> tuple[Task, Simulation]:
+    def build(self, contender: Contender, seed: int, data_dir: DataDir) -> tuple[Task, Simulation]:
         """A contender's task for one seed, and its engine."""
         options = dataclasses.replace(self.options, seed=seed, data_dir=data_dir)
         if contender.kind == "pooled":
@@ -120,11 +123,11 @@ class Study:
         tried = {**self.grid, **contender.grid}
         return {name: tried[name] for name in tried if name in has - idle - set(contender.settings)}
 
-    def candidates(self, contender: Contender) -> list[dict[str, Any]]:
+    def candidates(self, contender: Contender) -> list[dict[str, Setting]]:
         """Everything that the grid tries: each variant at each point of step sizes."""
         return [{**variant, **point} for variant in contender.variants for point in points(self.rates(contender))]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JSON]:
         """Everything that decides the numbers, as plain values."""
         plain = dataclasses.asdict(self)
         plain["options"] = {k: v for k, v in plain["options"].items() if k not in ("seed", "data_dir")}

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas
 
 from .family import PARTS
+from .report import Text
 from .study import Study
 from .tables import level_name, never, number, write_table
 
 STUDIES = ("stationarity", *(study.name for study in PARTS), "speed-up")
 
 
-def family(folder: Path, run: Callable[[str, Path], Any], studies: dict[str, Study]) -> list[Path]:
+def family(folder: Path, run: Callable[[str, Path], list[Path]], studies: dict[str, Study]) -> list[Path]:
     """Run the studies, each in FOLDER/STUDY; then FOLDER/family holds family.csv, .md, .tex and .png.
 
     Args:
-        run: (name of a study, its folder) -> anything; what is finished there is kept.
+        run: (name of a study, its folder) -> the files; what is finished there is kept.
         studies: those of `PARTS` as `run` takes them, by name.
     """
-    import pandas
-
     for name in STUDIES:
         run(name, folder / name)
     frames = [
@@ -41,7 +40,7 @@ def goal(study: Study) -> str:
     return f"{study.task}: {study.metric.replace('_', ' ')} {level_name(study, study.goal)}"
 
 
-def _text(frame, studies: dict[str, Study]) -> tuple[list[str], list[list[str]]]:
+def _text(frame: pandas.DataFrame, studies: dict[str, Study]) -> Text:
     """A row an algorithm: what the goal of each task took, medians over seeds."""
     head = ["algorithm"]
     for study in studies.values():
@@ -61,7 +60,7 @@ def _text(frame, studies: dict[str, Study]) -> tuple[list[str], list[list[str]]]
     return head, rows
 
 
-def _draw(path: Path, frame, studies: dict[str, Study]) -> Path:
+def _draw(path: Path, frame: pandas.DataFrame, studies: dict[str, Study]) -> Path:
     """A panel a task: every algorithm's rounds to the goal, the median and the range over seeds."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter

@@ -6,13 +6,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from ..algorithm import Algorithm
 from ..data import FederatedData
@@ -21,6 +20,7 @@ from ..engines.simulation import Simulation
 from ..errors import check
 from ..own_lower import Lower
 from ..problem import Problem, bind, strong
+from ..tasks.base import Metric
 from ..variables import trainable
 
 _ROOM = 1.5e9  # bytes that the rows and hidden values of one exchange may take, over all points at once
@@ -56,9 +56,9 @@ def sweep(
     y: PyTree,
     *,
     rounds: int,
-    key: Key,
+    key: Key[Array, ""],
     engine: Simulation | None = None,
-    metrics: Mapping[str, Callable[[PyTree, PyTree], Any]],
+    metrics: Mapping[str, Metric],
     evaluate_every: int = 1,
     at_once: int | None = None,
     arrived: Callable[[Curve], float] = lambda curve: math.inf,
@@ -84,7 +84,7 @@ def sweep(
     inner_x, x_rest = trainable(x, "x")
     inner_y, y_rest = trainable(y, "y")
     state = algorithm.init(inner_x, inner_y)
-    execution: Any = engine.bind(bind(problem, x_rest, y_rest), data, algorithm, state, key)
+    execution = engine.bind(bind(problem, x_rest, y_rest), data, algorithm, state, key)
     iterations = rounds // execution.protocol.rounds_most
     check(iterations >= 1, f"{rounds} rounds are too few for one iteration of {type(algorithm).__name__}.")
     size = at_once or _fitting(data, algorithm, execution.protocol.cohort, inner_y)
@@ -92,7 +92,7 @@ def sweep(
     start, lower = execution.start(algorithm, state), Lower(execution, algorithm, state, y_rest)
     limit = _BLOWN_UP * max([1.0, *(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves((inner_x, inner_y)))])
     evaluate = lambda x, y: {
-        name: float(fn(eqx.combine(x, x_rest), eqx.combine(y, y_rest))) for name, fn in metrics.items()
+        name: float(np.asarray(fn(eqx.combine(x, x_rest), eqx.combine(y, y_rest)))) for name, fn in metrics.items()
     }
     end = math.inf
     for part in _groups(grid, size):
@@ -130,7 +130,7 @@ def sweep(
 def _spread_over(algorithm: Algorithm, many: int) -> Algorithm:
     """The algorithm with every number a leaf of `many` values."""
 
-    def wide(leaf):
+    def wide(leaf: PyTree) -> PyTree:
         if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
             return jnp.broadcast_to(jnp.asarray(leaf), (many,))
         return leaf
@@ -142,7 +142,7 @@ def _copies(tree: PyTree, many: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (many, *leaf.shape)), tree)
 
 
-def _fitting(data: FederatedData, algorithm: Any, cohort: int, y: PyTree) -> int:
+def _fitting(data: FederatedData, algorithm: Algorithm, cohort: int, y: PyTree) -> int:
     """How many points fit: each holds its own hidden values of the cohort's rows, about as large as the rows."""
     batch = getattr(algorithm, "batch_size", None) or data.inner.most
     row = sum(leaf[0].size * leaf.dtype.itemsize for leaf in jax.tree.leaves(data.inner.rows))
@@ -150,6 +150,6 @@ def _fitting(data: FederatedData, algorithm: Any, cohort: int, y: PyTree) -> int
     return max(1, int(_ROOM // (cohort * (batch * row + 4 * own))))
 
 
-def _groups(grid: Sequence[Any], size: int) -> Iterator[list[Any]]:
+def _groups(grid: Sequence[Mapping[str, float]], size: int) -> Iterator[list[Mapping[str, float]]]:
     for first in range(0, len(grid), size):
         yield list(grid[first : first + size])

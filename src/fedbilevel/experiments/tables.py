@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from .report import direction, first_reached, pipe_table, running_median
+from .report import Cell, Look, Text, direction, first_reached, pipe_table, running_median
+from .search import as_number
 from .study import Study
 
 # Okabe & Ito's palette and three of Paul Tol's: told apart by colour-blind readers; lines differ in dashes too
@@ -28,10 +32,8 @@ AXES = {
 }
 
 
-def collect(study: Study, folder: Path):
+def collect(study: Study, folder: Path) -> pandas.DataFrame:
     """The histories of all runs of a study, with the columns kind, megabytes_up and oracle_calls."""
-    import pandas
-
     frames = []
     for seed in study.seeds:
         for contender in study.contenders:
@@ -48,8 +50,6 @@ def collect(study: Study, folder: Path):
 
 def write(study: Study, folder: Path) -> list[Path]:
     """All tables and figures of a finished study; returns the files."""
-    import pandas
-
     frame = collect(study, folder)
     rivals = frame[frame["kind"] != "pooled"]  # whose bytes and rounds mean something
     rivals.drop(columns=["kind", "failure"]).to_csv(folder / "history.csv", index=False)
@@ -71,10 +71,8 @@ def write(study: Study, folder: Path) -> list[Path]:
     return files
 
 
-def levels_table(study: Study, frame, levels: tuple[float, ...]):
+def levels_table(study: Study, frame: pandas.DataFrame, levels: tuple[float, ...]) -> pandas.DataFrame:
     """A row per contender, level and axis: median, least and most over seeds of what it took; infinite for never."""
-    import pandas
-
     rows = []
     sign = direction(study.metric)
     for label, runs in frame.groupby("algorithm", sort=False):
@@ -82,7 +80,7 @@ def levels_table(study: Study, frame, levels: tuple[float, ...]):
             continue
         for level in levels:
             found = [_at_level(run, study.metric, sign, level) for _, run in runs.groupby("seed")]
-            row: dict[str, Any] = {"algorithm": label, "level": level, "seeds": len(found)}
+            row: dict[str, Cell] = {"algorithm": str(label), "level": level, "seeds": len(found)}
             row["reached"] = sum(f is not None for f in found)
             for axis in AXES:
                 values = [np.inf if f is None else float(f[axis]) for f in found]
@@ -91,16 +89,14 @@ def levels_table(study: Study, frame, levels: tuple[float, ...]):
     return pandas.DataFrame(rows)
 
 
-def _at_level(run, metric: str, sign: int, level: float):
+def _at_level(run: pandas.DataFrame, metric: str, sign: int, level: float) -> pandas.Series | None:
     run = run.sort_values("iteration")
     at = first_reached(sign * run[metric].to_numpy(), sign * level)
     return None if at is None else run.iloc[at]
 
 
-def ratios_table(study: Study, frame):
+def ratios_table(study: Study, frame: pandas.DataFrame) -> pandas.DataFrame:
     """A row per pair and level: the ratio of rounds, one to other, seed by seed: median, least, most."""
-    import pandas
-
     rows, sign = [], direction(study.metric)
     of = lambda label: dict(list(frame[frame["algorithm"] == label].groupby("seed")))
     for one, other in study.pairs:
@@ -135,7 +131,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _levels_text(study: Study, table) -> tuple[list[str], list[list[str]]]:
+def _levels_text(study: Study, table: pandas.DataFrame) -> Text:
     head = ["rounds to", *[level_name(study, level) for level in study.levels]]
     rows = []
     for label, mine in table.groupby("algorithm", sort=False):
@@ -152,21 +148,19 @@ def _levels_text(study: Study, table) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _spent_text(table) -> tuple[list[str], list[list[str]]]:
+def _spent_text(table: pandas.DataFrame) -> Text:
     """What reaching the goal took, on every axis; medians over seeds."""
     head = ["algorithm", "rounds", "MB sent by one client place", "oracle calls of one client place", "seconds"]
     cell = lambda value: number(value) if np.isfinite(value) else "never"
     return head, [[str(row["algorithm"]), *(cell(row[axis]) for axis in AXES)] for _, row in table.iterrows()]
 
 
-def settings_table(study: Study, folder: Path):
+def settings_table(study: Study, folder: Path) -> tuple[pandas.DataFrame, Text]:
     """What the grid chose for every contender, as a table and in words.
 
     (e): at an edge of the values that it tried (of a grid that went on from its best point, only the folder where it ran
     knows them); (b): beyond those that it began with.
     """
-    import pandas
-
     file = folder / "grid.csv"
     went_on = pandas.read_csv(file) if study.beyond and file.is_file() else None
     chosen = tomllib.loads((folder / "settings.toml").read_text())
@@ -177,7 +171,10 @@ def settings_table(study: Study, folder: Path):
         tried = study.candidates(contender)
         cells = []
         for name in names:
-            values, mine = sorted({point[name] for point in tried if name in point}), chosen[contender.label].get(name)
+            values, mine = (
+                sorted({as_number(point[name]) for point in tried if name in point}),
+                chosen[contender.label].get(name),
+            )
             if mine is None:
                 cells.append("-")
                 continue
@@ -191,7 +188,7 @@ def settings_table(study: Study, folder: Path):
     return table, (["algorithm", *(name.replace("_", " ") for name in names)], rows)
 
 
-def _ratios_text(table) -> tuple[list[str], list[list[str]]]:
+def _ratios_text(table: pandas.DataFrame) -> Text:
     head = ["one", "other", "level", "seeds", "ratio of rounds, median (range)"]
     number = lambda value: "never" if np.isinf(value) else f"{value:.2f}" if value > 0 else "other never"
     text = lambda row: f"{number(row['ratio'])} ({number(row['least'])}-{number(row['most'])})"
@@ -201,7 +198,7 @@ def _ratios_text(table) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def write_table(folder: Path, name: str, table, text: tuple[list[str], list[list[str]]]) -> list[Path]:
+def write_table(folder: Path, name: str, table: pandas.DataFrame, text: Text) -> list[Path]:
     """A table as CSV in full, and its cells in words as Markdown and LaTeX."""
     head, rows = text
     files = [folder / f"{name}.csv", folder / f"{name}.md", folder / f"{name}.tex"]
@@ -220,15 +217,15 @@ def latex(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*body, r"\end{tabular}", ""])
 
 
-def _metrics(study: Study, frame) -> list[str]:
+def _metrics(study: Study, frame: pandas.DataFrame) -> list[str]:
     wanted = [study.metric, "balanced_accuracy", "validation_loss", "test_loss"]
     return [name for i, name in enumerate(wanted) if name in frame.columns and name not in wanted[:i]]
 
 
-def draw(study: Study, path: Path, frame, metric: str, shares=None) -> Path:
+def draw(
+    study: Study, path: Path, frame: pandas.DataFrame, metric: str, shares: pandas.DataFrame | None = None
+) -> Path:
     """A metric against rounds, bytes, oracle calls and seconds, and the share of the implicit part; medians and ranges."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12.5, 7.2), layout="constrained")
     panels = figure.subplots(2, 3).ravel()
     style = {
@@ -271,7 +268,7 @@ def draw(study: Study, path: Path, frame, metric: str, shares=None) -> Path:
     return path
 
 
-def _limits(frame, metric: str) -> tuple[float, float]:
+def _limits(frame: pandas.DataFrame, metric: str) -> tuple[float, float]:
     """Room for all running medians; of an accuracy at most the upper half, where it tells."""
     medians = np.concatenate([running_median(run[metric]) for _, run in frame.groupby(["algorithm", "seed"])])
     low, high = np.nanmin(medians), np.nanquantile(medians, 0.99 if not metric.endswith("accuracy") else 1.0)
@@ -281,7 +278,9 @@ def _limits(frame, metric: str) -> tuple[float, float]:
     return float(low - pad), float(high + pad)
 
 
-def _band(runs, axis: str, metric: str, count: int = 300):
+def _band(
+    runs: pandas.DataFrame, axis: str, metric: str, count: int = 300
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(grid, median, least, most) over seeds of the running median; a run that blew up stays where it ended, or at 0 %."""
     curves = []
     for _, run in runs.groupby("seed"):
@@ -296,7 +295,7 @@ def _band(runs, axis: str, metric: str, count: int = 300):
     return grid, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
 
 
-def _draw_shares(panel, shares, style) -> None:
+def _draw_shares(panel: Axes, shares: pandas.DataFrame | None, style: Mapping[str, Look]) -> None:
     if shares is None:
         panel.axis("off")
         return
@@ -304,7 +303,7 @@ def _draw_shares(panel, shares, style) -> None:
         curves = [(run["rounds"].to_numpy(), 100 * run["share"].to_numpy()) for _, run in mine.groupby("seed")]
         grid = np.linspace(0, min(x[-1] for x, _ in curves), 100)
         middle = np.median([np.interp(grid, x, v) for x, v in curves], axis=0)
-        panel.plot(grid, middle, linewidth=1.6, **style[label])
+        panel.plot(grid, middle, linewidth=1.6, **style[str(label)])
     panel.set(xlabel="communication rounds", ylabel="implicit part of the hypergradient, %", ylim=(-3, 103))
     panel.set_xlim(left=0)
     panel.grid(alpha=0.3)

@@ -20,6 +20,7 @@ from ..errors import check, unknown_name
 from ..partition import Parts, partition
 from ..problem import Loss, Problem
 
+DataDir = str | os.PathLike[str] | None
 Metric = Callable[[PyTree, PyTree], ArrayLike]  # (x, y) -> scalar
 Row = Mapping[str, Array]  # one row of a client's, its parts by name
 Labels = Int[Array, " rows"]
@@ -61,7 +62,7 @@ class Options:
     """
 
     dataset: str | None = None
-    data_dir: str | os.PathLike[str] | None = None
+    data_dir: DataDir = None
     partition: str = "iid"
     clients: int | None = None
     alpha: float | None = None
@@ -76,7 +77,7 @@ class Settings(TypedDict, total=False):
     """The options by name, as a task takes them without `Options`."""
 
     dataset: str | None
-    data_dir: str | os.PathLike[str] | None
+    data_dir: DataDir
     partition: str
     clients: int | None
     alpha: float | None

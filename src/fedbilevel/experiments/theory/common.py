@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas
@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...errors import RunError
-from ...settings import JSON
+from ...given import JSON
 from ...version import __version__
-from ..report import Cell, pipe_table
+from ..report import Cell, Look, pipe_table
 
 EXACT = 1e-9  # how far, relatively, a deterministic point may be from its formula
 ROUNDING = 1e-13  # and how far besides, of the size of the vectors that were subtracted
@@ -93,7 +93,7 @@ STYLES = [
 FORMULA = {"color": "black", "marker": "x", "linestyle": "none", "markersize": 9, "zorder": 5}
 
 
-def style(place: int) -> dict[str, Any]:
+def style(place: int) -> Look:
     """The look of the curve at that place of the legend."""
     hollow = {"markerfacecolor": "white"} if place >= len(STYLES) else {}  # told apart from the first of that colour
     return {**STYLES[place % len(STYLES)], **hollow, "linewidth": 1.6, "markersize": 5}

@@ -20,8 +20,9 @@ import pandas
 
 from ...algorithm import Algorithm
 from ...algorithms import AggITD, FedNest, Lockstep
+from ...given import JSON
 from ...protocol import protocol
-from ...settings import JSON, Setting
+from ...settings import Setting
 from . import common, problems, runner
 
 LEVEL, BUDGET, RANDOM_BUDGET, TURNS = 1e-8, 100_000, 20_000, (1, 2, 5, 10, 20, 40, 60, 80)
