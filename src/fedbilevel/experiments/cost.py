@@ -32,7 +32,7 @@ import pandas
 
 from ..errors import InputError, check
 from .network import Network, duration
-from .report import direction, first_reached, metrics_of, running_median
+from .report import Values, direction, first_reached, metrics_of, running_median
 
 ACCURACY = "test_accuracy"
 LEVELS = (0.80, 0.85, 0.88, 0.90, 0.93)  # test accuracies to which times are predicted
@@ -54,7 +54,7 @@ class Goal:
     level: float
     levels: tuple[float, ...]
 
-    def when(self, values: np.ndarray | pandas.Series, level: float) -> int | None:
+    def when(self, values: Values, level: float) -> int | None:
         """Index of the evaluation at which one run's values are at the level; None for never."""
         sign = direction(self.metric)
         return first_reached(sign * np.asarray(values, float), sign * level)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
-from numpy.typing import ArrayLike
 from rich.console import Console
 
 from ..errors import InputError, check
 
 Cell = str | float | np.number | None  # of a table
+Values = np.ndarray | pandas.Series | Sequence[float]  # of one run, in order
 Text = tuple[list[str], list[list[str]]]  # headings, and the cells of each row
 Look = dict[str, Any]  # how a curve looks, in the words of matplotlib
 LEVELS = (0.80, 0.85, 0.88, 0.90)  # test accuracies whose first round the summary names
@@ -81,7 +82,7 @@ def first_round(runs: pandas.DataFrame, level: float) -> float:
     return float(np.median([np.inf if np.isnan(r) else r for r in reached])) if reached else np.nan
 
 
-def first_reached(values: np.ndarray, level: float, window: int = 5) -> int | None:
+def first_reached(values: Values, level: float, window: int = 5) -> int | None:
     """Index of the first evaluation at which the median of the last `window` ones is at the level; None for never.
 
     One run's values in order; of a metric that falls, pass -values and -level. A run with fewer evaluations than `window` is
@@ -97,7 +98,7 @@ def direction(metric: str) -> int:
     return 1 if metric.endswith("accuracy") else -1
 
 
-def running_median(values: ArrayLike, window: int = 5) -> np.ndarray:
+def running_median(values: Values, window: int = 5) -> np.ndarray:
     """Medians of each `window` consecutive values, or of all if there are fewer."""
     values = np.asarray(values, float)
     return np.median(np.lib.stride_tricks.sliding_window_view(values, min(window, len(values))), axis=-1)
