@@ -61,12 +61,12 @@ def computed_by(method, *message, problem=WITH, index=0) -> int:
 BUSY = {**STEPS, "local_steps": 7}
 ROW_COUNTS = [  # (algorithm, method, what is sent after x and y, draws on y at one x)
     (fb.AggITD, "turns.lower", (Y,), 6),  # the first step needs no rows
-    (fb.LFedNest, "lower", (), 7),
-    (fb.LFedNest, "local_hypergradient", (None,), 4),
+    (fb.LFedNest, "lower.steps", (), 7),
+    (fb.LFedNest, "series.local_hypergradient", (None,), 4),
     (fb.AggITD, "turns.anchor", (fb.When(jnp.asarray(True), Y), None), 2),
     (fb.AggITD, "turns.vector_apart", (), 1),
     (fb.AggITD, "hessian.largest_curvature", (), 1),
-    (fb.FedNest, "factor", (Y, None), 1),
+    (fb.FedNest, "series.factor", (Y, None), 1),
 ]
 
 
@@ -85,7 +85,7 @@ def test_an_exchange_computes_no_row_twice(kind, name, rest, draws, batch_size):
     count = SIZES[0][0]
     steps = draws * (batch_size or count)
     # the derivative in x goes through phi, forwards and backwards, on one draw's rows
-    through = 2 * (batch_size or count) if name == "local_hypergradient" else 0
+    through = 2 * (batch_size or count) if name == "series.local_hypergradient" else 0
     assert computed_by(method, *message) <= min(count, steps) + through
     without = computed_by(method, *message, problem=WITHOUT)
     assert without >= steps + through

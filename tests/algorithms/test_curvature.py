@@ -12,8 +12,9 @@ import optax.tree
 import pytest
 
 import fedbilevel as fb
-from fedbilevel.algorithms.components.curvature import remembered
-from fedbilevel.algorithms.curvature import STEPS, extend, krylov, largest_ritz_value
+from fedbilevel.algorithm import component
+from fedbilevel.algorithms.components.curvature import AutoStep, remembered
+from fedbilevel.algorithms.components.lanczos import STEPS, extend, krylov, largest_ritz_value
 from helpers.quadratic import estimate, quadratic
 
 KEY = jax.random.key(0)
@@ -182,7 +183,9 @@ def test_a_step_from_the_mean_hessian_grows_where_clients_or_rows_are_sampled(sa
 class MeanStep(fb.LFedNest):
     """Wrong on purpose: the mean Hessian's step for factors that are the clients' own."""
 
-    local_factors = False
+    @component
+    def hessian(self):
+        return AutoStep(self.hessian_lr, self.batch_size)
 
 
 def test_local_factors_need_the_largest_curvature_of_the_clients():

@@ -14,7 +14,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fedbilevel as fb
-from fedbilevel.algorithms.parts import CorrectedLower, LocalLower
+from fedbilevel.algorithm import component
+from fedbilevel.algorithms.components.lower import CorrectedLower, LocalLower
 from helpers.quadratic import DY, estimate, flat, orthogonal, power, quadratic
 
 Q0 = quadratic()
@@ -23,30 +24,32 @@ LARGEST = np.linalg.eigvalsh(Q0.hessians(T)).max()  # L, over clients
 STEPS = (1, 2, 5, 20)
 
 
-class Corrected(CorrectedLower):
+class Corrected(fb.Algorithm):
     """One turn of the corrected lower loop an iteration; x stays."""
 
-    inner_rounds: int = fb.count(1)
     inner_lr: Any = fb.rate(0.01)
     local_steps: int = fb.count(5)
-    batch_size: int | None = fb.count(None)
-    skip_idle_rounds: bool = fb.option(False)
-    same_cohort: bool = fb.option(False)
+
+    @component
+    def lower(self):
+        return CorrectedLower(1, self.inner_lr, self.local_steps)
 
     def step(self, fed, state):
-        return fb.State(state.x, self.lower_loop(fed, state.x, state.y)), {}
+        return fb.State(state.x, self.lower.rounds(fed, state.x, state.y)[0]), {}
 
 
-class Local(LocalLower):
+class Local(fb.Algorithm):
     """One turn of plain local steps an iteration; x stays."""
 
-    inner_rounds: int = fb.count(1)
     inner_lr: Any = fb.rate(0.01)
     local_steps: int = fb.count(5)
-    batch_size: int | None = fb.count(None)
+
+    @component
+    def lower(self):
+        return LocalLower(1, self.inner_lr, self.local_steps)
 
     def step(self, fed, state):
-        return fb.State(state.x, self.lower_loop(fed, state.x, state.y)), {}
+        return fb.State(state.x, self.lower.rounds(fed, state.x, state.y)[0]), {}
 
 
 def run(q, algorithm, start, turns):

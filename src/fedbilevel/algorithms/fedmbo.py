@@ -3,7 +3,7 @@
 After Huang, Zhang & Ji, "Achieving Linear Speedup in Non-IID Federated Bilevel Learning", ICML 2023, arXiv 2302.05412. The
 equations are REMEMBERED, not verified. T = `inner_rounds`, N = `neumann_terms`, lam = `hessian_lr`, n = `chains`:
 
-    T times       lower    (minibatch) gradient steps on y at a cohort, averaged
+    T times       lower.steps  (minibatch) gradient steps on y at a cohort, averaged
     chain s = 1..n, all in the same rounds, N'_s ~ Uniform{0..N-1}, and one random client in each exchange:
       vector_start   p_s = d_y f_i(x, y)
       factor         p_s <- (I - lam d2_yy g_i) p_s          N'_s times
@@ -21,25 +21,41 @@ Up T dy per client of the cohort, and n dy + sum N'_s dy + n dx.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import optax.tree
+from jaxtyping import Array, Float, Int, PyTree
 
-from ..algorithm import About, Info, State, Truncation, choice, count, rate
+from .. import algorithm
+from ..algorithm import About, Algorithm, Info, Truncation, choice, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, When
+from .components.curvature import AutoStep, Curvature, Rate
 from .components.directions import hessian_factor, hypergradient
+from .components.lower import LocalLower
+from .components.optimizer import Optimizer, OuterOptimizer, resolve
 from .components.steps import descend, norm
-from .curvature import AutoStep, keeping
-from .neumann import NeumannSeries
-from .optimizer import begin, outer_step, resolve
-from .parts import LocalLower
+
+Scalar = Float[Array, ""]
 
 
-class FedMBO(LocalLower, NeumannSeries):
+class State(algorithm.State):
+    """x and y, and what options keep; None without them.
+
+    Attributes:
+        curvature: what `hessian_lr="auto"` remembers.
+        optimizer: optax's state (`outer_optimizer`).
+    """
+
+    curvature: Curvature | None
+    optimizer: PyTree
+
+
+@final
+class FedMBO(Algorithm):
     """FedMBO (ICML 2023; equations remembered): variance falls with the number of parallel chains; one client a factor.
 
     Args:
@@ -64,61 +80,77 @@ class FedMBO(LocalLower, NeumannSeries):
         lower="beside y* for two or more `local_steps`",
     )
 
-    follows: ClassVar[dict[str, str]] = AutoStep.follows | {"optimizer": "outer_optimizer"}
+    follows: ClassVar[dict[str, str]] = Algorithm.follows | {"optimizer": "outer_optimizer"}
 
-    inner_rounds: int = count(5)
-    inner_lr: Any = rate(0.01)
-    local_steps: int = count(1)
-    neumann_terms: int = count(5)
-    hessian_lr: Any = rate(0.01, "auto")
-    outer_lr: Any = rate(0.05)
-    chains: int = count(4)
+    hessian_lr: Rate | str = rate(0.01, "auto")
     batch_size: int | None = count(None)
-    truncation: Any = eqx.field(default="uniform", converter=Truncation)
-    outer_optimizer: Any = choice(None)
+    neumann_terms: int = count(5)
+    truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
+    inner_rounds: int = count(5)
+    inner_lr: Rate = rate(0.01)
+    local_steps: int = count(1)
+    outer_lr: Rate = rate(0.05)
+    chains: int = count(4)
+    outer_optimizer: Optimizer = choice(None)
 
     def __check_init__(self):
         check(not self.truncation.full, "FedMBO's chains end at random: truncation= is 'uniform' or a whole number.")
         resolve(self.outer_optimizer, "FedMBO")
+        self.truncation.check_range("FedMBO", self.neumann_terms - 1)
 
-    @property
-    def local_factors(self):
-        return True
+    @component
+    def hessian(self) -> AutoStep:
+        """The step of the Hessian factors, each of which is a single client's."""
+        return AutoStep(self.hessian_lr, self.batch_size, local_factors=True)
 
-    def keeps(self, x, y):
-        return super().keeps(x, y) | begin(self.outer_optimizer, x)
+    @component
+    def lower(self) -> LocalLower:
+        """The lower loop: plain local SGD, a round a turn."""
+        return LocalLower(self.inner_rounds, self.inner_lr, self.local_steps, self.batch_size)
+
+    @component
+    def optimizer(self) -> OuterOptimizer:
+        """The server's step on x."""
+        return OuterOptimizer(self.outer_optimizer, "FedMBO")
+
+    def init(self, x: PyTree, y: PyTree) -> State:
+        return State(x, y, self.hessian.begin(y), self.optimizer.begin(x))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
-        lam, kept = self.hessian_step(fed, state)
-        h, y, slope = self._estimate(fed, state.x, state.y, lam)
-        kept = self.watch(kept, norm(h))
-        x, kept = outer_step(self.outer_optimizer, state.x, descend(state.x, self.outer_lr, h), kept)
-        return keeping(x, y, kept), Info(norm(h), jnp.zeros_like(norm(h)), None, slope)
+        lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
+        y, slope = self.lower.rounds(fed, state.x, state.y)
+        h = self._mean_of_chains(fed, state.x, y, lam)
+        x, kept = self.optimizer.step(state.x, descend(state.x, self.outer_lr, h), state.optimizer)
+        return State(x, y, self.hessian.watch(memory, h), kept), Info(norm(h), lower_gradient_norm=slope)
 
-    def estimate(self, fed, x, y):
-        lam, _ = self.hessian_step(fed, self.init(x, y))
-        return self._estimate(fed, x, y, lam)[:2]
+    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        lam, _ = self.hessian.ask(fed, x, y, self.hessian.begin(y))
+        y, _ = self.lower.rounds(fed, x, y)
+        return self._mean_of_chains(fed, x, y, lam), y
 
-    def _estimate(self, fed, x, y, lam):
-        y, slope = self.lower_rounds(fed, x, y)
+    def _mean_of_chains(self, fed: Federation, x: PyTree, y: PyTree, lam: Scalar | None) -> PyTree:
+        """h; of the chains' exchanges side by side, the first makes a round, and the others are beside it."""
         cuts = [self.truncation.draw(fed, self.neumann_terms - 1) for _ in range(self.chains)]
-        one = lambda s, method, *message, **flags: fed.average(
-            method, *message, cohort=fed.draw_cohort(1), beside=s > 0, **flags
-        )
 
-        def turn(t, vectors):
+        def turn(t: int | Int[Array, ""], vectors: list[PyTree]) -> list[PyTree]:
             after = []
             for s, (p, cut) in enumerate(zip(vectors, cuts, strict=True)):
                 going = t < cut
-                new = one(s, self.factor, fed.when(going, (x, y, lam)), fed.when(going, p), replies=(going,))
+                message, asked = (fed.when(going, (x, y, lam)), fed.when(going, p)), fed.draw_cohort(1)
+                new = fed.average(self.factor, *message, replies=(going,), cohort=asked, beside=s > 0)
                 after.append(jax.tree.map(lambda new, old, going=going: jnp.where(going, new, old), new, p))
             return after
 
-        vectors = [one(s, self.vector_start, x, y) for s in range(self.chains)]
+        vectors, hs = [], []
+        for s in range(self.chains):
+            vectors.append(fed.average(self.vector_start, x, y, cohort=fed.draw_cohort(1), beside=s > 0))
         vectors = fed.repeat(jnp.max(jnp.stack(cuts)), turn, vectors, most=max(1, self.neumann_terms - 1))
-        ends = [self.cut(p, p, self.lam(lam)) for p in vectors]
-        hs = [one(s, self.hypergradient, x, y, v) for s, v in enumerate(ends)]
-        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *hs), y, slope
+        for s, p in enumerate(vectors):
+            v = optax.tree.scale(self.hessian.lam(lam) * self.neumann_terms, p)
+            hs.append(fed.average(self.hypergradient, x, y, v, cohort=fed.draw_cohort(1), beside=s > 0))
+        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *hs)
+
+    # The clients' side ----------------------------------------------------------------------------------------------
 
     def vector_start(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """d_y f_i."""
@@ -127,7 +159,9 @@ class FedMBO(LocalLower, NeumannSeries):
     def factor(self, client: Client, at: When, p: When) -> PyTree:
         """(I - lam d2_yy g_i) p; `at` is (x, y, lam)."""
         x, y, lam = at.value
-        return hessian_factor(client.problem, x, y, p.value, self.lam(lam), client.batch("inner", self.batch_size))
+        return hessian_factor(
+            client.problem, x, y, p.value, self.hessian.lam(lam), client.batch("inner", self.batch_size)
+        )
 
     def hypergradient(self, client: Client, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
         """d_x f_i - d2_xy g_i v."""

@@ -1,61 +1,52 @@
-"""LFedNest and LFedNest-SVRG: every client forms a hypergradient of its own, with its own Hessian.
+"""LFedNest: every client forms a hypergradient of its own, with its own Hessian.
 
 After Tarzanagh, Li, Thrampoulidis & Oymak, ICML 2022, arXiv 2205.02215 (the light variants). T = `inner_rounds`,
 N = `neumann_terms`, lam = `hessian_lr`, and clients average only y and x:
 
-    T times  lower   plain local SGD on y (one round), or with SVRG gradient + FedSVRG steps (two rounds)
-    upper            x_i = x, `outer_steps` times: x_i <- x_i - outer_lr h_i(x_i),  h_i = d_x f_i - d2_xy g_i v_i
+    T times  lower.steps   y = mean of y_i: plain steps with inner_lr from y
+    upper                  x_i = x, `outer_steps` times: x_i <- x_i - outer_lr h_i(x_i),  h_i = d_x f_i - d2_xy g_i v_i
 
 where v_i is the client's own Neumann estimate of H_i^{-1} d_y f_i: "uniform", N lam (I - lam H_i)^N' d_y f_i with N' drawn
-by the client from 0..N-1, or "full", lam sum_{n=0}^{N} (I - lam H_i)^n d_y f_i. T+1 rounds (LFedNest), 2T+1 (SVRG).
+by the client from 0..N-1, or "full", lam sum_{n=0}^{N} (I - lam H_i)^n d_y f_i. T+1 rounds.
 
 This is NOT an estimator of the hypergradient: the mean of J_i H_i^{-1} d_y f_i is not J H^{-1} d_y f when clients differ,
 and no number of terms removes the bias.
 
-Floats per client: down T (dx+dy) + dx+dy, up T dy + dx; with SVRG down T (2 dx + 3 dy) + dx+dy, up 2 T dy + dx.
+Floats per client: down T (dx+dy) + dx+dy, up T dy + dx.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, final
 
-import jax.numpy as jnp
+import equinox as eqx
 import optax.tree
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
-from ..algorithm import About, Info, State
+from .. import algorithm
+from ..algorithm import About, Algorithm, Info, Truncation, choice, component, count, option, rate
 from ..federation import Client, Federation
+from .components.curvature import AutoStep, Curvature, Rate
+from .components.lower import LocalLower
+from .components.neumann import LocalNeumann
+from .components.optimizer import Optimizer, OuterOptimizer, resolve
 from .components.steps import local_descent, norm
-from .curvature import keeping
-from .neumann import LocalNeumann
-from .optimizer import outer_step
-from .parts import CorrectedLower, LocalLower, NeumannFields
 
 
-class _LocalHypergradient(NeumannFields, LocalNeumann):
-    """The upper level of the light variants: Neumann series and x steps within each client."""
+class State(algorithm.State):
+    """x and y, and what options keep; None without them.
 
-    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
-        lam, kept = self.hessian_step(fed, state)
-        y, slope = self.lower_rounds(fed, state.x, state.y)
-        mean = fed.average(self.upper, state.x, y, lam)
-        moved = norm(optax.tree.sub(mean, state.x))
-        size = moved / (self.outer_lr * self.outer_steps)
-        x, kept = outer_step(self.outer_optimizer, state.x, mean, self.watch(kept, size))
-        return keeping(x, y, kept), Info(size, jnp.zeros_like(moved), lower_gradient_norm=slope)
+    Attributes:
+        curvature: what `hessian_lr="auto"` remembers.
+        optimizer: optax's state (`outer_optimizer`).
+    """
 
-    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-        lam, _ = self.hessian_step(fed, self.init(x, y))
-        y = self.lower_loop(fed, x, y)
-        return fed.average(self.local_hypergradient, x, y, lam), y
-
-    def upper(self, client: Client, x: PyTree, y: PyTree, lam: Any) -> PyTree:
-        """Plain steps on x along the client's own hypergradients."""
-        along = lambda s: lambda z: self.local_hypergradient(client, z, y, lam, s)
-        return local_descent(along, x, self.outer_lr, self.outer_steps)
+    curvature: Curvature | None
+    optimizer: PyTree
 
 
-class LFedNest(_LocalHypergradient, LocalLower):
+@final
+class LFedNest(Algorithm):
     """LFedNest (Tarzanagh et al., ICML 2022): T+1 rounds; biased where clients differ. The arguments are `FedNest`'s."""
 
     about: ClassVar[About] = About(
@@ -67,18 +58,62 @@ class LFedNest(_LocalHypergradient, LocalLower):
         biased=True,
     )
 
+    follows: ClassVar[dict[str, str]] = Algorithm.follows | {"optimizer": "outer_optimizer"}
 
-class LFedNestSVRG(_LocalHypergradient, CorrectedLower):
-    """LFedNest with FedNest's corrected lower loop: 2T+1 rounds; biased where clients differ, for Hessians stay local.
+    hessian_lr: Rate | str = rate(0.01, "auto")
+    batch_size: int | None = count(None)
+    neumann_terms: int = count(5)
+    truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
+    inner_rounds: int = count(5)
+    inner_lr: Rate = rate(0.01)
+    local_steps: int = count(5)
+    outer_lr: Rate = rate(0.05)
+    outer_steps: int = count(1)
+    skip_idle_rounds: bool = option(False)
+    same_cohort: bool = option(False)
+    outer_optimizer: Optimizer = choice(None)
 
-    The arguments are `FedNest`'s.
-    """
+    def __check_init__(self):
+        resolve(self.outer_optimizer, "LFedNest")
+        self.truncation.check_range("LFedNest", self.neumann_terms - 1)
 
-    about: ClassVar[About] = About(
-        name="lfednest-svrg",
-        rounds="2T+1",
-        when="as lfednest, with a lower level at y*",
-        hypergradient="biased where clients differ",
-        lower="at y* for any `local_steps`",
-        biased=True,
-    )
+    @component
+    def hessian(self) -> AutoStep:
+        """The step of the Hessian factors, which are a single client's own."""
+        return AutoStep(self.hessian_lr, self.batch_size, local_factors=True)
+
+    @component
+    def lower(self) -> LocalLower:
+        """The lower loop: plain local SGD, a round a turn."""
+        return LocalLower(self.inner_rounds, self.inner_lr, self.local_steps, self.batch_size)
+
+    @component
+    def series(self) -> LocalNeumann:
+        """The Neumann series, within each client."""
+        return LocalNeumann(self.hessian, self.truncation, self.neumann_terms, self.batch_size)
+
+    @component
+    def optimizer(self) -> OuterOptimizer:
+        """The server's step on x."""
+        return OuterOptimizer(self.outer_optimizer, "LFedNest")
+
+    def init(self, x: PyTree, y: PyTree) -> State:
+        return State(x, y, self.hessian.begin(y), self.optimizer.begin(x))
+
+    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
+        lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
+        y, slope = self.lower.rounds(fed, state.x, state.y)
+        mean = fed.average(self.upper, state.x, y, lam)
+        size = norm(optax.tree.sub(mean, state.x)) / (self.outer_lr * self.outer_steps)
+        x, kept = self.optimizer.step(state.x, mean, state.optimizer)
+        return State(x, y, self.hessian.watch(memory, size), kept), Info(size, lower_gradient_norm=slope)
+
+    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        lam, _ = self.hessian.ask(fed, x, y, self.hessian.begin(y))
+        y, _ = self.lower.rounds(fed, x, y)
+        return fed.average(self.series.local_hypergradient, x, y, lam), y
+
+    def upper(self, client: Client, x: PyTree, y: PyTree, lam: Float[Array, ""] | None) -> PyTree:
+        """Plain steps on x along the client's own hypergradients."""
+        along = lambda s: lambda z: self.series.local_hypergradient(client, z, y, lam, s)
+        return local_descent(along, x, self.outer_lr, self.outer_steps)

@@ -7,9 +7,9 @@ A line here and the algorithm's own file are all that it takes: what is to be kn
 # isort: off
 from .aggitd import AggITD as AggITD
 from .fednest import FedNest as FedNest
-from .fednest import FedNestSGD as FedNestSGD
+from .fednest_sgd import FedNestSGD as FedNestSGD
 from .lfednest import LFedNest as LFedNest
-from .lfednest import LFedNestSVRG as LFedNestSVRG
+from .lfednest_svrg import LFedNestSVRG as LFedNestSVRG
 from .lockstep import Lockstep as Lockstep
 from .fedmbo import FedMBO as FedMBO
 from .simfbo import SimFBO as SimFBO

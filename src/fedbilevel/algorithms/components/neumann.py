@@ -94,9 +94,7 @@ class LocalNeumann(Component):
     neumann_terms: int = count(5)
     batch_size: int | None = count(None)
 
-    def local_hypergradient(
-        self, client: Client, x: PyTree, y: PyTree, lam: Scalar | None, draw: Number = 0
-    ) -> PyTree:
+    def local_hypergradient(self, client: Client, x: PyTree, y: PyTree, lam: Scalar | None, draw: Number = 0) -> PyTree:
         """h_i with the client's own Hessian; `draw` numbers the local step, so that all its rows are fresh."""
         return self.along(client, lam, draw)(x, y)
 
