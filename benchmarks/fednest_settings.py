@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -34,7 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedbilevel as fb
-from fedbilevel.algorithms.components import directions
+from fedbilevel.algorithm import component
+from fedbilevel.algorithms.components.steps import norm
+from fedbilevel.algorithms.components.upper import one_cohort
 from fedbilevel.datasets import find_idx, idx_arrays
 from fedbilevel.partition import partition
 from fedbilevel.tasks.base import cross_entropy
@@ -125,21 +128,34 @@ def problem(shared_masks: bool) -> Dropout:
     )
 
 
-class AllRows(fb.FedNest):
-    """FedNest whose means are of all rows of each client; its local lower steps use minibatches."""
+class AllRows(fb.Algorithm):
+    """FedNest whose means are of all rows of each client; its local lower steps use minibatches. One upper step."""
 
-    def gradient(self, client, x, y):
-        return client.problem.inner_gradient(x, y, client.batch("inner"))
+    fednest: fb.FedNest
 
-    def vector_start(self, client, x, y):
-        return client.problem.outer_gradients(x, y, client.batch("outer"))[1]
+    @component
+    def means(self) -> fb.FedNest:
+        """FedNest with all rows."""
+        return dataclasses.replace(self.fednest, batch_size=None)
 
-    def factor(self, client, x, y, p, lam):
-        return directions.hessian_factor(client.problem, x, y, p, self.lam(lam), client.batch("inner"))
+    def init(self, x, y):
+        return self.fednest.init(x, y)
 
-    def hypergradient(self, client, x, y, v):
-        rows = client.batch("inner"), client.batch("outer")
-        return directions.hypergradient(client.problem, x, y, v, *rows)
+    def step(self, fed, state):
+        batch, means, x = self.fednest, self.means, state.x
+
+        def turn(t, loop):
+            cohort = one_cohort(fed, batch.same_cohort)
+            q = fed.average(means.lower.gradient, x, loop[0], cohort=cohort)
+            return fed.average(batch.lower.steps, x, loop[0], q, cohort=cohort), norm(q)
+
+        y, slope = fed.repeat(batch.inner_rounds, turn, (state.y, jnp.zeros_like(norm(state.y))))
+        factors = means.series.draw(fed)
+        cohort = one_cohort(fed, batch.same_cohort)
+        v, stretched, lag = means.series.rounds(fed, x, y, factors, None, cohort)
+        h = means.upper.estimate(fed, x, y, v, cohort)
+        mean = means.upper.move(fed, x, y, v, h, cohort)
+        return dataclasses.replace(state, x=mean, y=y), fb.Info(norm(h), stretched, lag, slope)
 
 
 def mnist(folder: Path) -> list[np.ndarray]:
@@ -199,11 +215,11 @@ def main() -> None:
         sys.exit(str(error))
     if hasattr(os, "sched_setaffinity"):  # before JAX starts its threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-    kind = fb.FedNest if options.means == "batch" else AllRows
-    algorithm = kind(
+    fednest = fb.FedNest(
         inner_rounds=1, neumann_terms=5, truncation="full", inner_lr=0.01, hessian_lr=0.01, outer_lr=0.01,
         local_steps=LOCAL_STEPS[options.partition], outer_steps=1, batch_size=64, same_cohort=options.cohorts == "same",
     )  # fmt: skip
+    algorithm = fednest if options.means == "batch" else AllRows(fednest)
     print(
         f"FedNest, {options.partition}, {options.cohorts} cohorts, means of {options.means}, {options.masks} masks, "
         f"{options.cores} core(s), "

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fedbilevel as fb
-from fedbilevel.moved import MOVED
+from fedbilevel.moved import MOVED, NAMES
 
 # What docs/api showed when modules began to move: each name, with those of modules that it showed whole.
 DOCUMENTED = (Path(__file__).parent / "documented_names.txt").read_text().split()
@@ -50,6 +50,16 @@ def test_an_old_path_is_the_module_at_its_new_place(old, monkeypatch):
     with pytest.warns(DeprecationWarning, match=f"^{old} is now {MOVED[old]}: import it from there"):
         module = importlib.import_module(old)
     assert module is importlib.import_module(MOVED[old])
+
+
+@pytest.mark.parametrize("old", NAMES)
+def test_a_class_is_found_where_it_was(old):
+    parent, _, name = old.rpartition(".")
+    new, _, renamed = NAMES[old].rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"^{old} is now {NAMES[old]}: import it from there") as seen:
+        kind = getattr(importlib.import_module(parent), name)
+    assert kind is getattr(importlib.import_module(new), renamed)
+    assert seen[0].filename == __file__
 
 
 def test_the_warning_points_at_the_import(monkeypatch):

@@ -1,4 +1,4 @@
-"""Module paths of before, and where their modules are now: an old path still imports, with a DeprecationWarning.
+"""Paths of modules and classes of before, and where they are now: an old path still imports, with a DeprecationWarning.
 
 An old path never replaces what its package offers under the same name: after `import fedbilevel.solve`, `fb.solve` would
 still be the function if that module had moved.
@@ -22,12 +22,20 @@ MOVED = {
     "fedbilevel.engines.transport": "fedbilevel.engines.messaging.transport",
 }
 
+# Classes that have a file of their own now, by where they were.
+NAMES = {
+    "fedbilevel.algorithms.fednest.FedNestSGD": "fedbilevel.algorithms.fednest_sgd.FedNestSGD",
+    "fedbilevel.algorithms.lfednest.LFedNestSVRG": "fedbilevel.algorithms.lfednest_svrg.LFedNestSVRG",
+}
+
 
 class _Package(ModuleType):
-    """A package some of whose modules have moved: they are still its attributes."""
+    """A package some of whose modules have moved, or a module with classes that have: they are still its attributes."""
 
-    def __getattr__(self, name: str) -> ModuleType:
+    def __getattr__(self, name: str) -> ModuleType | type:
         old = f"{self.__name__}.{name}"
+        if old in NAMES:
+            return _class_at(old)
         if old not in MOVED:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         module = _now_at(old)
@@ -56,13 +64,25 @@ class _Old(MetaPathFinder, Loader):
 def _now_at(old: str) -> ModuleType:
     """The module of an old path; warns the line that asks for it, two calls up."""
     new = MOVED[old]
-    warnings.warn(f"{old} is now {new}: import it from there.", DeprecationWarning, stacklevel=3)
+    _warn(old, new)
     return importlib.import_module(new)
+
+
+def _class_at(old: str) -> type:
+    """The class of an old path; warns as `_now_at` does."""
+    new = NAMES[old]
+    _warn(old, new)
+    module, _, name = new.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is now {new}: import it from there.", DeprecationWarning, stacklevel=4)
 
 
 def install() -> None:
     """Have old paths imported, and found as attributes of their packages."""
     if not any(isinstance(finder, _Old) for finder in sys.meta_path):
         sys.meta_path.append(_Old())
-    for old in MOVED:
+    for old in (*MOVED, *NAMES):
         sys.modules[old.rpartition(".")[0]].__class__ = _Package
