@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +18,53 @@ import numpy as np
 from jaxtyping import PyTree
 from numpy.lib import format as npy
 
+Concrete = jax.Array | np.ndarray | np.generic  # what is written
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """A file to write bytes to."""
+
+    def write(self, data: bytes, /) -> int: ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """A file to read bytes from."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+@runtime_checkable
+class Structure(Protocol):
+    """The structure of a pytree: `jax.tree_util.PyTreeDef`, which tells type checkers nothing."""
+
+    @property
+    def num_leaves(self) -> int:
+        """How many leaves it has."""
+        ...
+
+    def unflatten(self, leaves: Iterable[PyTree], /) -> PyTree:
+        """The pytree with these leaves."""
+        ...
+
 
 def on_device(array: np.ndarray) -> jax.Array:
     """A numpy array as JAX holds it. (`jnp.asarray` without a dtype compiles a program for every shape, in jax 0.10.)"""
     return jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
 
 
-def is_key(leaf: Any) -> bool:
+def is_key(leaf: PyTree) -> TypeGuard[jax.Array]:
     """Whether a leaf is a `jax.random.key`, or several."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def numbers(leaf: Any) -> np.ndarray:
+def numbers(leaf: Concrete) -> np.ndarray:
     """An array (or a random key) as a numpy array."""
     return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
 
 
-def write(file: Any, array: np.ndarray) -> None:
+def write(file: Writes, array: np.ndarray) -> None:
     """One array, as `np.save` does, but with the name of a type that numpy does not know."""
     array = np.ascontiguousarray(array).reshape(array.shape)  # the former makes () to (1,)
     if array.dtype.isbuiltin != 2:  # numpy's own
@@ -53,18 +83,18 @@ def write_named(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) 
                 write(file, array)
 
 
-def leaves_of(tree: PyTree) -> list[Any]:
+def leaves_of(tree: PyTree) -> list[Concrete]:
     """The arrays among a pytree's leaves: what `write_leaves` writes."""
     return [leaf for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
 
 
-def write_leaves(file: BinaryIO, tree: PyTree) -> None:
+def write_leaves(file: Writes, tree: PyTree) -> None:
     """The arrays among a pytree's leaves, one after the other."""
     for leaf in leaves_of(tree):
         write(file, numbers(leaf))
 
 
-def read_leaves(file: BinaryIO, count: int) -> list[np.ndarray]:
+def read_leaves(file: Reads, count: int) -> list[np.ndarray]:
     """So many arrays."""
     return [npy.read_array(file, allow_pickle=False) for _ in range(count)]
 
@@ -84,11 +114,11 @@ def restore(like: PyTree, found: Sequence[np.ndarray]) -> PyTree:
     return jax.tree.unflatten(structure, back)
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+def _is_array(leaf: PyTree) -> TypeGuard[Concrete]:
+    return isinstance(leaf, Concrete)
 
 
-def _like(leaf: Any, found: np.ndarray) -> Any:
+def _like(leaf: Concrete, found: np.ndarray) -> Concrete:
     wanted = numbers(leaf)
     if found.dtype.kind == "V" and found.dtype.itemsize == wanted.dtype.itemsize:
         found = found.view(wanted.dtype)  # as earlier versions wrote what numpy does not know

@@ -8,8 +8,8 @@ it, and only a full batch is padded, for the clients of one cohort, while it is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -19,17 +19,18 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .arrays import on_device
 from .errors import InputError, check
-from .keys import as_key, generator, random_below
+from .keys import KeyLike, as_key, generator, random_below
 from .problem import Problem, Rows
 from .rows.alike import check_levels
-from .rows.clients import called, levels, listed
-from .rows.joined import Part, join
+from .rows.clients import Clients, NamesLike, called, levels, listed
+from .rows.join import join
+from .rows.joined import Part
 from .rows.narrow import settle
 from .rows.one import read
 from .rows.values import shown
 
-Clients = Mapping[Any, PyTree] | Iterable[PyTree]
 LevelName = Literal["inner", "outer"]
+Weights = Literal["rows"] | Sequence[float] | np.ndarray | Array | Mapping[str, float] | None
 
 
 def entry(leaf: Array, index: Array | int) -> Array:
@@ -47,7 +48,7 @@ class ClientRows(eqx.Module):
         features, at: `Problem.features` of a full batch, leaves (most, ...), and the x they were computed at; or None.
     """
 
-    rows: PyTree[Shaped[Array, "?total ..."]]
+    rows: PyTree[Shaped[Array, "total ..."]]
     offset: Int[Array, ""]
     count: Int[Array, ""]
     scale: Float[Array, ""]
@@ -85,7 +86,7 @@ class ClientRows(eqx.Module):
         """The same rows without computed features."""
         return dataclasses.replace(self, features=None, at=None)
 
-    def _take(self, place):
+    def _take(self, place: Int[Array, " n"]) -> PyTree:
         index = self.offset + place
         return jax.tree.map(lambda leaf: entry(leaf, index), self.rows)
 
@@ -100,7 +101,7 @@ class Level(eqx.Module):
         most: the largest count.
     """
 
-    rows: PyTree[Shaped[Array, "?total ..."]]
+    rows: PyTree[Shaped[Array, "total ..."]]
     offsets: Int[Array, " clients"]
     counts: Int[Array, " clients"]
     scale: Float[Array, " clients"]
@@ -178,8 +179,8 @@ class FederatedData(eqx.Module):
         cls,
         inner: Clients,
         outer: Clients,
-        weights: Literal["rows"] | Sequence[float] | Mapping[str, float] | None = None,
-        names: Sequence[str] | None = None,
+        weights: Weights = None,
+        names: NamesLike = None,
     ) -> FederatedData:
         """Put the clients' own data sets side by side.
 
@@ -212,9 +213,9 @@ class FederatedData(eqx.Module):
         cls,
         clients: Clients,
         outer: float,
-        key: Key[Array, ""],
-        weights: Literal["rows"] | Sequence[float] | Mapping[str, float] | None = None,
-        names: Sequence[str] | None = None,
+        key: KeyLike,
+        weights: Weights = None,
+        names: NamesLike = None,
     ) -> FederatedData:
         """Split each client's one data set at random into inner (training) and outer (validation) rows.
 
@@ -251,7 +252,9 @@ class FederatedData(eqx.Module):
         return cls._join(inside, outside, weights, names)
 
     @classmethod
-    def _join(cls, inner: Sequence[Part], outer: Sequence[Part], weights, names: tuple[str, ...]) -> FederatedData:
+    def _join(
+        cls, inner: Sequence[Part], outer: Sequence[Part], weights: Weights, names: tuple[str, ...]
+    ) -> FederatedData:
         one, other = join(inner, "inner", names), join(outer, "outer", names)
         check_levels(names[0], one.first, other.first)
         settle(one, other)
@@ -274,7 +277,9 @@ class FederatedData(eqx.Module):
         )
 
 
-def _weights(weights, inner_counts, outer_counts, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _weights(
+    weights: Weights, inner_counts: np.ndarray, outer_counts: np.ndarray, names: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     m = len(inner_counts)
     if weights is None:
         return np.full(m, 1 / m), np.full(m, 1 / m)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, UInt32
 
 from .errors import check
 from .jaxprs import Tracer, threefry_2x32
 from .problem import describe
 
+KeyLike = Key[Array, ""] | UInt32[Array, "2"]  # a raw one too (`jax.random.PRNGKey`)
 
-def as_key(key: Any) -> Key[Array, ""]:
+
+def as_key(key: KeyLike) -> Key[Array, ""]:
     """One jax key; a raw one (`jax.random.PRNGKey`) means the same as `jax.random.key`.
 
     Raises:
@@ -47,6 +47,6 @@ def random_below(key: Key[Array, ""], stream: Int[Array, ""] | int, bounds: Int[
     return (bits % bounds.astype(jnp.uint32)).astype(jnp.int32)
 
 
-def generator(key: Key[Array, ""]) -> np.random.Generator:
+def generator(key: KeyLike) -> np.random.Generator:
     """A numpy generator seeded by a jax key: for what is done once, on the host, over whole data sets."""
     return np.random.default_rng(np.asarray(jax.random.key_data(as_key(key))).astype(np.uint32))

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import equinox as eqx
 import jax
@@ -40,7 +39,7 @@ class Rows(eqx.Module):
         features, at: `Problem.features` of each row and the x they were computed at, or None where they were not.
     """
 
-    examples: PyTree[Shaped[Array, "?rows ..."]]
+    examples: PyTree[Shaped[Array, "rows ..."]]
     weights: Float[Array, " rows"]
     count: Int[Array, ""]
     key: Key[Array, ""] | None = None
@@ -124,8 +123,7 @@ class Problem(eqx.Module):
     def cross_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
         """d2_xy g(x, y) v = d_x <d_y g(x, y), v>, like x; reverse over forward."""
 
-        def directional(x):
-            return jax.jvp(lambda y: self.inner_value(x, y, rows), (y,), (v,))[1]
+        directional = lambda x: jax.jvp(lambda y: self.inner_value(x, y, rows), (y,), (v,))[1]
 
         with told_of_reverse_rules():
             return jax.grad(directional)(x)
@@ -142,7 +140,7 @@ class Problem(eqx.Module):
 
 
 @contextlib.contextmanager
-def told_of_reverse_rules():
+def told_of_reverse_rules() -> Iterator[None]:
     """Refuse a part of the inner loss that has a reverse derivative of its own, and so no second ones.
 
     Raises:
@@ -167,7 +165,7 @@ class _Completed(eqx.Module):
     x_rest: PyTree
     y_rest: PyTree
 
-    def __call__(self, x, y, *args):
+    def __call__(self, x: PyTree, y: PyTree, *args: PyTree) -> Float[Array, ""]:
         return self.loss(eqx.combine(x, self.x_rest), eqx.combine(y, self.y_rest), *args)
 
 
@@ -177,7 +175,7 @@ class _CompletedFeatures(eqx.Module):
     features: Callable[..., PyTree]
     x_rest: PyTree
 
-    def __call__(self, x, examples):
+    def __call__(self, x: PyTree, examples: PyTree) -> PyTree:
         return self.features(eqx.combine(x, self.x_rest), examples)
 
 
@@ -186,7 +184,7 @@ def strong(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype) if eqx.is_array(leaf) else leaf, tree)
 
 
-def is_complex(leaf: Any) -> bool:
+def is_complex(leaf: PyTree) -> bool:
     """Whether a leaf is a complex number or array."""
     return isinstance(leaf, complex) or jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.complexfloating)
 
@@ -273,8 +271,8 @@ def trace_oracle(problem: Problem, name: str, *args: PyTree) -> Traced:
     arrays, rest = eqx.partition(problem, eqx.is_array)
     leaves, structure = jax.tree.flatten(arrays)
 
-    def oracle(leaves, *args):
-        return getattr(eqx.combine(jax.tree.unflatten(structure, leaves), rest), name)(*args)
+    whole = lambda leaves: eqx.combine(jax.tree.unflatten(structure, leaves), rest)
+    oracle = lambda leaves, *args: getattr(whole(leaves), name)(*args)
 
     return trace(oracle, leaves, *args)
 

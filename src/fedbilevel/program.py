@@ -14,16 +14,16 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
 from .canonical import Traced, canonical, digest_of, digest_of_class, trace
-from .data import FederatedData
+from .data import FederatedData, Level
 from .jaxprs import jaxpr_as_fun
 from .problem import Problem, Rows, check_losses, trace_oracle
 
@@ -109,14 +109,12 @@ def digest(problem: Problem) -> str:
 
 
 def _program(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> Program:
-    drawn = lambda level, key: dataclasses.replace(level.client(0).all(), key=key)
-    key = jax.random.key(0)
-    rows = jax.eval_shape(drawn, data.inner, key), jax.eval_shape(drawn, data.outer, key)
-    traced = _traced(problem, x, y, rows)
+    rows = _drawn(data.inner), _drawn(data.outer)
+    traced = _traced(problem, x, y, *rows)
     found = canonical(t.jaxpr for t in traced)
     if found.helpers:  # JAX may know them with numbers of an earlier call
         with _HELPERS(next(_fresh)):
-            traced = _traced(problem, x, y, rows)
+            traced = _traced(problem, x, y, *rows)
             found = canonical(t.jaxpr for t in traced)
             derivatives = _derivatives(traced) if found.rules else ""
     else:
@@ -127,14 +125,25 @@ def _program(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> Pro
     return Program(text, (text, structures, objects, _own(problem)), found.helpers)
 
 
-def _traced(problem: Problem, x: PyTree, y: PyTree, rows: tuple[Rows, Rows]) -> list[Traced]:
-    losses = check_losses(problem, x, y, *(_without_key(level) for level in rows))
+class _Drawn(NamedTuple):
+    """The shapes of a client's rows at a level: as an exchange draws them, with a key, and without."""
+
+    without: Rows
+    keyed: Rows
+
+
+def _drawn(level: Level) -> _Drawn:
+    def both(level: Level, key: Key[Array, ""]) -> _Drawn:
+        rows = level.client(0).all()
+        return _Drawn(rows, dataclasses.replace(rows, key=key))
+
+    return jax.eval_shape(both, level, jax.random.key(0))
+
+
+def _traced(problem: Problem, x: PyTree, y: PyTree, inner: _Drawn, outer: _Drawn) -> list[Traced]:
+    losses = check_losses(problem, x, y, inner.without, outer.without)
     found = [losses[name] for name in sorted(losses)]
-    return found + _oracles(problem, x, y, *rows) if _own(problem) else found
-
-
-def _without_key(rows: Rows) -> Rows:
-    return dataclasses.replace(rows, key=None)
+    return found + _oracles(problem, x, y, inner, outer) if _own(problem) else found
 
 
 def _own(problem: Problem) -> type | None:
@@ -144,12 +153,12 @@ def _own(problem: Problem) -> type | None:
     return kind if names else None
 
 
-def _oracles(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> list[Traced]:
+def _oracles(problem: Problem, x: PyTree, y: PyTree, inner: _Drawn, outer: _Drawn) -> list[Traced]:
     """The programs of all oracles, on rows as exchanges draw them, with a key, and without."""
     found = []
     for name, vectors in ORACLES.items():
         rows = inner if name in ("hessian_vector", "cross_vector") or name.startswith("inner") else outer
-        for drawn in (_without_key(rows), rows):
+        for drawn in rows:
             args = (x, y, *[y] * vectors, drawn)
             with contextlib.suppress(Exception):  # whatever it raises: it will say so where it is used
                 found.append(trace_oracle(problem, name, *args))

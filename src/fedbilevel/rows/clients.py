@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Mapping, Set
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +14,11 @@ from .one import is_table
 from .values import conversion, shown
 
 Names = tuple[str, ...]
+NamesLike = Iterable[str | int] | None  # as they are passed
+Clients = Mapping[str | int, PyTree] | Iterable[PyTree]
 
 
-def levels(inner: Any, outer: Any, names: Any = None) -> tuple[list[PyTree], list[PyTree], Names]:
+def levels(inner: Clients, outer: Clients, names: NamesLike = None) -> tuple[list[PyTree], list[PyTree], Names]:
     """(The clients' rows at either level, what they are called).
 
     Raises:
@@ -30,7 +31,7 @@ def levels(inner: Any, outer: Any, names: Any = None) -> tuple[list[PyTree], lis
         "pass both as mappings {client: rows}, or both as lists.",
     )
     one, other = listed(inner, "inner"), listed(outer, "outer")
-    if named[0]:
+    if isinstance(inner, Mapping) and isinstance(outer, Mapping):
         for mine, theirs, here, there in ((inner, outer, "inner", "outer"), (outer, inner, "outer", "inner")):
             alone = [key for key in mine if key not in theirs]
             check(not alone, f"{there}= has no rows of {shown(alone[0] if alone else '')}, which {here}= has.")
@@ -43,7 +44,7 @@ def levels(inner: Any, outer: Any, names: Any = None) -> tuple[list[PyTree], lis
     return one, other, called(inner, names, len(one))
 
 
-def listed(clients: Any, what: str) -> list[PyTree]:
+def listed(clients: Clients, what: str) -> list[PyTree]:
     """Each client's rows, in order.
 
     Raises:
@@ -79,7 +80,7 @@ def listed(clients: Any, what: str) -> list[PyTree]:
     return clients
 
 
-def called(clients: Any, names: Any, count: int) -> Names:
+def called(clients: Clients, names: NamesLike, count: int) -> Names:
     """What the clients are called: by the keys of a mapping, `names`, or their numbers.
 
     Raises:
@@ -91,11 +92,11 @@ def called(clients: Any, names: Any, count: int) -> Names:
     if names is None:
         return tuple(f"client {index}" for index in range(count))
     ordered = isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping, Set))
-    names = list(names) if ordered else names
-    good = ordered and all(isinstance(name, (str, int, np.integer)) for name in names)
-    check(good, f"names= is a list with a name for each client; got {'' if good else shown(names)}.")
-    check(len(names) == count, f"names= takes a name for each of the {count} clients; got {len(names)}.")
-    return _distinct([name if isinstance(name, str) else f"client {name}" for name in names])
+    listed = list(names) if ordered else []
+    good = ordered and all(isinstance(name, (str, int, np.integer)) for name in listed)
+    check(good, f"names= is a list with a name for each client; got {'' if good else shown(listed or names)}.")
+    check(len(listed) == count, f"names= takes a name for each of the {count} clients; got {len(listed)}.")
+    return _distinct([name if isinstance(name, str) else f"client {name}" for name in listed])
 
 
 def _distinct(names: list[str]) -> Names:
@@ -105,17 +106,17 @@ def _distinct(names: list[str]) -> Names:
     return tuple(map(str, names))
 
 
-def _is_name(value: Any) -> bool:
+def _is_name(value: PyTree) -> bool:
     return isinstance(value, (str, int, np.integer)) and not isinstance(value, bool)
 
 
-def _data_set(rows: Any) -> bool:
+def _data_set(rows: PyTree) -> bool:
     """Whether it can only be a whole data set: a mapping, tuple, table or module, no array and no list of anything."""
     if isinstance(rows, Mapping) or (is_table(rows) and rows.ndim > 1):
         return True
     return rows is not None and not isinstance(rows, list) and not jax.tree_util.all_leaves([rows])
 
 
-def _kind(value: Any) -> str:
+def _kind(value: PyTree) -> str:
     simple = value is None or isinstance(value, (str, bytes, bool, int, float, complex))
     return shown(value) if simple else f"a {type(value).__name__}"

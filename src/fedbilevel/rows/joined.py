@@ -1,4 +1,4 @@
-"""The rows of all clients side by side, in the types that JAX will hold."""
+"""The rows of all clients side by side, and whose each of them is."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..arrays import on_device
-from ..errors import InputError, check
-from .alike import check_alike
-from .narrow import narrowed
 from .one import Read
 from .values import Whose
 
-Part = tuple[Read, "slice | np.ndarray"]  # a client's rows, and which of them
+Part = tuple[Read, slice | np.ndarray]  # a client's rows, and which of them
 
 
 @dataclasses.dataclass
@@ -63,28 +60,3 @@ class Joined:
         read, chosen = self.parts[client]
         own = np.arange(len(read.leaves[0]))[chosen][row - self.offsets[client]]
         return Whose(self.names[client], f"{self.level} rows"), int(own)
-
-
-def join(parts: Sequence[Part], level: str, names: Sequence[str]) -> Joined:
-    """Every client's chosen rows, side by side.
-
-    Raises:
-        InputError: an empty client, clients whose columns, structure, shapes or dtypes differ, NaN or infinite values, or
-            values that do not survive in 32 bits.
-    """
-    counts = np.array([len(read.leaves[0]) if isinstance(c, slice) else len(c) for read, c in parts])
-    for index in map(int, np.flatnonzero(counts == 0)):
-        raise InputError(f"{names[index]} has no {level} rows: leave it out, or give it at least one row.")
-    check(counts.sum() < 2**31, f"{counts.sum()} {level} rows are more than this version can index (2**31 - 1).")
-    for (read, _), name in zip(parts[1:], names[1:], strict=True):
-        check_alike(read, parts[0][0], name, names[0], level)
-    ends = np.cumsum(counts)
-    joined = Joined(names, level, parts, counts, ends - counts)
-    for read, _ in parts:
-        joined.doubts += read.doubts
-    for index, like in enumerate(joined.first.leaves):
-        flat = np.empty((ends[-1], *like.shape[1:]), like.dtype)
-        for (read, chosen), count, end in zip(parts, counts, ends, strict=True):
-            flat[end - count : end] = read.leaves[index][chosen]
-        joined.leaves.append(narrowed(joined, index, flat))
-    return joined

@@ -8,17 +8,14 @@ looked at together; whose value it is, is asked only when there is one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InputError, warn
+from .joined import Joined
 from .values import Whose, shown, whole
-
-if TYPE_CHECKING:
-    from .joined import Joined
 
 WIDER = "use 64 bits (jax_enable_x64, or precision=64 of an app)"
 

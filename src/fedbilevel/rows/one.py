@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
+from ..arrays import Structure
 from ..errors import InputError
 from ..jaxprs import Tracer
 from ..problem import describe
@@ -39,7 +40,7 @@ class Read:
 
     given: PyTree
     leaves: list[np.ndarray]
-    structure: Any
+    structure: Structure
     columns: list[Columns]
     doubts: list[str] = dataclasses.field(default_factory=list)
 
@@ -81,7 +82,7 @@ def read(rows: PyTree, name: str, level: str = "") -> Read:
     return out
 
 
-def as_array(leaf: Any, whose: Whose, path: tuple, doubts: list[str]) -> tuple[np.ndarray, Columns]:
+def as_array(leaf: PyTree, whose: Whose, path: KeyPath, doubts: list[str]) -> tuple[np.ndarray, Columns]:
     """(The array that a leaf is, the names of its columns); `doubts` is told what changes on the way.
 
     Raises:
@@ -105,13 +106,13 @@ def as_array(leaf: Any, whose: Whose, path: tuple, doubts: list[str]) -> tuple[n
     return numbers(_asarray(leaf, whose, spot(where, None)), whose, spot(where, None)), None
 
 
-def is_table(leaf: Any) -> bool:
+def is_table(leaf: PyTree) -> bool:
     """Whether it is a pandas frame, series or index."""
     pandas = sys.modules.get("pandas")  # without it there are none
     return pandas is not None and isinstance(leaf, (pandas.DataFrame, pandas.Series, pandas.Index))
 
 
-def _asarray(leaf: Any, whose: Whose, place: str) -> np.ndarray:
+def _asarray(leaf: PyTree, whose: Whose, place: str) -> np.ndarray:
     if isinstance(leaf, Tracer):
         raise whose.refusal("a value that jit, vmap or grad traces", place, "build the data outside of what is traced")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -130,12 +131,12 @@ def _asarray(leaf: Any, whose: Whose, place: str) -> np.ndarray:
     return array
 
 
-def _kind(leaf: Any) -> str:
+def _kind(leaf: PyTree) -> str:
     number = isinstance(leaf, (str, bytes, bool, int, float, complex, np.generic, np.ndarray, jax.Array))
     return shown(np.asarray(leaf)[()]) if number else f"a {type(leaf).__name__}"
 
 
-def _no_lists(rows: Any, whose: Whose, where: str) -> None:
+def _no_lists(rows: PyTree, whose: Whose, where: str) -> None:
     """Refuse lists of numbers and of rows, without looking at all of them; JAX would take each number for an array."""
     if isinstance(rows, dict):
         for key, part in rows.items():

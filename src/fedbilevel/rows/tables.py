@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import collections
-from typing import Any
 
 import numpy as np
 import pandas
+from pandas.api.extensions import ExtensionDtype
 
 from .values import DATES, Columns, Whose, numbers, shown, spot
 
@@ -45,13 +45,13 @@ def table(leaf: Leaf, whose: Whose, path: str, keyed: bool, doubts: list[str]) -
     return np.stack([column.astype(dtype) for column in columns], axis=1), names
 
 
-def _plain(dtype: Any) -> bool:
+def _plain(dtype: np.dtype | ExtensionDtype) -> bool:
     return isinstance(dtype, np.dtype) and dtype.kind in "biufc"
 
 
 def _column(series: pandas.Series, whose: Whose, place: str) -> np.ndarray:
     """(rows,) the numbers of one column."""
-    dtype: Any = series.dtype
+    dtype = series.dtype
     if isinstance(dtype, np.dtype):
         return numbers(series.to_numpy(), whose, place)
     categories = isinstance(dtype, pandas.CategoricalDtype)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
 from ..errors import InputError
 
@@ -44,7 +45,7 @@ class Whose:
         """`what` cannot be used; `place` is `spot`'s."""
         return InputError(f"{self.name} has {what} in its {self.rows}{place}: {hint}.")
 
-    def no_numbers(self, what: str, place: str, values: Any, hint: str) -> InputError:
+    def no_numbers(self, what: str, place: str, values: np.ndarray | list, hint: str) -> InputError:
         """`values` are no numbers but `what`."""
         flat = np.ravel(values)
         odd = (value for value in flat if not isinstance(value, (int, float, np.number)))  # among objects
@@ -76,7 +77,7 @@ def whole(dtype: np.dtype) -> np.dtype:
     return {"g": np.dtype(np.float64), "G": np.dtype(np.complex128)}.get(dtype.char, dtype)
 
 
-def conversion(value: Any) -> str | None:
+def conversion(value: PyTree) -> str | None:
     """How to turn an array or table of another library into one that is taken here; None if it is of none of them."""
     for kind in type(value).__mro__:
         for module, hint in _INTO.items():
