@@ -55,9 +55,10 @@ test-slow: .venv/core .venv/test ## the slow tests
 test-network: .venv/core .venv/test ## the tests of a provisioned deployment on this machine
 	$(TESTS) -n 0 -m network $(ARGS)
 
-lint: .venv/dev ## ruff: the rules and the format
+lint: .venv/dev ## ruff: the rules and the format; the contract of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=src $(BIN)/lint-imports --no-cache
 
 types: .venv/core .venv/test .venv/dev ## pyright
 	$(BIN)/pyright

@@ -7,7 +7,10 @@
     worker.py      the process that holds a site's rows, compiled code and state
     agreement.py   what server and sites derive alike, without any rows
     ledger.py      rounds.csv
-    job.py         job folders, nvflare's simulator, and a provisioned deployment on this machine
+    job.py         job folders
+    launch.py      a run on this machine, in a process of its own: in nvflare's simulator or provisioned
+    poc.py         a provisioned deployment on this machine
+    processes.py   the processes of a run, by the mark that they carry
 
 Numbers travel as bytes, in the order of the protocol, which both sides derive for themselves; their structure never does,
 and nothing is pickled.
