@@ -19,20 +19,39 @@ Floats per client: down T (dx + 4 dy + 1) + dx + 2 dy + 1, up 4 T dy + dx.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar, final
 
 import jax.numpy as jnp
 import optax.tree
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from ..algorithm import About, Algorithm, Info, State, choice, count, rate
+from .. import algorithm
+from ..algorithm import About, Algorithm, Info, choice, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
+from .components.curvature import Rate
+from .components.optimizer import Optimizer, OuterOptimizer, resolve
 from .components.steps import controlled_descent, descend, moved_mean, norm
-from .curvature import keeping, kept_in
-from .optimizer import begin, outer_step, resolve
 
 
+class State(algorithm.State):
+    """x, y, and what follows the penalised lower level.
+
+    Attributes:
+        u: like y.
+        control: c, like (y, u).
+        penalty: p.
+        optimizer: optax's state (`outer_optimizer`); None without one.
+    """
+
+    u: PyTree
+    control: PyTree
+    penalty: Float[Array, ""]
+    optimizer: PyTree
+
+
+@final
 class FedF2SA(Algorithm):
     """FedF2SA (after F2SA, ICML 2023): a penalty in place of second derivatives; a bias of the order 1 / penalty.
 
@@ -63,60 +82,65 @@ class FedF2SA(Algorithm):
     }  # fmt: skip
 
     inner_rounds: int = count(5)
-    inner_lr: Any = rate(0.01)
+    inner_lr: Rate = rate(0.01)
     local_steps: int = count(5)
-    outer_lr: Any = rate(0.05)
-    penalty: Any = rate(10.0)
-    penalty_growth: Any = rate(None)
+    outer_lr: Rate = rate(0.05)
+    penalty: Rate = rate(10.0)
+    penalty_growth: Rate | None = rate(None)
     batch_size: int | None = count(None)
-    outer_optimizer: Any = choice(None)
+    outer_optimizer: Optimizer = choice(None)
 
     def __check_init__(self):
         resolve(self.outer_optimizer, "FedF2SA")
 
-    def init(self, x, y):
-        start = {"u": y, "control": optax.tree.zeros_like((y, y)), "penalty": jnp.asarray(self.penalty, norm(y).dtype)}
-        return keeping(x, y, start | begin(self.outer_optimizer, x))
+    @component
+    def optimizer(self) -> OuterOptimizer:
+        """The server's step on x."""
+        return OuterOptimizer(self.outer_optimizer, "FedF2SA")
 
-    def client_init(self, x, y):
+    def init(self, x: PyTree, y: PyTree) -> State:
+        p = jnp.asarray(self.penalty, norm(y).dtype)
+        return State(x, y, y, optax.tree.zeros_like((y, y)), p, self.optimizer.begin(x))
+
+    def client_init(self, x: PyTree, y: PyTree) -> PyTree:
         return optax.tree.zeros_like((y, y))
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
-        h, y, kept, slope = self._estimate(fed, state)
+        h, (y, u), c, slope = self._estimate(fed, state)
+        x, kept = self.optimizer.step(state.x, descend(state.x, self.outer_lr, h), state.optimizer)
+        p = state.penalty
         growth = 0 if self.penalty_growth is None else self.penalty_growth
-        kept = {**kept, "penalty": kept["penalty"] + jnp.asarray(growth, kept["penalty"].dtype)}
-        x, kept = outer_step(self.outer_optimizer, state.x, descend(state.x, self.outer_lr, h), kept)
-        return keeping(x, y, kept), Info(norm(h), jnp.zeros_like(norm(h)), None, slope)
+        return State(x, y, u, c, p + jnp.asarray(growth, p.dtype), kept), Info(norm(h), None, None, slope)
 
-    def estimate(self, fed, x, y):
-        h, y, *_ = self._estimate(fed, self.init(x, y))
+    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        h, (y, _), *_ = self._estimate(fed, self.init(x, y))
         return h, y
 
-    def _estimate(self, fed, state):
+    def _estimate(self, fed: Federation, state: State) -> tuple[PyTree, PyTree, PyTree, Float[Array, ""]]:
+        """(h, (y, u) after their rounds, c, |d_y g| as the last of them saw it)."""
         everyone = fed.cohort_size == fed.clients
         check(everyone or not fed.weighted, "FedF2SA with weighted clients needs all of them: leave cohort= out.")
-        x, kept = state.x, kept_in(state)
-        p = kept["penalty"]
+        x, p = state.x, state.penalty
 
-        def turn(t, loop):
+        def turn(t: Int[Array, ""], loop: PyTree) -> PyTree:
             lower, c, _ = loop
             moved, change = fed.average(self.lower, x, *lower, c, p)
             slope = norm(optax.tree.add(c[0], change[0]))  # of d_y g, as the control variates know it
             return optax.tree.add(lower, moved), moved_mean(c, fed.share, change), slope
 
-        start = (state.y, kept["u"]), kept["control"], jnp.zeros_like(norm(state.y))
-        (y, u), c, slope = fed.repeat(self.inner_rounds, turn, start)
-        return fed.average(self.hypergradient, x, y, u, p), y, {**kept, "u": u, "control": c}, slope
+        start = (state.y, state.u), state.control, jnp.zeros_like(norm(state.y))
+        lower, c, slope = fed.repeat(self.inner_rounds, turn, start)
+        return fed.average(self.hypergradient, x, *lower, p), lower, c, slope
 
-    def lower(self, client: Client, x: PyTree, y: PyTree, u: PyTree, c: PyTree, p: Any) -> Reply:
+    def lower(self, client: Client, x: PyTree, y: PyTree, u: PyTree, c: PyTree, p: Float[Array, ""]) -> Reply:
         """How far the client's steps go from (y, u), and a_i - c_i; it keeps a_i, its gradients there."""
         problem = client.problem
         rows = client.batches("inner", self.batch_size, 2 * self.local_steps, at=x)
 
-        def along(s):
+        def along(s: int | Int[Array, ""]) -> Callable[[PyTree], PyTree]:
             inner, outer = rows(s), client.batch("outer", self.batch_size, s)
 
-            def gradients(lower):
+            def gradients(lower: PyTree) -> PyTree:
                 y, u = lower
                 pull = optax.tree.scale(1 / p, problem.outer_gradients(x, u, outer)[1])
                 return problem.inner_gradient(x, y, inner), optax.tree.add(problem.inner_gradient(x, u, inner), pull)
@@ -129,7 +153,7 @@ class FedF2SA(Algorithm):
         end = controlled_descent(along, lower, a, correction, self.inner_lr, self.local_steps)
         return Reply((optax.tree.sub(end, lower), optax.tree.sub(a, client.state)), a)
 
-    def hypergradient(self, client: Client, x: PyTree, y: PyTree, u: PyTree, p: Any) -> PyTree:
+    def hypergradient(self, client: Client, x: PyTree, y: PyTree, u: PyTree, p: Float[Array, ""]) -> PyTree:
         """d_x f_i(x, u) + p [d_x g_i(x, u) - d_x g_i(x, y)], the same rows in both."""
         problem = client.problem
         inner, outer = (client.batch(level, self.batch_size) for level in ("inner", "outer"))
