@@ -1,7 +1,9 @@
 """FedMSA: x, y and v together, two rounds an iteration: STORM across iterations, SARAH within.
 
 After Shen, Tarzanagh, Li, Thrampoulidis & Oymak, "Federated Multi-Sequence Stochastic Approximation with Local Hypergradient
-Estimation", ICML 2023, arXiv 2306.01648, as read in its public code. With D_i(z) as in `simultaneous`, z = z_r and e = e_r:
+Estimation", ICML 2023, arXiv 2306.01648, as read in its public code. With z = z_r, e = e_r and
+
+    D_i(z) = ( d_x f_i - d2_xy g_i v,   d_y g_i,   d2_yy g_i v - d_y f_i )        at z = (x, y, v)
 
     look      all clients: e_i = D_i(z_r) + (1 - forget) [e_{r-1} - D_i(z_{r-1})], on the same rows        e_r = mean e_i
     move      a cohort: z_i = z_r, e_i = e_r, `local_steps` times
@@ -17,21 +19,44 @@ dx + 2 dy.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, final
 
 import jax.numpy as jnp
 import optax.tree
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from ..algorithm import About, Info, rate
+from .. import algorithm
+from ..algorithm import About, Algorithm, Info, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation
+from .components.curvature import AutoStep, Curvature, Rate
+from .components.diagnostics import of_each, residual
+from .components.simultaneous import along
 from .components.steps import descend, norm, storm, tracked_descent
-from .curvature import keeping, of_each, residual
-from .simultaneous import Simultaneous, along
 
 
-class FedMSA(Simultaneous):
+class State(algorithm.State):
+    """z_r, and the estimate of D that follows it.
+
+    Attributes:
+        v: the adjoint, like y.
+        pull: |d_y f| of the first iteration, to which the residual of v is compared.
+        before: z_{r-1}.
+        estimate: e_{r-1}, like z.
+        done: how many iterations there were.
+        curvature: what `hessian_lr="auto"` remembers.
+    """
+
+    v: PyTree
+    pull: Float[Array, ""]
+    before: PyTree
+    estimate: PyTree
+    done: Int[Array, ""]
+    curvature: Curvature | None
+
+
+@final
+class FedMSA(Algorithm):
     """FedMSA (ICML 2023): x, y, v in two rounds, no floor from local steps; the first round asks all clients.
 
     Args:
@@ -51,37 +76,47 @@ class FedMSA(Simultaneous):
         asks="all",
     )
 
-    follows: ClassVar[dict[str, str]] = Simultaneous.follows | of_each("before", "estimate")
+    follows: ClassVar[dict[str, str]] = Algorithm.follows | of_each("before", "estimate")
 
-    forget: Any = rate(0.5)
+    hessian_lr: Rate | str = rate(0.01, "auto")
+    batch_size: int | None = count(None)
+    inner_lr: Rate = rate(0.01)
+    local_steps: int = count(5)
+    outer_lr: Rate = rate(0.05)
+    forget: Rate = rate(0.5)
 
     def __check_init__(self):
         good = not isinstance(self.forget, float) or self.forget <= 1
         check(good, f"FedMSA(forget=...) is a share, at most 1; got {self.forget!r}.")
 
-    def keeps(self, x, y):
-        kept = super().keeps(x, y)
-        z = x, y, kept["v"]
-        return kept | {"before": z, "estimate": optax.tree.zeros_like(z), "done": jnp.zeros((), jnp.int32)}
+    @component
+    def hessian(self) -> AutoStep:
+        """The step of v: from single clients' curvature, where they take several steps between two means."""
+        return AutoStep(self.hessian_lr, self.batch_size, self.local_steps > 1)
 
-    def step(self, fed: Federation, state):
-        lam, kept = self.hessian_step(fed, state)
-        z = state.x, state.y, kept["v"]
-        forget = jnp.where(kept["done"] == 0, 1.0, self.forget)
+    def init(self, x: PyTree, y: PyTree) -> State:
+        v = optax.tree.zeros_like(y)
+        z, pull, done = (x, y, v), jnp.zeros_like(norm(y)), jnp.zeros((), jnp.int32)
+        return State(*z, pull, z, optax.tree.zeros_like(z), done, self.hessian.begin(y))
+
+    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
+        lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
+        z = state.x, state.y, state.v
+        forget = jnp.where(state.done == 0, 1.0, self.forget)
         everyone = fed.draw_cohort(fed.clients)
-        e = fed.average(self.look, z, kept["before"], kept["estimate"], forget, cohort=everyone)
+        e = fed.average(self.look, z, state.before, state.estimate, forget, cohort=everyone)
         x, y, v = optax.tree.add(z, fed.average(self.move, z, e, lam))
-        after = {**kept, "v": v, "before": z, "estimate": e, "done": kept["done"] + 1}
-        lag, after = residual(after, norm(e[2]))
-        return keeping(x, y, self.watch(after)), Info(norm(e[0]), jnp.zeros_like(norm(y)), lag, norm(e[1]))
+        lag, pull = residual(state.pull, norm(e[2]))
+        after = State(x, y, v, pull, z, e, state.done + 1, self.hessian.watch(memory, v))
+        return after, Info(norm(e[0]), None, lag, norm(e[1]))
 
-    def look(self, client: Client, z: PyTree, before: PyTree, e: PyTree, forget: Any) -> PyTree:
+    def look(self, client: Client, z: PyTree, before: PyTree, e: PyTree, forget: Float[Array, ""]) -> PyTree:
         """e_i at z."""
         return storm(along(client, self.batch_size)(0), before, z, e, forget)
 
-    def move(self, client: Client, z: PyTree, e: PyTree, lam: Any) -> PyTree:
+    def move(self, client: Client, z: PyTree, e: PyTree, lam: Float[Array, ""] | None) -> PyTree:
         """How far the client's steps go from z."""
-        gradient, steps = along(client, self.batch_size), self.rates(lam)
+        gradient, steps = along(client, self.batch_size), (self.outer_lr, self.inner_lr, self.hessian.lam(lam))
         move = lambda s, z, e: descend(z, steps, e)
         renew = lambda s, before, after, e: storm(gradient(s), before, after, e, 0.0)
         end, _ = tracked_descent(z, e, move, renew, self.local_steps)
