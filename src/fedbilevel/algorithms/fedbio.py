@@ -3,8 +3,11 @@
 After Li, Huang & Huang, "Communication-Efficient Federated Bilevel Optimization with Global and Local Lower Level Problems",
 NeurIPS 2023, arXiv 2302.06701. The equations are REMEMBERED, not verified. One round for `local_steps` local steps.
 
-FedBiO: z_i <- z_i - (outer_lr, inner_lr, hessian_lr) D_i(z_i) with D_i as in `simultaneous`, that is u = v on the quadratic
-u'Hu/2 - u'd_y f, and the mean of z_i. It is SimFBO with a server step of one. Floats: down and up dx + 2 dy each.
+FedBiO: z_i <- z_i - (outer_lr, inner_lr, hessian_lr) D_i(z_i), `local_steps` times, and the mean of z_i, with
+
+    D_i(z) = ( d_x f_i - d2_xy g_i v,   d_y g_i,   d2_yy g_i v - d_y f_i )        at z = (x, y, v)
+
+that is u = v on the quadratic u'Hu/2 - u'd_y f. It is SimFBO with a server step of one. Floats: down and up dx + 2 dy each.
 
 FedBiOAcc: the same along STORM estimates of D, as in `tracking`. Floats: down and up 2 dx + 4 dy each, and one number down.
 
@@ -27,23 +30,40 @@ result.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import jax.numpy as jnp
 import optax.tree
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
-from ..algorithm import About, component, option
+from .. import algorithm
+from ..algorithm import About, Algorithm, Info, component, count, option, rate
 from ..errors import check
-from ..federation import Client, Reply
-from .components.curvature import AutoStep
+from ..federation import Client, Federation, Reply
+from .components.curvature import AutoStep, Curvature, Rate
+from .components.directions import direction
+from .components.simultaneous import LocalRounds, along, told
 from .components.steps import moved_mean, norm, tracked_descent
 from .curvature import keeping
-from .simultaneous import LocalRounds, along, told
 from .tracking import Tracking
 
 
-class FedBiO(LocalRounds):
+class State(algorithm.State):
+    """z = (x, y, v).
+
+    Attributes:
+        v: the adjoint, like y.
+        pull: |d_y f| of the first iteration, to which the residual of v is compared.
+        curvature: what `hessian_lr="auto"` remembers.
+    """
+
+    v: PyTree
+    pull: Float[Array, ""]
+    curvature: Curvature | None
+
+
+@final
+class FedBiO(Algorithm):
     """FedBiO (NeurIPS 2023; equations remembered): x, y, v by local steps, averaged; a floor for two or more of them.
 
     Args:
@@ -60,6 +80,33 @@ class FedBiO(LocalRounds):
         hypergradient="right with one local step; else off by the order of the steps",
         lower="the same",
     )
+
+    hessian_lr: Rate | str = rate(0.01, "auto")
+    batch_size: int | None = count(None)
+    inner_lr: Rate = rate(0.01)
+    local_steps: int = count(5)
+    outer_lr: Rate = rate(0.05)
+
+    @component
+    def hessian(self) -> AutoStep:
+        """The step of v: from single clients' curvature, where they take several steps between two means."""
+        return AutoStep(self.hessian_lr, self.batch_size, self.local_steps > 1)
+
+    @component
+    def rounds(self) -> LocalRounds:
+        """The clients' local steps."""
+        return LocalRounds(self.hessian, direction, self.outer_lr, self.inner_lr, self.local_steps, self.batch_size)
+
+    def init(self, x: PyTree, y: PyTree) -> State:
+        return State(x, y, optax.tree.zeros_like(y), jnp.zeros_like(norm(y)), self.hessian.begin(y))
+
+    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
+        lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
+        z = state.x, state.y, state.v
+        moved = fed.average(self.rounds.moves, *z, lam)
+        x, y, v = optax.tree.add(z, moved)
+        info, pull = self.rounds.told(moved, lam, state.pull)
+        return State(x, y, v, pull, self.hessian.watch(memory, v)), info
 
 
 class FedBiOAcc(Tracking):
