@@ -17,6 +17,7 @@ MOVED = {
     "fedbilevel.wire": "fedbilevel.protocol.wire",
     "fedbilevel.algorithms.steps": "fedbilevel.algorithms.components.steps",
     "fedbilevel.algorithms.directions": "fedbilevel.algorithms.components.directions",
+    "fedbilevel.algorithms.simultaneous": "fedbilevel.algorithms.components.simultaneous",
     "fedbilevel.engines.client_side": "fedbilevel.engines.messaging.client_side",
     "fedbilevel.engines.server_side": "fedbilevel.engines.messaging.server_side",
     "fedbilevel.engines.transport": "fedbilevel.engines.messaging.transport",
@@ -26,6 +27,8 @@ MOVED = {
 NAMES = {
     "fedbilevel.algorithms.fednest.FedNestSGD": "fedbilevel.algorithms.fednest_sgd.FedNestSGD",
     "fedbilevel.algorithms.lfednest.LFedNestSVRG": "fedbilevel.algorithms.lfednest_svrg.LFedNestSVRG",
+    "fedbilevel.algorithms.simfbo.ShroFBO": "fedbilevel.algorithms.shrofbo.ShroFBO",
+    "fedbilevel.algorithms.simfbo.MemFBO": "fedbilevel.algorithms.memfbo.MemFBO",
 }
 
 

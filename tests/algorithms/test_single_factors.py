@@ -53,13 +53,8 @@ def test_local_steps_on_the_vector_take_single_clients_curvature(name):
     assert np.linalg.norm(end.x - GOAL) < 0.95 * np.linalg.norm(GOAL)  # on its way, slowly
     assert float(remembered(end.state).largest) == pytest.approx(SINGLE)
 
-    class MeanStep(LOCAL[name]):
-        """As it was: the mean Hessian's step."""
-
-        local_factors = False
-
-    with pytest.raises(fb.Diverged):
-        solve(MeanStep(hessian_lr=1 / (1.2 * MEAN), **STEPS), 60)
+    with pytest.raises(fb.Diverged):  # as it was: the mean Hessian's step
+        solve(LOCAL[name](hessian_lr=1 / (1.2 * MEAN), **STEPS), 60)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from .lfednest_svrg import LFedNestSVRG as LFedNestSVRG
 from .lockstep import Lockstep as Lockstep
 from .fedmbo import FedMBO as FedMBO
 from .simfbo import SimFBO as SimFBO
-from .simfbo import ShroFBO as ShroFBO
-from .simfbo import MemFBO as MemFBO
+from .shrofbo import ShroFBO as ShroFBO
+from .memfbo import MemFBO as MemFBO
 from .fedbio import FedBiO as FedBiO
 from .fedbio import FedBiOAcc as FedBiOAcc
 from .fedbio import FedBiOAccLocal as FedBiOAccLocal

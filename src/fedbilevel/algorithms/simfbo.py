@@ -1,8 +1,9 @@
-"""SimFBO, ShroFBO and MemFBO: x, y and v move together by local steps; one round an iteration, a server step of its own.
+"""SimFBO: x, y and v move together by local steps; one round an iteration, a server step of its own.
 
 After Yang, Xiao & Ji, "SimFBO: Towards Simple, Flexible and Communication-efficient Federated Bilevel Optimization",
-NeurIPS 2023, arXiv 2305.19442, and for MemFBO after an AAAI 2025 paper on memory-efficient federated bilevel optimisation.
-One round an iteration is published; the update is REMEMBERED, not verified. With D_i(z) as in `simultaneous`:
+NeurIPS 2023, arXiv 2305.19442. One round an iteration is published; the update is REMEMBERED, not verified. With
+
+    D_i(z) = ( d_x f_i - d2_xy g_i v,   d_y g_i,   d2_yy g_i v - d_y f_i )        at z = (x, y, v)
 
     moves      z_i = z, tau_i times  z_i -= (outer_lr, inner_lr, hessian_lr) D_i(z_i)           up z_i - z
     server     z += server_lr mean (z_i - z),   then v is projected on |v| <= radius, where that is given
@@ -12,43 +13,44 @@ In the paper's letters: local steps eta_z, coefficients a_ik = 1, h_{z,i} = sum_
 The fixed point is where mean_i sum_k D_i(z_i^k) = 0. With one local step that is the solution. With tau >= 2 it is beside
 it, by the order of the steps, where clients differ: no control variates. And with unequal tau_i (`client_steps`) clients
 count in proportion to their steps: even with tiny steps the limit is the solution of the problem with weights tau_i / sum
-tau.
-
-ShroFBO removes the latter: up (z_i - z) / tau_i and tau_i; server z += server_lr mean (tau_i) mean ((z_i - z) / tau_i). One
-number more up.
-
-MemFBO asks first-order oracles only: H v and J v by central differences of d_y g and d_x g between y + d v and y - d v with
-|d v| = `distance`. Its error is of the order distance^2 (third derivatives), and rounding over distance. Messages are
-SimFBO's.
+tau. `ShroFBO` removes the latter; `MemFBO` asks for no second derivative.
 
 Floats per client and round: down dx + 2 dy, up dx + 2 dy.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, final
 
 import jax.numpy as jnp
 import optax.tree
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
-from ..algorithm import About, choice, rate
-from ..errors import check
-from ..federation import Client, Federation
-from .components.directions import first_order_direction
+from .. import algorithm
+from ..algorithm import About, Algorithm, Info, choice, component, count, rate
+from ..federation import Federation
+from .components.curvature import AutoStep, Curvature, Rate
+from .components.directions import direction
+from .components.simultaneous import LocalRounds, as_counts, check_client_steps, projected
 from .components.steps import norm
-from .simultaneous import LocalRounds
 
 
-def _counts(steps: Any) -> Any:
-    """A tuple of whole numbers; also from words such as "1,5,20"."""
-    words = steps.split(",") if isinstance(steps, str) else []
-    if words and all(word.strip().isdecimal() for word in words):
-        return tuple(map(int, words))
-    return tuple(steps) if isinstance(steps, list) else steps
+class State(algorithm.State):
+    """z = (x, y, v).
+
+    Attributes:
+        v: the adjoint, like y.
+        pull: |d_y f| of the first iteration, to which the residual of v is compared.
+        curvature: what `hessian_lr="auto"` remembers.
+    """
+
+    v: PyTree
+    pull: Float[Array, ""]
+    curvature: Curvature | None
 
 
-class SimFBO(LocalRounds):
+@final
+class SimFBO(Algorithm):
     """SimFBO (NeurIPS 2023; update remembered): x, y, v in one round; a floor for two or more local steps.
 
     Args:
@@ -70,88 +72,40 @@ class SimFBO(LocalRounds):
         busy={"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0},
     )
 
-    server_lr: Any = rate(1.0)
-    radius: Any = rate(None)
-    client_steps: Any = choice(None, _counts)
+    hessian_lr: Rate | str = rate(0.01, "auto")
+    batch_size: int | None = count(None)
+    inner_lr: Rate = rate(0.01)
+    local_steps: int = count(5)
+    outer_lr: Rate = rate(0.05)
+    server_lr: Rate = rate(1.0)
+    radius: Rate | None = rate(None)
+    client_steps: tuple[int, ...] | None = choice(None, as_counts)
 
     def __check_init__(self):
-        chosen, name = self.client_steps, type(self).__name__
-        whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        good = chosen is None or (isinstance(chosen, tuple) and len(chosen) > 0 and all(map(whole, chosen)))
-        check(
-            good, f"{name}(client_steps=...) is each client's number of local steps, a tuple of counts; got {chosen!r}."
+        check_client_steps("SimFBO", self.client_steps)
+
+    @component
+    def hessian(self) -> AutoStep:
+        """The step of v: from single clients' curvature, where one of them takes several steps between two means."""
+        several = max(self.client_steps or (self.local_steps,)) > 1
+        return AutoStep(self.hessian_lr, self.batch_size, several)
+
+    @component
+    def rounds(self) -> LocalRounds:
+        """The clients' local steps."""
+        return LocalRounds(
+            self.hessian, direction, self.outer_lr, self.inner_lr, self.local_steps, self.batch_size, self.client_steps
         )
 
-    @property
-    def local_factors(self):
-        return max(self.client_steps or (self.local_steps,)) > 1
+    def init(self, x: PyTree, y: PyTree) -> State:
+        return State(x, y, optax.tree.zeros_like(y), jnp.zeros_like(norm(y)), self.hessian.begin(y))
 
-    @property
-    def mean_steps(self):
-        return self.local_steps if self.client_steps is None else sum(self.client_steps) / len(self.client_steps)
-
-    def steps(self, client):
-        return self.local_steps if self.client_steps is None else jnp.asarray(self.client_steps)[client.index]
-
-    def step(self, fed, state):
-        given, name = self.client_steps, type(self).__name__
-        good = given is None or len(given) == fed.clients
-        check(good, f"{name}(client_steps={given}) has a number for each client, and there are {fed.clients} clients.")
-        return super().step(fed, state)
-
-    def arrive(self, z, moved):
+    def step(self, fed: Federation, state: State) -> tuple[State, Info]:
+        check_client_steps("SimFBO", self.client_steps, fed.clients)
+        lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
+        z = state.x, state.y, state.v
+        moved = fed.average(self.rounds.moves, *z, lam)
         x, y, v = optax.tree.add_scale(z, self.server_lr, moved)
-        if self.radius is not None:
-            length = norm(v)
-            v = optax.tree.scale(jnp.where(length > self.radius, self.radius / length, 1), v)
-        return x, y, v
-
-
-class ShroFBO(SimFBO):
-    """ShroFBO (NeurIPS 2023; update remembered): SimFBO in which clients with more local steps do not count more.
-
-    The arguments are `SimFBO`'s.
-    """
-
-    about: ClassVar[About] = About(
-        name="shrofbo",
-        rounds="1",
-        when="as simfbo, where clients take unequal numbers of local steps",
-        hypergradient="right with one local step; else off by the order of the steps",
-        lower="the same",
-        busy={"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0},
-    )
-
-    def moved(self, fed: Federation, z: PyTree, lam: Any) -> PyTree:
-        a_step, steps = fed.average(self.normalised, *z, lam)
-        return optax.tree.scale(steps, a_step)
-
-    def normalised(self, client: Client, x: PyTree, y: PyTree, v: PyTree, lam: Any) -> tuple[PyTree, Any]:
-        """How far a local step goes on average, and how many there are."""
-        steps = jnp.asarray(self.steps(client), norm(y).dtype)
-        return optax.tree.scale(1 / steps, self.moves(client, x, y, v, lam)), steps
-
-
-class MemFBO(SimFBO):
-    """MemFBO (AAAI 2025; update remembered): SimFBO without second derivatives.
-
-    Args:
-        distance: how far the central differences reach to either side, |d v|.
-
-    The other arguments are `SimFBO`'s.
-    """
-
-    about: ClassVar[About] = About(
-        name="memfbo",
-        rounds="1",
-        when="as simfbo, where there are no second derivatives",
-        hypergradient="as SimFBO's, by first-order oracles only",
-        lower="the same",
-        order="first",
-        busy={"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0},
-    )
-
-    distance: Any = rate(0.01)
-
-    def direction(self, problem, z, inner, outer):
-        return first_order_direction(problem, z, inner, outer, self.distance)
+        v = projected(v, self.radius)
+        info, pull = self.rounds.told(moved, lam, state.pull)
+        return State(x, y, v, pull, self.hessian.watch(memory, v)), info

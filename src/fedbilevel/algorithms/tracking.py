@@ -28,9 +28,9 @@ from jaxtyping import PyTree
 from ..algorithm import Info, State, count, rate
 from ..errors import check
 from ..federation import Client, Federation
+from .components.simultaneous import told
 from .components.steps import Gradient, descend, norm, storm, tracked_descent
 from .curvature import AutoStep, keeping, of_each, residual
-from .simultaneous import told
 
 
 class Tracking(AutoStep):

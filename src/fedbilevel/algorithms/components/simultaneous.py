@@ -75,6 +75,9 @@ class LocalRounds(Component):
         return self.local_steps if self.client_steps is None else jnp.asarray(self.client_steps)[client.index]
 
 
+Simultaneous = LocalRounds  # the name under which algorithms once derived from it
+
+
 def along(client: Client, batch_size: int | None, field: Direction = direction) -> Gradient:
     """s -> z -> D_i(z), each s on rows of its own."""
 
