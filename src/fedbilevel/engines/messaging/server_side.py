@@ -260,7 +260,7 @@ class MessageFederation(Federation):
 
     def repeat(
         self,
-        times: int | Int[Array, ""],
+        times: int | np.integer | Int[Array, ""],
         body: Callable[[Int[Array, ""], PyTree], PyTree],
         carry: PyTree,
         most: int | None = None,
