@@ -17,18 +17,20 @@ Sources: implicit differentiation by conjugate gradients, Pedregosa (ICML 2016);
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ..compiled import Kept, run
 from ..data import FederatedData
 from ..errors import check, unknown_name, warn
-from ..influence import influence, named
+from ..influence import Level, influence, named
 from ..problem import Problem, bind
 from ..program import compiled_as, freeze
 from ..variables import trainable
@@ -133,7 +135,16 @@ def hypergradient(
     return narrowed(h, like, "the hypergradient")
 
 
-def _hypergradient(problem, data, x, y, method, terms=None, step=None, solve_inner=True):
+def _hypergradient(
+    problem: Problem,
+    data: FederatedData,
+    x: PyTree,
+    y: PyTree,
+    method: str,
+    terms: int | None = None,
+    step: float | None = None,
+    solve_inner: bool = True,
+) -> PyTree:
     size = None if step is None else jnp.asarray(step, jax.tree.leaves(y)[0].dtype)
     if method == "unrolled":
         given = terms or UNROLLED_TERMS, size, terms is None
@@ -152,7 +163,9 @@ def _hypergradient(problem, data, x, y, method, terms=None, step=None, solve_inn
     return h
 
 
-def _enter(problem, data, x, y):
+def _enter(
+    problem: Problem, data: FederatedData, x: PyTree, y: PyTree
+) -> tuple[Problem, FederatedData, PyTree, PyTree]:
     """What `_run` takes: the problem over the floating-point arrays of x and y, which are checked.
 
     Half precision is computed in 32 bits.
@@ -163,16 +176,18 @@ def _enter(problem, data, x, y):
     return freeze(bind(problem, x_rest, y_rest), x, y, data), data, x, y
 
 
-def _half(leaf: Any) -> bool:
+def _half(leaf: Array | np.ndarray) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
 
 
-def _value(problem, data, x, y, level):
+def _value(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, level: Level) -> Scalar:
     out = _run(_Lower.value, *_enter(problem, data, x, y), level)
     return narrowed(out, _like_value(out, problem, data, x, y, level), f"the {level} loss")
 
 
-def _like_value(out, problem, data, x, y, level):
+def _like_value(
+    out: Scalar, problem: Problem, data: FederatedData, x: PyTree, y: PyTree, level: Level
+) -> Scalar | jax.ShapeDtypeStruct:
     """A scalar in the dtype that a loss has without `_enter`; the widest of x and y, where they do not go with the rows."""
     (x, x_rest), (y, y_rest) = trainable(x, "x"), trainable(y, "y")
     if not any(map(_half, jax.tree.leaves((x, y)))):
@@ -185,13 +200,17 @@ def _like_value(out, problem, data, x, y, level):
         return jnp.zeros((), max((leaf.dtype for leaf in leaves), key=lambda dtype: jnp.finfo(dtype).bits))
 
 
-def _run(method, problem, data, x, y, *args):
+def _run(
+    method: Callable[..., PyTree], problem: Problem, data: FederatedData, x: PyTree, y: PyTree, *args: PyTree
+) -> PyTree:
     """A method of `_Lower`, compiled."""
     everything = jax.tree.map(lambda _: True, y)
     return run(_at, problem, None, method, everything, DENSE_LIMIT, data, x, y, *args)
 
 
-def _run_moving(method, problem, data, x, y, *args):
+def _run_moving(
+    method: Callable[..., PyTree], problem: Problem, data: FederatedData, x: PyTree, y: PyTree, *args: PyTree
+) -> tuple[PyTree, list[str]]:
     """(A method of `_Lower` over the leaves of y that the inner loss depends on, compiled; the names of the others)."""
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((x, y)))
     depends = _INFLUENCE.get(
@@ -205,13 +224,23 @@ def _run_moving(method, problem, data, x, y, *args):
 _INFLUENCE = Kept(64)
 
 
-def _at(problem, _, method, depends, limit, data, x, y, *args):
+def _at(
+    problem: Problem,
+    _: None,
+    method: Callable[..., PyTree],
+    depends: PyTree,
+    limit: int,
+    data: FederatedData,
+    x: PyTree,
+    y: PyTree,
+    *args: PyTree,
+) -> PyTree:
     moving, still = eqx.partition(y, depends)
     flat, unravel = ravel_pytree(moving)
     return method(_Lower(problem, data, x, still, unravel, flat.size <= limit), flat, *args)
 
 
-def _solve(problem, data, x, y):
+def _solve(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> tuple[PyTree, Scalar, Scalar]:
     """(y*, the smallest and the largest curvature there)."""
     (y, reached, gradient, smallest, largest), still = _run_moving(_Lower.solution, problem, data, x, y)
     _warn_of(still)
@@ -219,7 +248,7 @@ def _solve(problem, data, x, y):
     return y, smallest, largest
 
 
-def _solution(problem, data, x, y):
+def _solution(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> PyTree:
     return _solve(problem, data, x, y)[0]
 
 

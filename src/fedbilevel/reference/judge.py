@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import math
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ..errors import RunError, warn
 
+Scalar = Float[Array, ""]
 LARGEST_CONDITION = 1e5  # of H in 32 bits: beyond, rounding errors are one per cent of y* and v
 _WIDER = 'use 64 bits (jax.config.update("jax_enable_x64", True) before arrays are made, and x, y and rows in float64)'
 
 
-def check_solved(reached, gradient, smallest, largest) -> None:
+class Evidence(TypedDict):
+    """What tells whether a hypergradient is right: see `check_hypergradient`."""
+
+    residual: Scalar
+    corrected: Scalar
+    error: Scalar
+    step: Scalar | None
+    smallest: Scalar
+    largest: Scalar
+
+
+def check_solved(reached: Bool[Array, ""], gradient: Scalar, smallest: Scalar, largest: Scalar) -> None:
     """Raise `RunError` unless the search ended at a strict minimum whose curvatures the precision can carry."""
     eps = float(jnp.finfo(smallest.dtype).eps)
-    smallest, largest = float(smallest), float(largest)
-    least = max(10 * eps, 0 if eps < 1e-10 else 1 / LARGEST_CONDITION) * largest
-    if reached and largest > 0 and smallest > least:
+    low, high = float(smallest), float(largest)
+    least = max(10 * eps, 0 if eps < 1e-10 else 1 / LARGEST_CONDITION) * high
+    if reached and high > 0 and low > least:
         return
-    where = f"the search ended where |d_y g| = {float(gradient):.2g} and {_range(smallest, largest)}"
-    if narrow(eps, smallest, largest):
+    where = f"the search ended where |d_y g| = {float(gradient):.2g} and {_range(low, high)}"
+    if narrow(eps, low, high):
         raise RunError(
             f"the lower-level problem was not solved: {where}, a condition number beyond the 1e5 that 32 bits "
             f"can carry: {_WIDER}, or add a regulariser such as 1e-3 * |y|^2 to the inner loss."
@@ -32,7 +46,7 @@ def check_solved(reached, gradient, smallest, largest) -> None:
     )
 
 
-def check_hypergradient(method: str, evidence: dict, terms: int | None) -> None:
+def check_hypergradient(method: str, evidence: Evidence, terms: int | None) -> None:
     """Raise `RunError` unless the linear system was solved, so well that the result has no more than rounding errors.
 
     With terms= given a truncated sum is what was asked for: it must only not diverge.
@@ -72,7 +86,7 @@ def _range(smallest: float, largest: float) -> str:
     return f"the curvature of g goes from {smallest:.2g} to {largest:.2g}"
 
 
-def warn_if_indefinite(smallest, largest) -> None:
+def warn_if_indefinite(smallest: Scalar, largest: Scalar) -> None:
     """Warn of a formula that is evaluated where g has no minimum."""
     eps = float(jnp.finfo(smallest.dtype).eps)
     if float(smallest) < -noise(eps, float(largest)):
@@ -92,14 +106,14 @@ def noise(eps: float, largest: float) -> float:
     return 100 * eps * abs(largest)
 
 
-def narrowed(tree, like, what: str):
+def narrowed(tree: PyTree, like: PyTree, what: str) -> PyTree:
     """A result in the dtypes that its variable came in.
 
     Raises:
         RunError: a number that is finite in 32 bits is not in those.
     """
 
-    def one(leaf, own):
+    def one(leaf: Float[Array, ...], own: PyTree) -> Float[Array, ...]:
         out = jnp.asarray(leaf, own.dtype)
         if out.dtype != leaf.dtype and not bool(jnp.all(jnp.isfinite(out) | ~jnp.isfinite(leaf))):
             raise RunError(

@@ -7,11 +7,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 NEUMANN_TERMS = 100_000  # the most terms of a series that was given no number
 CORRECTIONS = 5  # the most solves for one system
 LANCZOS_STEPS = 100
+
+Flat = Float[Array, " dim_y"]
+Matrix = Float[Array, "dim_y dim_y"]
+Scalar = Float[Array, ""]
+Count = Int[Array, ""]
+Product = Callable[[Flat], Flat]  # with a matrix, or its inverse
 
 
 class Refined(NamedTuple):
@@ -24,13 +31,15 @@ class Refined(NamedTuple):
         change: |J e| of the last correction e, the solution of H e = left before it: the error of J v before it.
     """
 
-    v: Float[Array, " dim_y"]
+    v: Flat
     cross: PyTree
-    left: Float[Array, " dim_y"]
-    change: Float[Array, ""]
+    left: Flat
+    change: Scalar
 
 
-def correct(solve: Callable, products: Callable, start: Refined, d_x: PyTree, b: Float[Array, " dim_y"]) -> Refined:
+def correct(
+    solve: Product, products: Callable[[Flat], tuple[PyTree, Flat]], start: Refined, d_x: PyTree, b: Flat
+) -> Refined:
     """Correct v by solutions of H e = b - H v until J v, the part of the hypergradient that v enters, stands still.
 
     A small residual alone says little: along an eigenvector of curvature 1e-8 it hides an error 1e8 times as large. Its
@@ -45,14 +54,14 @@ def correct(solve: Callable, products: Callable, start: Refined, d_x: PyTree, b:
     """
     accuracy = 0.01 * rounding(b.dtype, 0.4)
 
-    def turn(state):
+    def turn(state: tuple[Count, Refined]) -> tuple[Count, Refined]:
         k, old = state
         v = old.v + solve(old.left)
         cross, product = products(v)
         change = norm(jax.tree.map(jnp.subtract, cross, old.cross))
         return k + 1, Refined(v, cross, b - product, change)
 
-    def unfinished(state):
+    def unfinished(state: tuple[Count, Refined]) -> Bool[Array, ""]:
         k, now = state
         moving = now.change > accuracy * (norm(d_x) + norm(now.cross))
         return (k < 2) | ((k < CORRECTIONS) & moving)
@@ -60,26 +69,30 @@ def correct(solve: Callable, products: Callable, start: Refined, d_x: PyTree, b:
     return jax.lax.while_loop(unfinished, turn, (jnp.zeros((), jnp.int32), start))[1]
 
 
-def neumann(product: Callable, b: Float[Array, " dim_y"], terms, step, conditioning) -> Float[Array, " dim_y"]:
+def neumann(product: Product, b: Flat, terms: Count | None, step: Scalar, conditioning: Scalar) -> Flat:
     """step * sum_{k < terms} (I - step H)^k b: its partial sums v, whose residuals b - H v are its next powers.
 
     terms None: until what is left out is a rounding error of v even along the smallest eigenvalue, which is
     `conditioning` times the largest.
     """
     tail = rounding(b.dtype, 0.75) * jnp.where(conditioning > 0, jnp.minimum(conditioning, 1), 1)
-    accuracy, terms = (tail, NEUMANN_TERMS) if terms is None else (jnp.zeros((), b.dtype), terms)
+    accuracy, most = (tail, NEUMANN_TERMS) if terms is None else (jnp.zeros((), b.dtype), terms)
 
-    def add(state):
+    def add(state: tuple[Count, Flat, Flat]) -> tuple[Count, Flat, Flat]:
         k, v, power = state
         return k + 1, v + step * power, power - step * product(power)
 
-    def unfinished(state):
-        return (state[0] < terms) & (norm(state[2]) > accuracy * norm(b))
+    def unfinished(state: tuple[Count, Flat, Flat]) -> Bool[Array, ""]:
+        return (state[0] < most) & (norm(state[2]) > accuracy * norm(b))
 
     return jax.lax.while_loop(unfinished, add, (jnp.zeros((), jnp.int32), jnp.zeros_like(b), b))[1]
 
 
-def lanczos(product: Callable, size: int, dtype) -> tuple[Float[Array, ""], Float[Array, ""]]:
+_Steps = Float[Array, " steps"]
+_Lanczos = tuple[Float[Array, "steps dim_y"], _Steps, _Steps, Flat]  # vectors; diagonal and beside it; the next vector
+
+
+def lanczos(product: Product, size: int, dtype: np.dtype | type) -> tuple[Scalar, Scalar]:
     """The smallest and largest Ritz value of a symmetric matrix after up to `LANCZOS_STEPS` products.
 
     Every vector is made orthogonal to all before it, twice; where they span an invariant subspace, a new one begins.
@@ -88,12 +101,12 @@ def lanczos(product: Callable, size: int, dtype) -> tuple[Float[Array, ""], Floa
     draws = jax.random.normal(jax.random.key(0), (steps, size), dtype)
     tiny = jnp.finfo(dtype).tiny
 
-    def orthogonal(vector, basis):
+    def orthogonal(vector: Flat, basis: Float[Array, "steps dim_y"]) -> Flat:
         for _ in range(2):
             vector = vector - basis.T @ (basis @ vector)
         return vector
 
-    def step(k, state):
+    def step(k: Count, state: _Lanczos) -> _Lanczos:
         basis, diagonal, beside, vector = state
         basis = basis.at[k].set(vector)
         image = product(vector)
@@ -114,13 +127,13 @@ def lanczos(product: Callable, size: int, dtype) -> tuple[Float[Array, ""], Floa
     return ritz[0], ritz[-1]
 
 
-def norm(tree: PyTree) -> Float[Array, ""]:
+def norm(tree: PyTree) -> Scalar:
     """The Euclidean norm of all numbers of a pytree, in the widest of their dtypes."""
     leaves = jax.tree.leaves(tree)
     wide = max((leaf.dtype for leaf in leaves), key=lambda dtype: jnp.finfo(dtype).bits)
     return jnp.sqrt(sum(jnp.sum(leaf.astype(wide) ** 2) for leaf in leaves))
 
 
-def rounding(dtype, power: float) -> float:
+def rounding(dtype: np.dtype | type, power: float) -> float:
     """eps ** power; power 0.75 (1.8e-12 in float64, 6.4e-6 in float32) leaves room for long sums."""
     return float(jnp.finfo(dtype).eps) ** power

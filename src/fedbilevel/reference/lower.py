@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..data import FederatedData
 from ..problem import Problem
-from .linear import Refined, correct, lanczos, neumann, norm, rounding
+from .judge import Evidence
+from .linear import Count, Flat, Matrix, Product, Refined, Scalar, correct, lanczos, neumann, norm, rounding
 from .search import descend, newton
 
-Flat = Float[Array, " dim_y"]
+Chunk = tuple[Int[Array, " together"], Float[Array, " together"]]  # some clients, and their weights
 
 
 class Lower(NamedTuple):
@@ -62,14 +63,14 @@ class Lower(NamedTuple):
         index = jnp.minimum(jnp.arange(p.size, dtype=jnp.int32), m - 1).reshape(p.shape)
 
         @jax.jit  # traced once, for its shapes and for the loop
-        def reply(index, p):
+        def reply(index: Count, p: Scalar) -> PyTree:
             out = oracle(self.x, *args, getattr(self.data, level).client(index).all())
             return jax.tree.map(lambda leaf: p.astype(leaf.dtype) * leaf, out)
 
-        def some(index, p):
+        def some(index: Int[Array, " together"], p: Float[Array, " together"]) -> PyTree:
             return jax.tree.map(lambda r: jnp.sum(r, axis=0), jax.vmap(reply)(index, p))
 
-        def add(total, chunk):
+        def add(total: PyTree, chunk: Chunk) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, some(*chunk)), None
 
         if len(index) == 1:
@@ -77,48 +78,48 @@ class Lower(NamedTuple):
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(reply, index[0, 0], p[0, 0]))
         return jax.lax.scan(add, zero, (index, p))[0]
 
-    def value(self, y, level):
+    def value(self, y: Flat, level: str) -> Scalar:
         return self.mean(level, getattr(self.problem, f"{level}_value"), self.full(y))
 
-    def gradient(self, y):
+    def gradient(self, y: Flat) -> Flat:
         return self.flat(self.mean("inner", self.problem.inner_gradient, self.full(y)))
 
-    def value_and_gradient(self, y):
+    def value_and_gradient(self, y: Flat) -> tuple[Scalar, Flat]:
         both = lambda *args: (self.problem.inner_value(*args), self.problem.inner_gradient(*args))
         value, gradient = self.mean("inner", both, self.full(y))
         return value, self.flat(gradient)
 
-    def hessian_vector(self, y, v):
+    def hessian_vector(self, y: Flat, v: Flat) -> Flat:
         return self.flat(self.mean("inner", self.problem.hessian_vector, self.full(y), self.direction(v)))
 
-    def products(self, y, v):
+    def products(self, y: Flat, v: Flat) -> tuple[PyTree, Flat]:
         """J v, like x, and H v, in one pass over the data."""
         both = lambda *args: (self.problem.cross_vector(*args), self.problem.hessian_vector(*args))
         cross, curvature = self.mean("inner", both, self.full(y), self.direction(v))
         return cross, self.flat(curvature)
 
-    def outer_gradients(self, y):
+    def outer_gradients(self, y: Flat) -> tuple[PyTree, Flat]:
         d_x, d_y = self.mean("outer", self.problem.outer_gradients, self.full(y))
         return d_x, self.flat(d_y)
 
-    def hessian(self, y):
+    def hessian(self, y: Flat) -> Matrix:
         return jax.lax.map(lambda v: self.hessian_vector(y, v), jnp.eye(y.size, dtype=y.dtype), batch_size=64).T
 
     # The linear system ------------------------------------------------------------------------------------------------
 
-    def curvature(self, y, form: bool) -> tuple[Array | None, Callable[[Flat], Flat]]:
+    def curvature(self, y: Flat, form: bool) -> tuple[Matrix | None, Product]:
         """(H(y), or None where it is not formed; v -> H(y) v)."""
         matrix = self.hessian(y) if form or self.dense else None
         return matrix, lambda v: self.hessian_vector(y, v) if matrix is None else matrix @ v
 
-    def extremes(self, y, matrix):
+    def extremes(self, y: Flat, matrix: Matrix | None) -> tuple[Scalar, Scalar]:
         """The smallest and largest eigenvalue of H: exact where it is dense, else by Lanczos' method."""
         if matrix is not None and self.dense:
             eigenvalues = jnp.linalg.eigvalsh(matrix)
             return eigenvalues[0], eigenvalues[-1]
         return lanczos(lambda v: self.hessian_vector(y, v), y.size, y.dtype)
 
-    def solver(self, y, matrix, accuracy: float):
+    def solver(self, y: Flat, matrix: Matrix | None, accuracy: float) -> Product:
         """b -> H(y)^{-1} b, densely or to a relative accuracy; nothing is promised where H is not positive definite."""
         if matrix is not None:
             factors = jax.scipy.linalg.lu_factor(matrix)
@@ -127,14 +128,14 @@ class Lower(NamedTuple):
         most = 10 * y.size + 5_000  # rounding errors make more of it than dim(y) steps
         return lambda b: jax.scipy.sparse.linalg.cg(product, b, tol=accuracy, maxiter=most)[0]
 
-    def refined(self, y, matrix, start: Refined | None, d_x, b) -> Refined:
+    def refined(self, y: Flat, matrix: Matrix | None, start: Refined | None, d_x: PyTree, b: Flat) -> Refined:
         """The solution of H v = b, corrected until J v stands still."""
         solve = self.solver(y, matrix, accuracy=0.1 * rounding(b.dtype, 0.75))
         zeros = jax.tree.map(jnp.zeros_like, d_x)
         start = start or Refined(jnp.zeros_like(b), zeros, b, jnp.full((), jnp.inf, b.dtype))
         return correct(solve, lambda v: self.products(y, v), start, d_x, b)
 
-    def moved(self, y, matrix, v, h):
+    def moved(self, y: Flat, matrix: Matrix | None, v: Flat, h: PyTree) -> Scalar:
         """How far a last Newton step moves the hypergradient: the error that y* has, in that of the result."""
         solve = self.solver(y, matrix, accuracy=rounding(y.dtype, 0.5))
         y = y - solve(self.gradient(y))
@@ -144,7 +145,9 @@ class Lower(NamedTuple):
 
     # Hypergradients ---------------------------------------------------------------------------------------------------
 
-    def implicit(self, y, method, terms, step, extremes):
+    def implicit(
+        self, y: Flat, method: str, terms: Count | None, step: Scalar | None, extremes: Sequence[Scalar] | None
+    ) -> tuple[PyTree, Evidence]:
         """The hypergradient at y, and what tells whether it is right: see `judge.Evidence`."""
         d_x, b = self.outer_gradients(y)
         matrix, product = self.curvature(y, form=method == "exact")
@@ -169,7 +172,7 @@ class Lower(NamedTuple):
             off = off + self.moved(y, matrix, v, h)
         return h, _evidence(series, end, off, d_x, b, step, smallest, largest)
 
-    def unrolled(self, y, terms, step, judged):
+    def unrolled(self, y: Flat, terms: int, step: Scalar | None, judged: bool) -> tuple[PyTree, Evidence]:
         """Reverse mode through y_{k+1} = y_k - step d_y g(x, y_k), written out; otherwise as `implicit`.
 
         judged: compare with `implicit` a Newton step further.
@@ -179,7 +182,7 @@ class Lower(NamedTuple):
         y, path = jax.lax.scan(lambda y, _: (y - step * self.gradient(y), y), y, None, length=terms)
         d_x, d_y = self.outer_gradients(y)
 
-        def back(carry, y):
+        def back(carry: tuple[PyTree, Flat], y: Flat) -> tuple[tuple[PyTree, Flat], None]:
             h, v = carry
             cross, product = self.products(y, v)
             return (jax.tree.map(lambda a, b: a - step.astype(b.dtype) * b, h, cross), v - step * product), None
@@ -196,7 +199,7 @@ class Lower(NamedTuple):
         off = seen["error"] + norm(_minus(h, true)) / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
         return h, {**seen, "residual": _ratio(v, d_y), "error": off, "step": step}
 
-    def solution(self, y):
+    def solution(self, y: Flat) -> tuple[PyTree, Bool[Array, ""], Scalar, Scalar, Scalar]:
         """y*, and what tells whether it is: whether the search reached it, |d_y g| and the extremes of H there."""
         y = descend(self, y)
         y, gradient, reached = newton(self, y)
@@ -204,7 +207,16 @@ class Lower(NamedTuple):
         return self.full(y), reached, norm(gradient), smallest, largest
 
 
-def _evidence(given: Refined, end: Refined, off, d_x, b, step, smallest, largest) -> dict:
+def _evidence(
+    given: Refined,
+    end: Refined,
+    off: Scalar,
+    d_x: PyTree,
+    b: Flat,
+    step: Scalar | None,
+    smallest: Scalar,
+    largest: Scalar,
+) -> Evidence:
     """What `judge` looks at: of the solution that is returned, and of the corrected one that it was compared with."""
     size = norm(d_x) + norm(end.cross)
     return {
@@ -226,5 +238,5 @@ def _minus(one: PyTree, other: PyTree) -> PyTree:
     return jax.tree.map(jnp.subtract, one, other)
 
 
-def _ratio(one, other):
+def _ratio(one: Flat, other: Flat) -> Scalar:
     return norm(one) / jnp.maximum(norm(other), jnp.finfo(other.dtype).tiny)

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
-from .linear import norm, rounding
+from .linear import Count, Flat, Matrix, Product, Scalar, norm, rounding
+
+_Steps = tuple[Flat, Flat, Scalar, Count, Bool[Array, ""], Bool[Array, ""]]
 
 
-def newton(lower, y):
+@runtime_checkable
+class Level(Protocol):
+    """What the search asks of the lower level: a `lower.Lower`."""
+
+    def gradient(self, y: Flat) -> Flat: ...
+
+    def value_and_gradient(self, y: Flat) -> tuple[Scalar, Flat]: ...
+
+    def curvature(self, y: Flat, form: bool) -> tuple[Matrix | None, Product]: ...
+
+    def solver(self, y: Flat, matrix: Matrix | None, accuracy: float) -> Product: ...
+
+
+def newton(lower: Level, y: Flat) -> tuple[Flat, Flat, Bool[Array, ""]]:
     """(The end of damped Newton steps from y, d_y g there, whether that is y*)."""
 
-    def step(state):
+    def step(state: _Steps) -> _Steps:
         y, gradient, damping, k, *_ = state
         matrix, _ = lower.curvature(y, form=False)
         move = lower.solver(y, matrix, accuracy=rounding(y.dtype, 0.5))(gradient)
@@ -24,7 +43,7 @@ def newton(lower, y):
         damping = jnp.where(new < old, jnp.minimum(4 * damping, 1), damping / 4)
         return y, gradient, damping, k + 1, reached, done
 
-    def unfinished(state):
+    def unfinished(state: _Steps) -> Bool[Array, ""]:
         _, _, damping, k, _, done = state
         return ~done & (damping > 1e-4) & (k < 100)
 
@@ -34,22 +53,22 @@ def newton(lower, y):
     return y, gradient, reached
 
 
-def descend(lower, y):
+def descend(lower: Level, y: Flat) -> Flat:
     """Near y* by L-BFGS, which is safe far from it; the start itself if g turns out to have no bottom."""
     import optimistix as optx  # slow to import, and for this alone
 
     wide = jnp.result_type(float)  # optimistix holds its step sizes in this dtype, whatever that of y
 
-    def value_and_gradient(z):
+    def value_and_gradient(z: Flat) -> tuple[Scalar, Flat]:
         value, gradient = lower.value_and_gradient(z.astype(y.dtype))
         return value.astype(wide), gradient.astype(wide)
 
     @jax.custom_jvp
-    def value(z):
+    def value(z: Flat) -> Scalar:
         return value_and_gradient(z)[0]
 
     @value.defjvp
-    def _(z, tangent):
+    def _(z: Sequence[Flat], tangent: Sequence[Flat]) -> tuple[Scalar, Scalar]:
         value, gradient = value_and_gradient(*z)
         return value, jnp.sum(gradient * tangent[0])
 
