@@ -1,4 +1,4 @@
-"""Tests run in float64, with the strictest rules JAX has on shapes and dtypes."""
+"""Tests run in float64, with the strictest rules JAX has on shapes and dtypes, and with annotations checked."""
 
 import gc
 import itertools
@@ -9,13 +9,14 @@ import pytest
 
 from fedbilevel import cli
 from fedbilevel.experiments.memory import release
+from helpers.checks import unchecked_where_refused
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 gc.set_threshold(200_000, 50, 100)  # tracing makes millions of small objects, and a look at them all takes its time
-
+pytest.raises = unchecked_where_refused(pytest.raises)
 
 _tests = itertools.count(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -41,13 +42,15 @@ class FedbilevelWarning(UserWarning):
 
 
 _OURS = str(Path(__file__).parent)
+_BETWEEN = f"{os.sep}jaxtyping{os.sep}"  # it calls us for the user, who has it check annotations
 
 
 def warn(message: str) -> None:
     """Warn in one sentence, with the place of the user's own call: the nearest frame outside this package."""
     frame: FrameType | None = sys._getframe(1)
     level = 2
-    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+    passed = lambda file: file.startswith(_OURS) or _BETWEEN in file
+    while frame is not None and passed(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, FedbilevelWarning, stacklevel=level)
 

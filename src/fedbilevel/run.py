@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from .callbacks.base import Callback
 from .callbacks.checkpoint import load
@@ -377,7 +377,7 @@ def _fields(info: Any) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def check_key(key: Any) -> Key:
+def check_key(key: Any) -> Key[Array, ""]:
     """A key as `solve` takes it; `jax.random.PRNGKey(seed)` means the same as `jax.random.key(seed)`."""
     key = as_key(key)
     kind = jax.random.key_impl(key)

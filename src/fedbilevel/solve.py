@@ -7,7 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from .algorithm import Algorithm, State
 from .callbacks.base import Callback
@@ -33,7 +33,7 @@ def solve(
     iterations: int | None = None,
     *,
     rounds: int | None = None,
-    key: Key,
+    key: Key[Array, ""],
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
     metrics: Mapping[str, Callable[[PyTree, PyTree], Any]] | None = None,
@@ -79,7 +79,7 @@ def estimate_hypergradient(
     x: PyTree,
     y: PyTree,
     *,
-    key: Key,
+    key: Key[Array, ""],
     engine: Engine | None = None,
 ) -> tuple[PyTree, PyTree]:
     """The algorithm's estimate of the hypergradient at x, starting its lower level at y: bring your own outer optimiser.

@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, PyTree
 
 BUCKETS = 32  # numbers of a sketch; an x of no more numbers is sketched without loss
 
+Number = Float[Array, ""] | np.floating  # outside of compiled programs numpy's
+Sketch = Float[Array | np.ndarray, "32"]
+
 
 class Seen(eqx.Module):
     """What was seen of an iteration; of several, with a leading axis.
@@ -28,9 +31,9 @@ class Seen(eqx.Module):
             exactly where x has at most 32 numbers, about within 1/sqrt(32) beyond.
     """
 
-    sizes: dict[str, Float[Array, ""]]
-    moves: dict[str, Float[Array, ""]]
-    sketch: Float[Array, " 32"]
+    sizes: dict[str, Number]
+    moves: dict[str, Number]
+    sketch: Sketch
 
 
 def attributes(state: Any) -> dict[str, PyTree]:

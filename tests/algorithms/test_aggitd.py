@@ -134,6 +134,7 @@ def test_weighted_clients_need_all_of_them():
 # Independent cohorts --------------------------------------------------------------------------------------------------
 
 
+@fb.federation.Federation.register
 class Scripted:
     """`fed`, but exchange j asks the client that is digit j of a number in base 3; a turn has `each` exchanges."""
 
@@ -171,7 +172,7 @@ class Exhaustive(fb.AggITD):
         return Counting(x, y, jnp.zeros((), jnp.int32))
 
     def step(self, fed, state):
-        scripted: Any = Scripted(fed, state.number, 3 if self.independent_cohorts else 2)
+        scripted = Scripted(fed, state.number, 3 if self.independent_cohorts else 2)
         h = self.estimate_parts(scripted, super().init(state.x, state.y))[0]
         return Counting(state.x, state.y, state.number + 1), {f"h{i}": each for i, each in enumerate(h)}
 

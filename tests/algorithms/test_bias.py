@@ -15,6 +15,7 @@ from helpers.draws import KINDS, LAM, LR, STEPS, average, exact, fixed, fresh_cl
 from helpers.logistic import CLIENTS, PROBLEM, ROWS, X, Y
 
 
+@fb.federation.Federation.register
 class OneCohort:
     """`fed`, but every exchange asks the same clients."""
 

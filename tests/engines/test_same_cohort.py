@@ -80,7 +80,7 @@ def test_all_rows_of_a_draw_have_its_key():
     """A loss that is random itself needs a key in a full batch, too: one for each draw, none outside an exchange."""
     data = fb.FederatedData.stack([np.zeros((3, 1))], [np.zeros((2, 1))])
     rows = data.inner.client(0), data.outer.client(0)
-    client = fb.Client(None, rows, None, jax.random.key(0), (True,))
+    client = fb.Client(problem().problem, rows, None, jax.random.key(0), (True,))
     draws = [client.batch("inner"), client.batch("inner", draw=1), client.batch("outer"), client.batch("inner", 3)]
     keys = [tuple(jax.random.key_data(drawn.key).tolist()) for drawn in draws]
     assert len(set(keys[:3])) == 3 and keys[3] == keys[0] and client.inner.key is None

@@ -8,6 +8,7 @@ import sys
 from typing import Annotated, Unpack
 
 import typer
+import typer.core
 
 from ..engines import ENGINES
 from ..experiments.plan import Plan
@@ -39,7 +40,13 @@ from .options import (
 DEFAULT_ROUNDS = 300
 
 
-@app.command()
+class _Command(typer.core.TyperCommand):
+    """A command that hands on the context its function asks for; typer's own hands on one of a base class."""
+
+    context_class = typer.Context
+
+
+@app.command(cls=_Command)
 def run(
     context: typer.Context,
     task: TaskOrApp,

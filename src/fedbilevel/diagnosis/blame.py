@@ -8,6 +8,7 @@ thousand times lower, it alone keeps everything finite. Where it does not, the o
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import equinox as eqx
@@ -79,7 +80,7 @@ class Replays:
 
     def cures(self, field: str, value: Any = None) -> bool:
         """Whether everything stays in its range once this setting alone is changed, by default much lowered."""
-        return self.remains(field, value) <= np.sqrt(self.limit)
+        return self.remains(field, value) <= math.sqrt(self.limit)
 
     def remains(self, field: str, value: Any = None) -> float:
         """How large the state is in the end once this setting alone is changed; infinite if it blows up all the same."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +19,16 @@ from ..problem import Problem, describe
 from .sites import Path, Site
 
 
-def answer(problem: Problem, algorithm: Any, name: str, client: Client, message: tuple) -> PyTree:
+def answer(problem: Problem, algorithm: Any, name: str, parts: tuple, message: tuple) -> PyTree:
     """What a client replies to a message, for `compiled.traced`.
+
+    Args:
+        parts: what a `Client` is made of beside its problem.
 
     Raises:
         InputError: something else than arrays.
     """
-    out = named_method(algorithm, name)(dataclasses.replace(client, problem=problem), *message)
+    out = named_method(algorithm, name)(Client(problem, *parts), *message)
     leaves = jax.tree.leaves(out)
     good = all(isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex) for leaf in leaves)
     where = f"{type(algorithm).__name__}.{name}"

@@ -7,7 +7,6 @@ part travelled; bytes follow from these counts outside, in Python integers.
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +101,8 @@ class TracedFederation(Federation):
         problem = client.problem
         if problem.features is not None:
             return method(client, *message)
-        return traced(answer, problem, self._algorithm, name, dataclasses.replace(client, problem=None), message)
+        parts = client.rows, client.state, client.key, client.wanted, client.index
+        return traced(answer, problem, self._algorithm, name, parts, message)
 
     # The capability -------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from ...cohorts import client_key
 from ...compiled import Bound
 from ...data import ClientRows
 from ...errors import ClientError, InputError, RunError
-from ...federation import Client, Reply
+from ...federation import Reply
 from ...problem import Problem, describe
 from ...program import helpers_of
 from ...protocol.calls import alike, answer
@@ -138,11 +138,12 @@ class _Parts(NamedTuple):
     wanted: tuple[np.bool_, ...]
     index: np.int32
 
-    def client(self) -> Client:
+    def of_client(self) -> tuple:
+        """The same of this client, in JAX's arrays."""
         index = jnp.asarray(self.index, jnp.int32)
         key = client_key(jax.random.wrap_key_data(jnp.asarray(self.key, jnp.uint32), impl="threefry2x32"), index)
         wanted = tuple(jnp.asarray(flag, bool) for flag in self.wanted)
-        return Client(None, self.rows, self.state, key, wanted, index)  # pyright: ignore[reportArgumentType]
+        return self.rows, self.state, key, wanted, index
 
 
 class Methods:
@@ -168,7 +169,7 @@ class Methods:
     def __call__(self, problem: Problem, algorithm: Algorithm, name: str, parts: _Parts, message: PyTree) -> PyTree:
         if not self.jit:
             with helpers_of(problem):
-                return answer(problem, algorithm, name, parts.client(), jax.tree.map(on_device, message))
+                return answer(problem, algorithm, name, parts.of_client(), jax.tree.map(on_device, message))
         known, same, bound = self._bound
         if known is not problem or same is not algorithm or bound is None:
             bound = Bound(_call, problem, algorithm)
@@ -182,4 +183,4 @@ class Methods:
 
 def _call(problem: Problem, algorithm: Algorithm, name: str, parts: _Parts, message: PyTree) -> PyTree:
     Methods.traced[name] += 1
-    return answer(problem, algorithm, name, parts.client(), message)
+    return answer(problem, algorithm, name, parts.of_client(), message)

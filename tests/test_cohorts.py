@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 import fedbilevel as fb
 from fedbilevel.cohorts import client_key, sample_cohort
-from helpers.quadratic import flat, quadratic
+from helpers.quadratic import flat, inner, outer, quadratic
 
 KEYS = jax.random.split(jax.random.key(5), 20_000)
 
@@ -63,7 +63,7 @@ def test_with_weights_clients_come_in_proportion():
 def rows_of(data, index, key, padded, size=50, draw=0):
     """The rows that client `index` draws, as the simulation sees its data or as a process of its own would."""
     levels = [level.client(index) if padded else level.alone(index) for level in (data.inner, data.outer)]
-    client = fb.Client(None, tuple(levels), None, client_key(key, index), (True,))
+    client = fb.Client(fb.Problem(inner, outer), tuple(levels), None, client_key(key, index), (True,))
     return tuple(np.asarray(client.batch(level, size, draw).examples["n"]) for level in ("inner", "outer"))
 
 
