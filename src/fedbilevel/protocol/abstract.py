@@ -1,0 +1,165 @@
+"""One abstract trace of `step`: no loss is evaluated, replies are opaque, and the exchanges are found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from ..algorithm import Algorithm
+from ..cohorts import combine_replies
+from ..errors import InputError, check
+from ..federation import Client, Reply
+from ..problem import describe, strong
+from .calls import check_times
+from .traced import TracedFederation
+
+
+def step(algorithm: Algorithm, fed: Any, state: Any) -> tuple[Any, Any]:
+    """The program that an iteration runs."""
+    return algorithm.step(fed, state)
+
+
+class AbstractFederation(TracedFederation):
+    """Replies are opaque: shaped like the real ones, filled with a number from outside.
+
+    Args:
+        sites: the call sites, where they are known: the exchanges are counted, and no client method is traced again.
+    """
+
+    def __init__(self, algorithm, problem, data, cohort, key, sites, opaque, draws, client_state, most=False):
+        layout = None if sites is None else {path: site.flags for path, site in sites.items()}
+        super().__init__(algorithm, data.clients, cohort, data.weights, key, layout)
+        self._known = sites
+        self._problem, self._data, self._opaque, self._given = problem, data, opaque, draws
+        self._client_shape, self._most = client_state, most
+        self.draws: list[tuple[int, int]] = []
+        self.loops_draw = self.depends_on_data = False
+
+    def exchange(self, name, method, message, combine, wanted, key, cohort):
+        known = self._known
+        shapes = self._replied_with(name, method, message, wanted, key) if known is None else known[self._at].reply
+        one = jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), (1, *s.shape)), shapes)
+        return shapes, combine_replies(combine, one, None)
+
+    def _replied_with(self, name, method, message, wanted, key):
+        """The shapes of one client's reply: its method traced."""
+
+        def reply(message, key):
+            flags = tuple(jnp.asarray(True) for _ in wanted)
+            rows = (self._data.inner.client(0), self._data.outer.client(0))
+            client = Client(self._problem, rows, self._client_shape, key, flags, jnp.zeros((), jnp.int32))
+            out = self.replied(name, method, client, message)
+            if isinstance(out, Reply):
+                stateful = jax.tree.leaves(self._client_shape)
+                check(
+                    stateful, f"{where} returns Reply(...), but {owner}.client_init gives no state to renew: write it."
+                )
+            return out.reply if isinstance(out, Reply) else out
+
+        owner = type(self._algorithm).__name__
+        where = f"{owner}.{name}"
+        try:
+            shapes = eqx.filter_eval_shape(reply, message, key)
+        except (InputError, jax.errors.ConcretizationTypeError):
+            raise
+        except Exception as error:  # whatever a user's method raises
+            sent = describe(eqx.filter_eval_shape(lambda: message))
+            raise InputError(
+                f"{where} fails on the message {sent}: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        good = jax.tree.leaves(shapes) and all(isinstance(s, jax.ShapeDtypeStruct) for s in jax.tree.leaves(shapes))
+        check(good, lambda: f"{where} must return a pytree of arrays; it returned {describe(shapes)}.")
+        return shapes
+
+    def randint(self, low, high):
+        self._scopes.check()
+        if self._scopes._path:
+            self.loops_draw = True
+        if self._scopes._path or self._given is None:
+            self.draws.append((low, high))
+            return super().randint(low, high)
+        self.draws.append((low, high))
+        super().randint(low, high)
+        return self._given[len(self.draws) - 1]
+
+    def repeat(self, times, body, carry, most=None):
+        path = self._scopes.advance()
+        times = check_times(times, most)
+        run = self._body(path, body)
+
+        whole = isinstance(times, int) or self._most
+
+        def turn(loop, t):
+            new = run(t, loop)
+            going = lambda new, old: jnp.where(t < times, new, old)
+            return (new if whole else jax.tree.map(going, new, loop)), None
+
+        # a scan, of which what does not count can be cut away
+        length = times if isinstance(times, int) else most
+        loop, _ = jax.lax.scan(turn, (self._ledger(), carry), jnp.arange(length, dtype=jnp.int32))
+        self._restore(loop[0])
+        return loop[1]
+
+    def travelled(self, flags):
+        return [True] * len(flags) if self._most else flags
+
+    def until(self, condition, body, carry, most):
+        self.depends_on_data = True
+        check_times(most, most)
+        return self.repeat(most, body, carry)
+
+
+def discover(program, algorithm, problem, data, state, cohort) -> tuple[AbstractFederation, PyTree]:
+    """The federation that an iteration was traced with, which found its exchanges, and the shapes of its diagnostics."""
+    found = []
+
+    def run(algorithm, state, opaque, key):
+        fed = AbstractFederation(
+            algorithm, problem, data, cohort, key, None, opaque, None, client_state(algorithm, state)
+        )
+        out = program(algorithm, fed, state)
+        pair = isinstance(out, tuple) and len(out) == 2
+        check(pair, lambda: f"{name}.step must return (state, diagnostics), two things; it returned {describe(out)}.")
+        found.append(fed)
+        return out
+
+    name = type(algorithm).__name__
+    try:
+        after, info = eqx.filter_eval_shape(run, algorithm, state, jnp.zeros(()), jax.random.key(0))
+    except jax.errors.ConcretizationTypeError as error:
+        raise InputError(
+            f"{name} asks Python to decide (if, while, int, float) on a value known only while running: use jnp.where, "
+            f"jax.lax.cond, fed.repeat(most=) or fed.until. {_first_line(error)}"
+        ) from error
+    before = eqx.filter_eval_shape(lambda: state)
+    same = jax.tree.structure(before) == jax.tree.structure(after) and all(
+        (a.shape, a.dtype) == (b.shape, b.dtype)
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
+    check(
+        same or program is not step,
+        lambda: (
+            f"{name}.step must return a state like the one it was given, {describe(before)}; "
+            f"it returned {describe(after)}."
+        ),
+    )
+    check(found[0].sites, f"{type(algorithm).__name__} exchanges nothing: its step never calls fed.average.")
+    return found[0], info
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no reason given").splitlines()[0]
+
+
+def as_leaves(algorithm: Any) -> Any:
+    """The algorithm with its Python numbers as (weakly typed) arrays, so that compiled code takes them as arguments."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, (int, float)) else leaf, algorithm)
+
+
+def client_state(algorithm: Algorithm, state: Any) -> PyTree:
+    """What one client keeps, at the start."""
+    return strong(jax.tree.map(jnp.asarray, algorithm.client_init(state.x, state.y)))

@@ -1,0 +1,82 @@
+"""How often an iteration makes each exchange: a small integer program, evaluated for every number the server may draw."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..canonical import canonical
+from ..compiled import Kept
+from ..jaxprs import ClosedJaxpr, dce_jaxpr, jaxpr_as_fun
+from .abstract import AbstractFederation, client_state
+from .table import SAMPLED
+
+_COUNTERS = Kept(64)  # compiled, by their programs
+_ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
+
+
+def combinations(ranges: list[tuple[int, int]], sample: bool) -> tuple[np.ndarray, str]:
+    """Rows of numbers the server may draw: all of them, or a sample where they are too many or drawn within loops."""
+    number = math.prod(high - low for low, high in ranges)
+    if number <= _ENUMERATED and not sample:
+        every = list(itertools.product(*(range(*r) for r in ranges)))
+        return np.array(every, np.int32).reshape(number, len(ranges)), "exact"
+    draw = np.random.default_rng(0)
+    return np.stack([draw.integers(low, high, SAMPLED) for low, high in ranges], 1).astype(np.int32), "sampled"
+
+
+class Counting:
+    """Counts per site, (draws, 1 + flags): the program with all but its exchanges cut away.
+
+    Attributes:
+        depends: whether the counts depend on data.
+
+    Args:
+        by_draw: draws within loops get a key for each row of `draws`.
+        most: count every conditional part, and every loop in full.
+    """
+
+    def __init__(self, program, problem, given, cohort, sites, draws, by_draw, most):
+        arrays, rest = eqx.partition(given, eqx.is_array)
+        leaves, structure = jax.tree.flatten(arrays)
+
+        def run(opaque, numbers, key, leaves):
+            algorithm, state, data = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
+            is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)  # what is drawn from it is not from data
+            fill = lambda a: a if is_key(a) else jnp.broadcast_to(opaque.astype(a.dtype), a.shape)
+            filled = jax.tree.map(fill, state)
+            kept = client_state(algorithm, state)
+            fed = AbstractFederation(algorithm, problem, data, cohort, key, sites, opaque, numbers, kept, most)
+            program(algorithm, fed, filled)
+            return fed.counts
+
+        keys = jax.random.split(jax.random.key(0), len(draws))
+        whole, shape = jax.make_jaxpr(run, return_shape=True)(jnp.zeros(()), jnp.asarray(draws[0]), keys[0], leaves)
+        inputs = [False, True, True, *[False] * len(leaves)]
+        kept, used = dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=inputs)
+        self.depends, self._used = used[0], used[3:]
+        self._structure = jax.tree.structure(shape)
+        self._draws, self._keys = (draws, keys) if by_draw else (draws, keys[0])
+        counting = ClosedJaxpr(kept, whole.consts)
+        name = canonical([counting]).digest, by_draw, self.depends
+        self._run = _COUNTERS.get(name, lambda: _vectorised(jaxpr_as_fun(counting), by_draw, self.depends))
+        self._counts: Any = None
+
+    def __call__(self, given):
+        if self._counts is None or any(self._used):
+            leaves = jax.tree.leaves(eqx.filter(given, eqx.is_array))
+            used = [leaf for leaf, used in zip(leaves, self._used, strict=True) if used]
+            self._counts = [np.asarray(count) for count in self._run(self._draws, self._keys, used)]
+        return jax.tree.unflatten(self._structure, self._counts)
+
+
+def _vectorised(counting, by_draw, depends):
+    opaque = (jnp.zeros(()),) if depends else ()
+    one = lambda draw, key, used: counting(*opaque, draw, key, *used)
+    return jax.jit(jax.vmap(one, in_axes=(0, 0 if by_draw else None, None)))
