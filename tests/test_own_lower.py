@@ -20,6 +20,7 @@ from helpers import apps
 from helpers.quadratic import flat, quadratic
 
 pytest.importorskip("nvflare")
+from fedbilevel.engines.nvflare import server
 from fedbilevel.engines.nvflare.agreement import placeholder_data
 from fedbilevel.engines.nvflare.server import AtTheEnd, Collab
 from fedbilevel.engines.nvflare.site import _setup
@@ -170,7 +171,7 @@ def test_other_algorithms_have_one_for_all():
 def test_an_own_lower_variable_unlike_y_is_refused():
     class Odd(fb.FedBiOAccLocal):
         def own_lower(self, state):
-            return {"w": state["lower"][0]["w"]}
+            return {"w": state.lower[0]["w"]}
 
     with pytest.raises(fb.InputError, match=r"Odd.own_lower\(state\) returns a client's own y"):
         run(Odd(), 1)
@@ -266,17 +267,18 @@ class Sites:
 
     def solve(self, app, **options):
         engine = Collab(self.names, fb.Faults(minimum=1), self.folder / "rounds.csv", False, app.cohort)
-        engine._results = lambda call, seconds: call(self)
         engine.transport.ask = self.ask
-        try:
-            weights = engine.meet(app)
-            data = placeholder_data(engine.schemas, 3, weights)
-            return fb.solve(
-                app.problem, data, app.algorithm, *app.begin(), app.iterations, key=app.key, engine=engine,
-                metrics=app.metrics, callbacks=[AtTheEnd(engine)], check=False, **options,
-            )  # fmt: skip
-        finally:
-            engine.ledger.close()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server, "sites", lambda names, seconds: self)
+            try:
+                weights = engine.meet(app)
+                data = placeholder_data(engine.schemas, 3, weights)
+                return fb.solve(
+                    app.problem, data, app.algorithm, *app.begin(), app.iterations, key=app.key, engine=engine,
+                    metrics=app.metrics, callbacks=[AtTheEnd(engine)], check=False, **options,
+                )  # fmt: skip
+            finally:
+                engine.ledger.close()
 
     def own(self):
         """What they wrote down."""

@@ -163,7 +163,9 @@ class Component(Checked):
 class Algorithm(Checked):
     """Base of every algorithm; a subclass declares its fields with `rate`, `count` and `option`, which are checked.
 
-    Subclasses write `step`, their client methods, and where they have an estimator of the hypergradient, `estimate`.
+    Subclasses write `step`, their client methods, and where they have an estimator of the hypergradient, `estimate`. Where
+    clients have lower variables of their own, `own_lower(state)` finds one, like y, in the state that its client keeps:
+    `solve` returns every client's, and takes their mean for y; `shares_lower` says whether the server knows that mean.
 
     Attributes:
         follows: which setting moves which part of the state: "x", "y", another attribute of the state, or an entry of a
@@ -181,18 +183,6 @@ class Algorithm(Checked):
     def client_init(self, x: PyTree, y: PyTree) -> PyTree:
         """The state every client starts with and keeps between exchanges (control variates, say); None if it keeps none."""
         return None
-
-    def own_lower(self, state: PyTree) -> PyTree:
-        """The lower variable of a client's own, like y, in the state that this client keeps; None: one y is everybody's.
-
-        Where it is not None, `solve` returns every client's and takes their mean for y.
-        """
-        return None
-
-    @property
-    def shares_lower(self) -> bool:
-        """Whether the state's y is known to the server: everybody's, or the mean of what is the clients' own."""
-        return True
 
     @abc.abstractmethod
     def step(self, fed: Federation, state: Any) -> tuple[Any, Any]:

@@ -18,6 +18,9 @@ MOVED = {
     "fedbilevel.algorithms.steps": "fedbilevel.algorithms.components.steps",
     "fedbilevel.algorithms.directions": "fedbilevel.algorithms.components.directions",
     "fedbilevel.algorithms.simultaneous": "fedbilevel.algorithms.components.simultaneous",
+    "fedbilevel.algorithms.tracking": "fedbilevel.algorithms.components.tracking",
+    "fedbilevel.algorithms.localbsg": "fedbilevel.algorithms",
+    "fedbilevel.algorithms.neumann": "fedbilevel.algorithms.components.neumann",
     "fedbilevel.engines.client_side": "fedbilevel.engines.messaging.client_side",
     "fedbilevel.engines.server_side": "fedbilevel.engines.messaging.server_side",
     "fedbilevel.engines.transport": "fedbilevel.engines.messaging.transport",
@@ -25,6 +28,8 @@ MOVED = {
 
 # Classes that have a file of their own now, by where they were.
 NAMES = {
+    "fedbilevel.algorithms.fedbio.FedBiOAcc": "fedbilevel.algorithms.fedbioacc.FedBiOAcc",
+    "fedbilevel.algorithms.fedbio.FedBiOAccLocal": "fedbilevel.algorithms.fedbioacc_local.FedBiOAccLocal",
     "fedbilevel.algorithms.fednest.FedNestSGD": "fedbilevel.algorithms.fednest_sgd.FedNestSGD",
     "fedbilevel.algorithms.lfednest.LFedNestSVRG": "fedbilevel.algorithms.lfednest_svrg.LFedNestSVRG",
     "fedbilevel.algorithms.simfbo.ShroFBO": "fedbilevel.algorithms.shrofbo.ShroFBO",

@@ -23,6 +23,17 @@ from .problem import describe
 from .protocol import client_state
 
 
+def own_lower(algorithm: Algorithm, state: PyTree) -> PyTree:
+    """The lower variable of a client's own in the state that it keeps; None where one y is everybody's."""
+    find = getattr(algorithm, "own_lower", None)
+    return None if find is None else find(state)
+
+
+def shares_lower(algorithm: Algorithm) -> bool:
+    """Whether the state's y is known to the server: everybody's, or the mean of what is the clients' own."""
+    return getattr(algorithm, "shares_lower", True)
+
+
 class Lower:
     """Where a run's lower variable is: in the server's state, or with the clients.
 
@@ -36,7 +47,7 @@ class Lower:
 
     def __init__(self, execution: Execution, algorithm: Algorithm, state: Any, rest: PyTree):
         self._execution, self._algorithm, self._rest = execution, algorithm, rest
-        one = algorithm.own_lower(client_state(algorithm, state))
+        one = own_lower(algorithm, client_state(algorithm, state))
         self.own = one is not None
         check(
             not self.own or describe(one) == describe(state.y),
@@ -47,7 +58,7 @@ class Lower:
     @property
     def away(self) -> bool:
         """Whether y is known to nobody here: it stays with the clients, and they do not share it."""
-        return self.own and not self._execution.holds_clients and not self._algorithm.shares_lower
+        return self.own and not self._execution.holds_clients and not shares_lower(self._algorithm)
 
     def everybody(self, carry: Carry) -> PyTree:
         """Each client's y, leaves (clients, ...); None where there is one for all, or they are not here."""
@@ -77,7 +88,7 @@ class Lower:
     def _stacked(self, carry: Carry) -> PyTree:
         if not (self.own and self._execution.holds_clients):
             return None
-        return jax.vmap(self._algorithm.own_lower)(self._execution.client_states(carry))
+        return jax.vmap(lambda state: own_lower(self._algorithm, state))(self._execution.client_states(carry))
 
 
 class Away:

@@ -16,10 +16,10 @@ from .simfbo import SimFBO as SimFBO
 from .shrofbo import ShroFBO as ShroFBO
 from .memfbo import MemFBO as MemFBO
 from .fedbio import FedBiO as FedBiO
-from .fedbio import FedBiOAcc as FedBiOAcc
-from .fedbio import FedBiOAccLocal as FedBiOAccLocal
+from .fedbioacc import FedBiOAcc as FedBiOAcc
+from .fedbioacc_local import FedBiOAccLocal as FedBiOAccLocal
 from .fedmsa import FedMSA as FedMSA
-from .localbsg import LocalBSGM as LocalBSGM
-from .localbsg import LocalBSGVRM as LocalBSGVRM
-from .localbsg import AdaFBiO as AdaFBiO
+from .localbsgm import LocalBSGM as LocalBSGM
+from .localbsgvrm import LocalBSGVRM as LocalBSGVRM
+from .adafbio import AdaFBiO as AdaFBiO
 from .fedf2sa import FedF2SA as FedF2SA

@@ -260,6 +260,7 @@ class _Inside:
         """The run is over, and the state of this tag counts: write down the lower variable that is this site's own."""
         import equinox as eqx
 
+        from ...own_lower import own_lower
         from ...result import save_arrays
         from ...variables import trainable
         from ..faults import StateLost
@@ -268,7 +269,7 @@ class _Inside:
         tag = as_tag(counted)
         if tag not in self.side.states:
             raise StateLost(f"site {self.site} has no state of exchange {tag}.")
-        own = self.app.algorithm.own_lower(self.side.states[tag])
+        own = own_lower(self.app.algorithm, self.side.states[tag])
         if own is not None:
             _, rest = trainable(self.app.begin()[1], "y")
             save_arrays({"y": eqx.combine(own, rest)}, self.folder / LOWER)
