@@ -1,9 +1,7 @@
 """The algorithms, and their names on the command line: those of `shipped`, by what their classes say (`About`).
 
-A file holds one method with its variants; what several share has a file of its own: the local steps and the estimates they
-go along (`steps`), the directions (`directions`), the Neumann series (`neumann`), rounds of the lower and upper level
-(`parts`), rounds of all variables at once (`simultaneous`) or along tracked estimates (`tracking`), `hessian_lr="auto"`
-(`curvature`).
+A file holds one final class, whole: its equations, settings, state, server program and client methods. What several share
+stands in `components`.
 """
 
 import dataclasses
