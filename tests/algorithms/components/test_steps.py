@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fedbilevel.algorithms.steps import fedsvrg, local_descent, momentum, storm
+from fedbilevel.algorithms.components.steps import fedsvrg, local_descent, momentum, storm
 
 DIM, CLIENTS = 3, 4
 seeds = st.integers(0, 2**31 - 1)

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fedbilevel.algorithms.steps import moved_mean
+from fedbilevel.algorithms.components.steps import moved_mean
 from fedbilevel.cohorts import answered, combine_replies, sample_cohort, stays
 
 CLIENTS = 5
