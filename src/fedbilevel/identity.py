@@ -11,18 +11,22 @@ import contextlib
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
+from .algorithm import Algorithm
 from .canonical import FORM, digest_of
 from .compiled import run
 from .data import FederatedData
 from .engines.base import Execution
+from .given import JSON
+from .problem import Problem
 from .program import Settled, digest
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -42,7 +46,7 @@ class Identity:
     def __init__(
         self,
         execution: Execution,
-        algorithm: Any,
+        algorithm: Algorithm,
         x: tuple[PyTree, PyTree],
         y: tuple[PyTree, PyTree],
         data: FederatedData,
@@ -52,7 +56,7 @@ class Identity:
         self._x, self._y, self._every = x, y, evaluate_every
 
     @functools.cached_property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, JSON]:
         """By name, words or numbers: two runs are the same if these are."""
         algorithm, execution, data, x, y = self._algorithm, self._execution, self._data, self._x, self._y
         return {
@@ -71,11 +75,11 @@ class Identity:
             "losses": digest(execution.problem)[:16],
         }
 
-    def saved(self, state: Any) -> dict[str, Any]:
+    def saved(self, state: PyTree) -> dict[str, JSON]:
         """What a checkpoint keeps: the fields, who wrote them, and the oracles' values at its x and y."""
         return {**self.fields, "written by": _WRITTEN_BY, "oracles": self._oracles(state)}
 
-    def differences(self, saved: dict[str, Any]) -> str:
+    def differences(self, saved: Mapping[str, JSON]) -> str:
         """What differs from a checkpoint's fields, in words; empty if nothing does.
 
         Where another version wrote it, what was traced is left to `other_oracles`.
@@ -92,7 +96,7 @@ class Identity:
             left_out |= {*_TRACED, *traced}
         return differences(*({k: v for k, v in each.items() if k not in left_out} for each in (saved, both)))
 
-    def other_oracles(self, saved: dict[str, Any], state: Any) -> str:
+    def other_oracles(self, saved: Mapping[str, JSON], state: PyTree) -> str:
         """Whether the losses compute something else at a checkpoint's x and y, where another version wrote it."""
         if saved.get("written by") == _WRITTEN_BY:
             return ""
@@ -102,14 +106,14 @@ class Identity:
             return ""
         return "the losses' values or derivatives at its x and y are others"
 
-    def _oracles(self, state: Any) -> list[float]:
+    def _oracles(self, state: PyTree) -> list[float]:
         found = run(_measured, self._execution.problem, None, state.x, state.y, self._data)
         optimizers = [getattr(self._algorithm, f.name) for f in dataclasses.fields(self._algorithm)]
         steps = [_step(each, state.x) for each in optimizers if isinstance(each, optax.GradientTransformation)]
         return [*np.asarray(found, float).tolist(), *steps]
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
+def differences(saved: Mapping[str, JSON], now: Mapping[str, JSON]) -> str:
     """What differs between two runs' fields, in words; empty if nothing does."""
     names = sorted(set(saved) | set(now))
     other = [f"{n} was {saved.get(n)!r} and is {now.get(n)!r}" for n in names if saved.get(n) != now.get(n)]
@@ -136,14 +140,14 @@ def _numbers(tree: PyTree) -> str:
     return _short([(jax.tree_util.keystr(path), leaf) for path, leaf in leaves])
 
 
-def _short(value: Any) -> str:
+def _short(value: PyTree) -> str:
     return digest_of(value)[:16]
 
 
 # By values --------------------------------------------------------------------------------------------------------------
 
 
-def _measured(problem, _, x, y, data):
+def _measured(problem: Problem, _: None, x: PyTree, y: PyTree, data: FederatedData) -> Float[Array, " numbers"]:
     """Values, sizes of gradients, and products along two fixed directions, as means over a few clients: (9,), or (6,)."""
     direction = lambda tree, phase: jax.tree.map(
         lambda leaf: (
@@ -153,7 +157,7 @@ def _measured(problem, _, x, y, data):
     )
     u, v = direction(y, 0.0), direction(y, 1.0)
 
-    def of(i):
+    def of(i: Int[Array, ""]) -> Float[Array, " numbers"]:
         inner, outer = data.inner.client(i).all(), data.outer.client(i).all()
         found = [
             problem.inner_value(x, y, inner),
@@ -171,17 +175,17 @@ def _measured(problem, _, x, y, data):
     return jnp.mean(jax.lax.map(of, jnp.arange(few, dtype=jnp.int32) * (data.clients // few)), axis=0)
 
 
-def _size(tree: PyTree):
+def _size(tree: PyTree) -> Float[Array, ""]:
     return jnp.sqrt(_along(tree, tree))
 
 
-def _along(one: PyTree, other: PyTree):
+def _along(one: PyTree, other: PyTree) -> Float[Array, ""]:
     real = jnp.result_type(float)
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return jnp.sum(jnp.stack([jnp.sum(a.astype(real) * b.astype(real)) for a, b in pairs]))
 
 
-def _step(optimizer: Any, x: PyTree) -> float:
+def _step(optimizer: optax.GradientTransformation, x: PyTree) -> float:
     """The size of an optimizer's second step along ones."""
     with jax.numpy_dtype_promotion("standard"):
         ones, state = jax.tree.map(jnp.ones_like, x), optimizer.init(x)

@@ -8,7 +8,7 @@ clients share it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NoReturn
 
 import equinox as eqx
 import jax
@@ -45,7 +45,7 @@ class Lower:
         own: whether every client has one of its own.
     """
 
-    def __init__(self, execution: Execution, algorithm: Algorithm, state: Any, rest: PyTree):
+    def __init__(self, execution: Execution, algorithm: Algorithm, state: PyTree, rest: PyTree):
         self._execution, self._algorithm, self._rest = execution, algorithm, rest
         one = own_lower(algorithm, client_state(algorithm, state))
         self.own = one is not None
@@ -94,7 +94,7 @@ class Lower:
 class Away:
     """What metrics are given for y where it stays with the clients: nothing can be made of it."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError("y stays at the sites")
 
     def number(self, name: str, metric: Callable, x: PyTree) -> float:

@@ -6,13 +6,14 @@ The rows are a client's own, with unequal weights and with padding behind them, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from .data import FederatedData
 from .indices import outside
@@ -22,7 +23,10 @@ _PADDING = 2  # rows of weight zero behind the client's own
 _STEP = 1e-5  # of central differences
 _SHIFTS = (0.3, 0.03, 0.003)  # how far the point is moved, in the size of x and y or 1 where they are zero
 
-Check = tuple[str, Callable[[], tuple[bool, str]]]  # what is checked, and whether it holds
+Scalar = Float[Array, ""]
+Verdict = tuple[bool, str]  # whether it holds, and the figure
+Check = tuple[str, Callable[[], Verdict]]  # what is checked, and how
+Twice = tuple[str, Callable[[], Scalar], Callable[[], Scalar]]  # what is compared, and both ways to it
 
 
 class Point(NamedTuple):
@@ -69,10 +73,10 @@ def weighted(rows: Rows, seed: int) -> Rows:
     return Rows(examples, weights, rows.count, key=jax.random.key(seed))
 
 
-def _means(problem: Problem, level: str, at: Point, rows: Rows, tolerance: float):
+def _means(problem: Problem, level: str, at: Point, rows: Rows, tolerance: float) -> Callable[[], Verdict]:
     """Whether the loss of all rows is the weighted mean of its values for each row alone."""
 
-    def check():
+    def check() -> tuple[bool, str]:
         value = getattr(problem, f"{level}_value")
         total = jnp.sum(rows.weights)
         whole, parts = float(value(at.x, at.y, rows)), 0.0
@@ -86,10 +90,12 @@ def _means(problem: Problem, level: str, at: Point, rows: Rows, tolerance: float
     return check
 
 
-def _indices(problem: Problem, data: FederatedData, level: str, client: int, x: PyTree, y: PyTree):
+def _indices(
+    problem: Problem, data: FederatedData, level: str, client: int, x: PyTree, y: PyTree
+) -> Callable[[], Verdict]:
     """Whether the loss of a client's rows indexes arrays within their bounds."""
 
-    def check():
+    def check() -> tuple[bool, str]:
         rows = getattr(data, level).alone(client).all()
         rows = dataclasses.replace(rows, key=jax.random.key(0))
         found = outside(lambda x, y: getattr(problem, f"{level}_value")(x, y, rows), x, y)
@@ -104,7 +110,9 @@ def _indices(problem: Problem, data: FederatedData, level: str, client: int, x: 
     return check
 
 
-def _moved(problem, x, y, keys, inner, outer) -> tuple[PyTree, PyTree]:
+def _moved(
+    problem: Problem, x: PyTree, y: PyTree, keys: Key[Array, " draws"], inner: Rows, outer: Rows
+) -> tuple[PyTree, PyTree]:
     """x and y moved at random, so that nothing is zero by chance; less far where the losses are not finite there."""
     for shift in _SHIFTS:
         at = _shifted(x, keys[3], shift), _shifted(y, keys[4], shift)
@@ -113,12 +121,12 @@ def _moved(problem, x, y, keys, inner, outer) -> tuple[PyTree, PyTree]:
     return x, y
 
 
-def _shifted(tree: PyTree, key, shift: float) -> PyTree:
+def _shifted(tree: PyTree, key: Key[Array, ""], shift: float) -> PyTree:
     size = lambda leaf: jnp.where(jnp.any(leaf != 0), jnp.sqrt(jnp.mean(leaf**2)), 1.0)
     return jax.tree.map(lambda leaf, d: leaf + shift * size(leaf) * d, tree, _direction(key, tree))
 
 
-def _comparisons(problem: Problem, at: Point, inner: Rows, outer: Rows) -> list[tuple[str, Any, Any]]:
+def _comparisons(problem: Problem, at: Point, inner: Rows, outer: Rows) -> list[Twice]:
     x, y, dx, dy, v = at
     move = lambda start, d, s: jax.tree.map(lambda a, b: a + s * _STEP * b, start, d)
     along = lambda f: (f(1.0) - f(-1.0)) / (2 * _STEP)
@@ -147,7 +155,7 @@ def _comparisons(problem: Problem, at: Point, inner: Rows, outer: Rows) -> list[
     ]
 
 
-def _direction(key, like: PyTree) -> PyTree:
+def _direction(key: Key[Array, ""], like: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(
@@ -161,8 +169,9 @@ def _unit(direction: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf / length, direction)
 
 
-def _dot(one: PyTree, other: PyTree):
-    return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+def _dot(one: PyTree, other: PyTree) -> Scalar:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return functools.reduce(jnp.add, [jnp.vdot(a, b) for a, b in pairs])
 
 
 def _close(one: float, other: float, tolerance: float) -> tuple[bool, str]:

@@ -9,17 +9,18 @@ as y has numbers. Whatever looks wrong on a part of the rows is looked at again 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .compiled import Kept, run
 from .data import FederatedData, Level, entry
 from .errors import check, warn
+from .given import Received
 from .influence import compared, influence
 from .problem import Problem, Rows
 from .program import compiled_as
@@ -42,6 +43,8 @@ _NEEDS = {
     ("outer", "y"): "the outer loss does not depend on y, so that what the lower level learns does not matter to it",
 }
 
+Numbers = np.ndarray | Array  # traced within the compiled call, numpy outside
+
 
 class Figures(NamedTuple):
     """What one compiled call measures.
@@ -51,9 +54,9 @@ class Figures(NamedTuple):
         inner, outer: (k,) V'd_y of the inner and the outer loss: zero where the gradient is.
     """
 
-    curvature: Any
-    inner: Any
-    outer: Any
+    curvature: Numbers
+    inner: Numbers
+    outer: Numbers
 
 
 # The whole check --------------------------------------------------------------------------------------------------------
@@ -98,7 +101,9 @@ def check_influence(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: 
         check(False, f"{what}: is it {level}(x, y, example), x the upper variable and y the lower one? {NO_CHECK}")
 
 
-def measure(problem: Problem, x: PyTree, y: PyTree, v: PyTree, data: FederatedData, blocks) -> Figures:
+def measure(
+    problem: Problem, x: PyTree, y: PyTree, v: PyTree, data: FederatedData, blocks: tuple[Blocks, Blocks]
+) -> Figures:
     """The figures of some blocks of rows, in one compiled call."""
     rows = data.inner.rows, data.outer.rows
     found = run(_figures, problem, None, x, y, v, rows, blocks, options=tuple(_CHEAPLY.items()))
@@ -195,7 +200,7 @@ def _without(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -
     """
     rows = {"inner": inner, "outer": outer}
 
-    def look():
+    def look() -> list[tuple[str, str, bool]]:
         influenced = lambda level, variable: jax.tree.leaves(influence(problem, level, variable, x, y, rows[level]))
         read = lambda level, variable: compared(problem, level, variable, x, y, rows[level])
         return [(*pair, read(*pair)) for pair in _NEEDS if not any(influenced(*pair))]
@@ -247,10 +252,10 @@ class Blocks(NamedTuple):
         count: (blocks,) int32, how many of the rows are no padding.
     """
 
-    index: Any
-    weights: Any
-    share: Any
-    count: Any
+    index: Numbers
+    weights: Numbers
+    share: Numbers
+    count: Numbers
 
 
 def _count(blocks: Blocks) -> int:
@@ -283,14 +288,22 @@ def _blocks(level: Level, p: np.ndarray, rows: int | None) -> Blocks:
     return Blocks(index, real / lengths[:, None], share / share.sum(), lengths)
 
 
-def _figures(problem, _, x, y, v, rows, blocks) -> Figures:
+def _figures(
+    problem: Problem,
+    _: None,
+    x: PyTree,
+    y: PyTree,
+    v: PyTree,
+    rows: tuple[PyTree, PyTree],
+    blocks: tuple[Blocks, Blocks],
+) -> Figures:
     v = jax.tree.map(jnp.asarray, v)
 
-    def lower(block: Rows):
+    def lower(block: Rows) -> tuple[Float[Array, "k k"], Float[Array, " k"]]:
         gradient, product = _derivatives(problem, x, y, v, block)
         return _products(v, product), _along(v, gradient)
 
-    def upper(block: Rows):
+    def upper(block: Rows) -> Float[Array, " k"]:
         return _along(v, problem.outer_gradients(x, y, block)[1])
 
     curvature, inner = _mean(lower, rows[0], blocks[0])
@@ -308,7 +321,7 @@ def _derivatives(problem: Problem, x: PyTree, y: PyTree, v: PyTree, rows: Rows) 
         return gradient(y), jax.vmap(lambda d: _difference(gradient, y, d))(v)
 
 
-def _difference(gradient, y: PyTree, d: PyTree) -> PyTree:
+def _difference(gradient: Callable[[PyTree], PyTree], y: PyTree, d: PyTree) -> PyTree:
     """H d by central differences of the gradient: exact enough for a sign."""
     square = lambda tree: sum(jnp.sum(leaf.astype(jnp.result_type(float)) ** 2) for leaf in jax.tree.leaves(tree))
     coarse = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y))
@@ -317,21 +330,22 @@ def _difference(gradient, y: PyTree, d: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: (a - b) / (2 * reach.astype(a.dtype)), gradient(beside(1)), gradient(beside(-1)))
 
 
-def _mean(oracle, rows: PyTree, blocks: Blocks) -> PyTree:
+def _mean(oracle: Callable[[Rows], PyTree], rows: PyTree, blocks: Blocks) -> PyTree:
     """The mean over all blocks of what an oracle says of each, a few at a time."""
     real = jnp.result_type(float)
     blocks = Blocks(*map(jnp.asarray, blocks))
     blocks = blocks._replace(weights=blocks.weights.astype(real), share=blocks.share.astype(real))
 
-    def one(block: Blocks):
-        examples = jax.tree.map(lambda leaf: entry(leaf, block.index), rows)
-        return oracle(Rows(examples, block.weights, block.count))
+    def one(block: Blocks) -> PyTree:
+        index, weights, _, count = map(jnp.asarray, block)
+        examples = jax.tree.map(lambda leaf: entry(leaf, index), rows)
+        return oracle(Rows(examples, weights, count))
 
     every = jax.lax.map(one, blocks, batch_size=_TOGETHER)
     return jax.tree.map(lambda leaf: jnp.tensordot(blocks.share, leaf, axes=1), every)
 
 
-def _products(v: PyTree, w: PyTree):
+def _products(v: PyTree, w: PyTree) -> Float[Array, "k l"]:
     """V'W, (k, k)."""
     real = jnp.result_type(float)
     flat = lambda leaf: leaf.reshape(leaf.shape[0], -1).astype(real)
@@ -339,7 +353,7 @@ def _products(v: PyTree, w: PyTree):
     return jnp.sum(jnp.stack(parts), axis=0)
 
 
-def _along(v: PyTree, gradient: PyTree):
+def _along(v: PyTree, gradient: PyTree) -> Float[Array, " k"]:
     """V'gradient, (k,)."""
     return _products(v, jax.tree.map(lambda leaf: leaf[None], gradient))[:, 0]
 
@@ -353,7 +367,7 @@ def told(problem: Problem, own: FederatedData, x: PyTree, y: PyTree, rows: int =
     return [np.ravel(part).astype(float).tolist() for part in figures]
 
 
-def judge_all(said: Sequence[Any], weights: Sequence[float] | None, y: PyTree) -> None:
+def judge_all(said: Sequence[Received], weights: Sequence[float] | None, y: PyTree) -> None:
     """Judge by the mean of what the sites told.
 
     Raises:
@@ -361,8 +375,8 @@ def judge_all(said: Sequence[Any], weights: Sequence[float] | None, y: PyTree) -
     """
     v = directions(y)
     k = jax.tree.leaves(v)[0].shape[0]
-    good = all(isinstance(site, list) and [np.size(part) for part in site] == [k * k, k, k] for site in said)
-    check(good, "a site told figures of the inner loss's curvature that cannot be read.")
+    sites = [site for site in said if isinstance(site, list) and [np.size(part) for part in site] == [k * k, k, k]]
+    check(len(sites) == len(said), "a site told figures of the inner loss's curvature that cannot be read.")
     p = np.full(len(said), 1 / len(said)) if weights is None else np.asarray(weights)
-    parts = [sum(share * np.asarray(site[place]) for share, site in zip(p, said, strict=True)) for place in range(3)]
-    judge(Figures(np.reshape(parts[0], (k, k)), *parts[1:]), v, y)
+    mean = lambda place: sum((s * np.asarray(site[place]) for s, site in zip(p, sites, strict=True)), np.zeros(()))
+    judge(Figures(np.reshape(mean(0), (k, k)), mean(1), mean(2)), v, y)

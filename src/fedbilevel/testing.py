@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from . import reference
 from .algorithm import Algorithm
@@ -26,6 +25,8 @@ from .engines import Engine, Loopback, Simulation
 from .problem import Problem, bind, check_losses
 from .problem_checks import checks
 from .protocol import protocol
+from .protocol.table import Protocol
+from .result import Result
 from .solve import estimate_hypergradient, solve
 from .variables import trainable
 
@@ -82,17 +83,17 @@ def heterogeneous(clients: int = 8, seed: int = 0) -> tuple[Problem, FederatedDa
     """
     draw = np.random.default_rng(seed)
 
-    def rows(client: int, count: int):
+    def rows(client: int, count: int) -> dict[str, np.ndarray]:
         shift = draw.normal(size=3)
         features = draw.normal(size=(count, 3)) * (0.5 + client / clients) + 0.3 * shift
         return {"a": features, "b": draw.normal(size=count) + shift[0], "c": draw.normal(size=(count, 2)) + shift[1]}
 
-    def inner(x, y, e):
+    def inner(x: Mapping[str, Array], y: Mapping[str, PyTree], e: Mapping[str, Array]) -> Float[Array, ""]:
         residual = e["a"] @ y["w"] + y["deep"]["s"] * (e["c"] @ x["u"]) - e["b"] * x["k"]
         ridge = jnp.sum(y["w"] ** 2) + (1 + 0.1 * x["k"] ** 2) * y["deep"]["s"] ** 2
         return 0.5 * residual**2 + 0.2 * ridge
 
-    def outer(x, y, e):
+    def outer(x: Mapping[str, Array], y: Mapping[str, PyTree], e: Mapping[str, Array]) -> Float[Array, ""]:
         fit = (e["a"] @ y["w"] + y["deep"]["s"] - e["b"]) ** 2
         return 0.5 * fit + 0.1 * (x["u"] @ e["c"]) * y["deep"]["s"] + 0.05 * (jnp.sum(x["u"] ** 2) + x["k"] ** 2)
 
@@ -127,16 +128,16 @@ def check_algorithm(algorithm: Algorithm, accurate: Algorithm | None = None, tol
     report = Report(f"{type(algorithm).__name__}: conformance, float64, 4 of 8 ragged clients")
     with jax.enable_x64(True):
         problem, data, x, y = heterogeneous()
-        runs: dict[str, Any] = {}
+        runs: dict[str, Result] = {}
 
-        def run(name: str, engine: Engine, seed: int = 0, alg: Algorithm = algorithm):
+        def run(name: str, engine: Engine, seed: int = 0, alg: Algorithm = algorithm) -> Result:
             runs[name] = solve(
                 problem, data, alg, x, y, iterations=3, key=jax.random.key(seed), engine=engine, check=False
             )
             return runs[name]
 
-        def agree(name: str, engine: Engine):
-            def check():
+        def agree(name: str, engine: Engine) -> Callable[[], tuple[bool, str]]:
+            def check() -> tuple[bool, str]:
                 one, other = runs["simulation"], run(name, engine)
                 gap = distance((one.x, one.y), (other.x, other.y))
                 ledgers = [
@@ -180,7 +181,7 @@ def distance(one: PyTree, other: PyTree) -> float:
     return float(max(jax.tree.leaves(gaps)))
 
 
-def _ledger_fits(result) -> tuple[bool, str]:
+def _ledger_fits(result: Result) -> tuple[bool, str]:
     protocol, last = result.protocol, result.history[-1]
     n = last["iteration"]
     for name in ("rounds", "bytes_down", "bytes_up"):
@@ -190,17 +191,19 @@ def _ledger_fits(result) -> tuple[bool, str]:
     return True, f"{last['rounds']} rounds in {n} iterations"
 
 
-def _compiles_once(algorithm, problem, data, x, y) -> tuple[bool, str]:
+def _compiles_once(
+    algorithm: Algorithm, problem: Problem, data: FederatedData, x: PyTree, y: PyTree
+) -> tuple[bool, str]:
     traces, own = [], float(next(_PROGRAMS))
 
-    def counted(x, y, e):
+    def counted(x: PyTree, y: PyTree, e: PyTree) -> Float[Array, ""]:
         traces.append(1)
         return problem.inner(x, y, e) + own  # a program of its own: that of an earlier run does not serve
 
     same = Problem(counted, problem.outer)
     engine = Simulation(cohort=4)
 
-    def traced(run) -> int:
+    def traced(run: Callable[[], Result | Protocol]) -> int:
         before = len(traces)
         run()
         return len(traces) - before
@@ -221,7 +224,9 @@ def _compiles_once(algorithm, problem, data, x, y) -> tuple[bool, str]:
     return first > abstract and longer == other == abstract, detail
 
 
-def _accurate(algorithm, problem, data, x, y, tolerance) -> tuple[bool, str]:
+def _accurate(
+    algorithm: Algorithm, problem: Problem, data: FederatedData, x: PyTree, y: PyTree, tolerance: float
+) -> tuple[bool, str]:
     h, _ = estimate_hypergradient(problem, data, algorithm, x, y, key=jax.random.key(0))
     true = reference.hypergradient(problem, data, x, y)
     flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
@@ -259,7 +264,7 @@ def check_problem(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, t
     return report.conclude()
 
 
-def _widen(leaf):
+def _widen(leaf: PyTree) -> PyTree:
     if not isinstance(leaf, (jax.Array, np.ndarray)) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
     is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
