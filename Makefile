@@ -49,7 +49,7 @@ demo: .venv/core ## AggITD against FedNest on handwritten digits, three seeds: t
 test: .venv/core .venv/test ## the tests, but for the slow ones
 	XLA_FLAGS="$(FASTER) $$XLA_FLAGS" $(LIGHTER) $(TESTS) -m "not slow and not network" $(ARGS)
 
-test-slow: .venv/core .venv/test ## the slow tests
+test-slow: .venv/core .venv/test .venv/docs .venv/dev ## the slow tests
 	$(TESTS) -m "slow and not network" $(ARGS) || { code=$$?; [ $$code -eq 5 ] && echo "There are no slow tests." || exit $$code; }
 
 test-network: .venv/core .venv/test ## the tests of a provisioned deployment on this machine
