@@ -63,7 +63,7 @@ lint: .venv/dev ## ruff: the rules and the format; the contract of imports
 types: .venv/core .venv/test .venv/dev ## pyright
 	$(BIN)/pyright
 
-docs: .venv/docs ## the documentation, as pages in site/
+docs: .venv/core .venv/docs ## the documentation, as pages in site/
 	$(BIN)/mkdocs build --strict
 
 bench: .venv/core ## the benchmarks

@@ -1,8 +1,9 @@
-"""Put the tables, figures and step sizes of finished studies into the repository: python docs/refresh.py FOLDER
+"""Put the tables, figures and step sizes of finished studies into the repository: python docs/refresh.py [FOLDER]
 
 FOLDER holds a folder for each study, as `fedbilevel reproduce all --data-dir DATA --out FOLDER` leaves it. Of each: tables
 go to docs/tables/STUDY, figures to docs/images, step sizes to what `--checked-in` takes; then every table that stands
-between `<!-- STUDY/TABLE -->` and `<!-- end -->` on a page is written anew.
+between `<!-- STUDY/TABLE -->` and `<!-- end -->` on a page is written anew, and so is what classes say of themselves
+(`facts.py`); without FOLDER only that.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import facts
+
 from fedbilevel.experiments.catalogue import STUDIES
 
 DOCS = Path(__file__).resolve().parent
 FOUND = DOCS.parent / "src" / "fedbilevel" / "experiments" / "found"
-TABLE = re.compile(r"(?P<start><!-- (?P<study>[\w-]+)/(?P<table>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.S)
+TABLE = re.compile(r"(?P<start><!-- (?P<study>(?!facts/)[\w-]+)/(?P<table>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.S)
 TOO_LONG = ("history.csv", "shares.csv", "grid.csv")
 
 
@@ -50,14 +53,15 @@ def kept(study: str, table: str) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("usage: python docs/refresh.py FOLDER, where FOLDER holds a folder for each study")
-    for place in sorted(Path(sys.argv[1]).iterdir()):
+    folders = [Path(word) for word in sys.argv[1:]]
+    if len(folders) > 1 or not all(folder.is_dir() for folder in folders):
+        sys.exit("usage: python docs/refresh.py [FOLDER], where FOLDER holds a folder for each study")
+    for place in sorted(place for folder in folders for place in folder.iterdir()):
         if list(place.glob("*.png")):  # the last that a study writes
             keep(place)
             print(f"{place.name}: kept")
-    for page in sorted(DOCS.glob("*.md")):
-        page.write_text(rewrite(page.read_text()))
+    for page in [DOCS.parent / "README.md", *sorted(DOCS.glob("**/*.md"))]:
+        page.write_text(facts.rewrite(rewrite(page.read_text())))
 
 
 if __name__ == "__main__":

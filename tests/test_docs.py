@@ -6,6 +6,7 @@ A block after `<!-- long -->` is left out; a line `--8<-- "file"` stands for tha
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from fedbilevel.algorithms import shipped
 from helpers.places import ROOT
 
 SOURCE = ROOT / "src" / "fedbilevel"
@@ -121,9 +121,11 @@ fedbilevel compare
 def public_names() -> set[str]:
     """What `import fedbilevel as fb` offers."""
     tree = ast.parse((SOURCE / "__init__.py").read_text())
-    imported = [alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
-    names = {alias.name for alias in imported if not (alias.asname or alias.name).startswith("_")}
-    return names - {"*"} | {name for name, kind in vars(shipped).items() if isinstance(kind, type)}
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    shipped = [importlib.import_module(f"fedbilevel.{node.module}") for node in imports if node.names[0].name == "*"]
+    all_of = {name for module in shipped for name, kind in vars(module).items() if isinstance(kind, type)}
+    imported = [alias for node in imports for alias in node.names]
+    return all_of | {alias.name for alias in imported if not (alias.asname or alias.name).startswith(("_", "*"))}
 
 
 def test_every_public_name_has_a_page_with_an_example():
