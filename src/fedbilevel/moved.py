@@ -17,6 +17,7 @@ MOVED = {
     "fedbilevel.wire": "fedbilevel.protocol.wire",
     "fedbilevel.algorithms.steps": "fedbilevel.algorithms.components.steps",
     "fedbilevel.algorithms.directions": "fedbilevel.algorithms.components.directions",
+    "fedbilevel.algorithms.optimizer": "fedbilevel.algorithms.components.optimizer",
     "fedbilevel.algorithms.simultaneous": "fedbilevel.algorithms.components.simultaneous",
     "fedbilevel.algorithms.tracking": "fedbilevel.algorithms.components.tracking",
     "fedbilevel.algorithms.localbsg": "fedbilevel.algorithms",

@@ -49,6 +49,21 @@ class OuterOptimizer(Component):
         return optax.apply_updates(x, updates), after
 
 
+def begin(optimizer: Optimizer, x: PyTree) -> dict[str, PyTree]:
+    """`OuterOptimizer.begin`, for states that keep things by name."""
+    return {} if optimizer is None else {"optimizer": OuterOptimizer(optimizer).begin(x)}
+
+
+def outer_step(
+    optimizer: Optimizer, x: PyTree, mean: PyTree, kept: dict[str, PyTree]
+) -> tuple[PyTree, dict[str, PyTree]]:
+    """`OuterOptimizer.step`, for states that keep things by name."""
+    if optimizer is None:
+        return mean, kept
+    x, after = OuterOptimizer(optimizer).step(x, mean, kept["optimizer"])
+    return x, {**kept, "optimizer": after}
+
+
 def resolve(optimizer: Optimizer, owner: str) -> optax.GradientTransformation | None:
     """The transformation: None, one of optax's, or words such as "adam:0.01", one of optax's names and its learning rate.
 
