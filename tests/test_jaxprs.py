@@ -85,6 +85,28 @@ def test_a_trace_is_told_from_another():
     assert not isinstance(jnp.ones(()), jaxprs.Tracer)
 
 
+def test_compiling_is_told_of():
+    """Each of the three steps by an event of its own, and running a compiled program by none."""
+    told = []
+
+    def listen(event, seconds, **_):
+        if event.startswith(jaxprs.COMPILING):  # a program that is read from a cache has other events besides
+            told.append((event.removeprefix(jaxprs.COMPILING), seconds))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    program = jax.jit(lambda a: jnp.tan(a) + 3.0 * a**3)
+    try:
+        program(2.0)
+        compiled = list(told)
+        program(3.0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert told == compiled
+    assert all(seconds > 0 for _, seconds in told)
+    for step in ("jaxpr_trace", "jaxpr_to_mlir", "backend_compile"):
+        assert any(event.startswith(step) for event, _ in told)
+
+
 def test_random_bits_are_those_of_the_published_cipher():
     """Known answers of Threefry-2x32 with 20 rounds, from the test vectors of Salmon et al. 2011."""
     key, counter = np.array([0x13198A2E, 0x03707344], np.uint32), np.array([0x243F6A88, 0x85A308D3], np.uint32)

@@ -7,7 +7,8 @@ import time
 
 import jax.monitoring
 
-_COMPILING = "/jax/core/compile/"  # tracing, lowering, compiling; also what is read from a cache
+from .jaxprs import COMPILING
+
 _MOST = 10_000  # spans kept apart, in a thread where nobody asks
 
 
@@ -56,7 +57,7 @@ _own = _Compiled()
 
 
 def _listen(event: str, duration_secs: float, **_: str | int) -> None:
-    if event.startswith(_COMPILING):
+    if event.startswith(COMPILING):
         now = time.perf_counter()
         spent_compiling(now - duration_secs, now)
 
