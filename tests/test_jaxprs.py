@@ -53,6 +53,7 @@ def test_traced_programs():
     assert isinstance(program, jaxprs.ClosedJaxpr)
     assert isinstance(program.jaxpr, jaxprs.Jaxpr)
     first = program.jaxpr.eqns[0]
+    assert isinstance(first, jaxprs.JaxprEqn)
     assert [isinstance(v, jaxprs.Literal) for v in first.invars] == [False, True]
     assert isinstance(first.invars[0], jaxprs.Var)
     assert first.invars[1].val == 2.0

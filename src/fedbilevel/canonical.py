@@ -12,7 +12,7 @@ import functools
 import hashlib
 import re
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .jaxprs import ClosedJaxpr, Jaxpr, Literal, Tracer, Var
+from .jaxprs import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Tracer, Var
 
 FORM = 1  # of the digests: to be raised where the same program gives another one
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
@@ -51,7 +51,7 @@ def trace(function: Callable, *args: PyTree) -> Traced:
     """Trace a function of pytrees of arrays, whatever JAX knows of it from earlier: it runs, once."""
     other = []
 
-    def anew(*args):  # another function each time: JAX traces no function twice at the same shapes
+    def anew(*args: PyTree) -> PyTree:  # another function each time: JAX traces no function twice at the same shapes
         arrays, rest = eqx.partition(function(*args), eqx.is_array)
         other.append(rest)
         return arrays
@@ -71,7 +71,7 @@ class Canonical(NamedTuple):
     """
 
     digest: str
-    objects: tuple
+    objects: tuple[Callable, ...]
     rules: bool
     helpers: bool
 
@@ -84,7 +84,7 @@ def canonical(traced: Iterable[ClosedJaxpr]) -> Canonical:
     return Canonical(writer.digest(), tuple(writer.objects), writer.rules, writer.helpers)
 
 
-def digest_of(value: Any) -> str:
+def digest_of(value: PyTree) -> str:
     """A digest of numbers, words, functions and containers of them: equal in every process for equal ones."""
     writer = _Writer()
     writer.value(value)
@@ -97,13 +97,13 @@ class _Writer:
         self._numbers: dict[Var, int] = {}
         self._within: list[int] = []
         self._written: dict[int, int] = {}
-        self.objects: list[Any] = []
+        self.objects: list[Callable] = []
         self.rules = self.helpers = False
 
     def digest(self) -> str:
         return self._hash.hexdigest()
 
-    def word(self, *words: Any) -> None:
+    def word(self, *words: Hashable) -> None:
         self._hash.update("\0".join(map(str, words)).encode() + b"\1")
 
     # Programs ---------------------------------------------------------------------------------------------------
@@ -116,11 +116,11 @@ class _Writer:
             self.word(equation.primitive.name, len(equation.invars), len(equation.outvars))
             for atom in (*equation.invars, *equation.outvars):
                 self.atom(atom)
-            self.parameters(equation.primitive.name, equation.params)
+            self.parameters(equation)
         for atom in jaxpr.outvars:
             self.atom(atom)
 
-    def atom(self, atom: Any) -> None:
+    def atom(self, atom: Var | Literal) -> None:
         if isinstance(atom, Literal):
             self.word("literal", atom.aval.str_short(), getattr(atom.aval, "weak_type", False))
             self.value(np.asarray(atom.val))
@@ -129,7 +129,8 @@ class _Writer:
         number = self._numbers.setdefault(atom, len(self._numbers))
         self.word(number) if known else self.word(number, atom.aval.str_short(), getattr(atom.aval, "weak_type", ""))
 
-    def parameters(self, primitive: str, params: dict[str, Any]) -> None:
+    def parameters(self, equation: JaxprEqn) -> None:
+        primitive, params = equation.primitive.name, equation.params
         nested = params.get("call_jaxpr", params.get("jaxpr"))
         if primitive.startswith("custom_") and _RULES & set(params):
             self.rules |= not _of_library(nested)
@@ -203,7 +204,7 @@ class _Writer:
         else:
             self.word(kind.__module__, kind.__qualname__, _ADDRESS.sub("", repr(value)))
 
-    def function(self, value: Any) -> None:
+    def function(self, value: types.FunctionType | types.MethodType | functools.partial) -> None:
         """A function by its text and what it has hold of."""
         if isinstance(value, functools.partial):
             self.value((value.func, value.args, value.keywords))
@@ -253,7 +254,7 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _source(nested: Any) -> str:
+def _source(nested: Jaxpr | ClosedJaxpr | None) -> str:
     """Where a nested program's function stands: `relu at .../jax/_src/nn/functions.py`."""
     jaxpr = nested.jaxpr if isinstance(nested, ClosedJaxpr) else nested
     place = str(getattr(getattr(jaxpr, "debug_info", None), "func_src_info", None) or "")
@@ -263,7 +264,7 @@ def _source(nested: Any) -> str:
     return f"{name} at {file.rpartition(':')[0]}"
 
 
-def _of_library(nested: Any) -> bool:
+def _of_library(nested: Jaxpr | ClosedJaxpr | None) -> bool:
     jaxpr = nested.jaxpr if isinstance(nested, ClosedJaxpr) else nested
     place = str(getattr(getattr(jaxpr, "debug_info", None), "func_src_info", None) or "")
     return place.partition(" at ")[2].startswith(_LIBRARIES)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 
 class InputError(ValueError):
@@ -63,7 +63,14 @@ def heard(tell: Callable[[str], None]) -> Iterator[None]:
         warnings.simplefilter("always", FedbilevelWarning)
         others = warnings.showwarning
 
-        def show(message, category, filename, lineno, file=None, line=None):
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if not issubclass(category, FedbilevelWarning):
                 others(message, category, filename, lineno, file, line)
             elif str(message) not in told:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def as_whole(value: Any, least: int | None = None) -> int | None:
     return number if least is None or number >= least else None
 
 
-def whole_number(value: Any, least: int, what: str) -> int:
+def whole_number(value: SupportsIndex | None, least: int, what: str) -> int:
     """As `as_whole`.
 
     Raises:

@@ -8,13 +8,13 @@ be zero at some point (a ReLU that is off) is an influence.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .jaxprs import ClosedJaxpr, dce_jaxpr, jaxpr_as_fun
+from .jaxprs import ClosedJaxpr, Jaxpr, dce_jaxpr, jaxpr_as_fun
 from .jaxprs import Literal as Constant
 from .problem import Problem, Rows
 
@@ -36,7 +36,7 @@ def influence(problem: Problem, level: Level, variable: Variable, x: PyTree, y: 
     loss = getattr(problem, f"{level}_value")
     along_x = variable == "x"
 
-    def derivative(x, y, rows, direction):
+    def derivative(x: PyTree, y: PyTree, rows: Rows, direction: PyTree) -> Float[Array, ""]:
         of = (lambda x: loss(x, y, rows)) if along_x else (lambda y: loss(x, y, rows))
         at = x if along_x else y
         return jax.jvp(of, (at,), (direction,))[1]
@@ -63,7 +63,7 @@ def compared(problem: Problem, level: Level, variable: Variable, x: PyTree, y: P
     return any(used[place]) and "stop_gradient" not in _primitives(program)
 
 
-def _primitives(program: Any) -> set[str]:
+def _primitives(program: Jaxpr) -> set[str]:
     """The names of what a traced program does, nested programs included."""
     found = set()
     for eqn in program.eqns:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import numpy as np
+from jaxtyping import Array, PyTree
 
 from .algorithm import Info
 from .errors import InputError, check
+
+Metric = Callable[[PyTree, PyTree], float | np.number | np.ndarray | Array]  # of x and y, one real number
 
 COLUMNS = ("iteration", "rounds", "bytes_down", "bytes_up", "seconds")
 _BESIDE = (
@@ -22,7 +24,7 @@ _BESIDE = (
 )  # in tables with them
 
 
-def measured(name: str, metric: Callable, x: Any, y: Any) -> float:
+def measured(name: str, metric: Metric, x: PyTree, y: PyTree) -> float:
     """What a metric says.
 
     Raises:
@@ -41,7 +43,7 @@ def measured(name: str, metric: Callable, x: Any, y: Any) -> float:
     raise InputError(f"the metric {name!r} must return a scalar, one real number; it returned {shown}.")
 
 
-def checked_metrics(metrics: Any, diagnostics: Iterable[str] = ()) -> dict[str, Callable]:
+def checked_metrics(metrics: Mapping[str, Metric] | None, diagnostics: Iterable[str] = ()) -> dict[str, Metric]:
     """The metrics by name.
 
     Args:

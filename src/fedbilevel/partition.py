@@ -15,10 +15,11 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Array, Key
+from numpy.typing import ArrayLike
 
 from .data import generator
 from .errors import InputError, check, unknown_name
@@ -36,7 +37,7 @@ def iid(rows: int, clients: int, key: Key[Array, ""]) -> Parts:
     return _ascending(np.array_split(generator(key).permutation(rows), clients))
 
 
-def shards(labels: Any, clients: int, key: Key[Array, ""], per_client: int = 2) -> Parts:
+def shards(labels: ArrayLike, clients: int, key: Key[Array, ""], per_client: int = 2) -> Parts:
     """Sort the rows by label, cut them into shards, and deal every client `per_client` of them at random.
 
     Args:
@@ -61,7 +62,7 @@ def shards(labels: Any, clients: int, key: Key[Array, ""], per_client: int = 2) 
     return _ascending([np.concatenate([pieces[piece] for piece in hand]) for hand in hands])
 
 
-def dirichlet(labels: Any, clients: int, key: Key[Array, ""], alpha: float = 0.5, min_rows: int = 2) -> Parts:
+def dirichlet(labels: ArrayLike, clients: int, key: Key[Array, ""], alpha: float = 0.5, min_rows: int = 2) -> Parts:
     """Deal the rows of each label in proportions drawn from a symmetric Dirichlet distribution over the clients.
 
     Args:
@@ -109,7 +110,7 @@ PARTITIONS: dict[str, Callable[..., Parts]] = {
 }
 
 
-def partition(name: str, labels: Any, clients: int, key: Key[Array, ""], **options: Any) -> Parts:
+def partition(name: str, labels: ArrayLike, clients: int, key: Key[Array, ""], **options: float) -> Parts:
     """The partition called `name` of the rows that `labels` (rows, ...) belong to, with that partition's own options.
 
     "iid" and "quantity" take any targets, for they only count them; the others need integer labels.
@@ -132,7 +133,7 @@ def partition(name: str, labels: Any, clients: int, key: Key[Array, ""], **optio
     return function(labels, clients, key, **options)
 
 
-def imbalanced(labels: Any, ratio: float, key: Key[Array, ""], largest: int | None = None) -> np.ndarray:
+def imbalanced(labels: ArrayLike, ratio: float, key: Key[Array, ""], largest: int | None = None) -> np.ndarray:
     """The rows to keep of a data set whose classes are to shrink geometrically, from `largest` rows to `ratio` times that.
 
     Of the c-th of C labels, c = 0, 1, ..., in ascending order, floor(largest * ratio^(c / (C - 1))) + 1 rows are kept, or
@@ -189,7 +190,7 @@ def _ascending(parts: Parts) -> Parts:
     return [np.sort(part).astype(np.int64) for part in parts]
 
 
-def _labels(labels: Any) -> np.ndarray:
+def _labels(labels: ArrayLike) -> np.ndarray:
     try:
         labels = np.asarray(labels)
     except ValueError as error:  # numpy's words for lists of unequal lengths
@@ -202,7 +203,7 @@ def _labels(labels: Any) -> np.ndarray:
     return labels
 
 
-def _whole(name: str, value: Any, least: int = 1) -> int:
+def _whole(name: str, value: SupportsIndex, least: int = 1) -> int:
     try:
         number = operator.index(value)
     except TypeError:
@@ -214,7 +215,7 @@ def _whole(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def _sizes(rows: Any, clients: Any, least: int = 1, why: str = "") -> tuple[int, int]:
+def _sizes(rows: SupportsIndex, clients: SupportsIndex, least: int = 1, why: str = "") -> tuple[int, int]:
     """`rows` and `clients` as ints, once it is certain that every client can get `least` rows."""
     rows, clients = _whole("rows", rows, 0), _whole("clients", clients)
     check(
@@ -225,7 +226,7 @@ def _sizes(rows: Any, clients: Any, least: int = 1, why: str = "") -> tuple[int,
     return rows, clients
 
 
-def _concentration(alpha: Any) -> float:
+def _concentration(alpha: float) -> float:
     number = isinstance(alpha, (int, float, np.floating, np.integer)) and not isinstance(alpha, bool)
     check(number and alpha > 0, f"alpha= must be a positive number; got {alpha!r}.")
     return min(float(alpha), 1e12)  # even to any precision that rows can show; numpy's draw overflows near 1e308

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -50,7 +48,7 @@ def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
     return arrays, rest
 
 
-def _check_real(leaf: Any, where: str) -> None:
+def _check_real(leaf: PyTree, where: str) -> None:
     """Refuse complex leaves: steps along -`jax.grad`, the conjugate, do not go downhill."""
     if is_complex(leaf):
         kind = f"{getattr(leaf, 'dtype', 'number')}{list(np.shape(leaf)) or ''}"
@@ -60,7 +58,7 @@ def _check_real(leaf: Any, where: str) -> None:
         )
 
 
-def _as_array(leaf: Any, where: str) -> Any:
+def _as_array(leaf: PyTree, where: str) -> PyTree:
     """A leaf as JAX holds it; what is no array or float stays as it is."""
     if isinstance(leaf, float):
         leaf = np.float64(leaf)

@@ -7,7 +7,7 @@ of the state is, and how far it moved, tells what blew up first; a sketch of the
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from types import ModuleType
 
 import equinox as eqx
 import jax
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 BUCKETS = 32  # numbers of a sketch; an x of no more numbers is sketched without loss
 
 Number = Float[Array, ""] | np.floating  # outside of compiled programs numpy's
+Vector = Float[Array | np.ndarray, "_"]
 Sketch = Float[Array | np.ndarray, "32"]
 
 
@@ -36,7 +37,7 @@ class Seen(eqx.Module):
     sketch: Sketch
 
 
-def attributes(state: Any) -> dict[str, PyTree]:
+def attributes(state: PyTree) -> dict[str, PyTree]:
     """What a state holds, by name."""
     if dataclasses.is_dataclass(state):
         named = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
@@ -44,7 +45,7 @@ def attributes(state: Any) -> dict[str, PyTree]:
     return state._asdict() if hasattr(state, "_asdict") else {"x": state.x, "y": state.y}
 
 
-def parts(state: Any) -> dict[str, PyTree]:
+def parts(state: PyTree) -> dict[str, PyTree]:
     """The parts of a state by name: x, y, and what else it holds, each entry of a dict and of a tuple on its own.
 
     What is made like x or y is one part, whatever it is made of.
@@ -64,7 +65,7 @@ def parts(state: Any) -> dict[str, PyTree]:
     return {name: tree for name, tree in found.items() if any(map(eqx.is_inexact_array, jax.tree.leaves(tree)))}
 
 
-def observe(before: Any, after: Any, xp: Any = jnp) -> Seen:
+def observe(before: PyTree, after: PyTree, xp: ModuleType = jnp) -> Seen:
     """What an iteration did. `xp` is `jnp` inside compiled programs, `np` outside them."""
     old, new = parts(before), parts(after)
     sizes = {name: _largest(_numbers(tree, xp), xp) for name, tree in new.items()}
@@ -74,19 +75,19 @@ def observe(before: Any, after: Any, xp: Any = jnp) -> Seen:
     return Seen(sizes, moves, _sketch(changes["x"], xp))
 
 
-def _numbers(tree: PyTree, xp: Any) -> list[Any]:
+def _numbers(tree: PyTree, xp: ModuleType) -> list[Vector]:
     """The inexact leaves, flat, as ordinary floats."""
     wide = jax.dtypes.canonicalize_dtype(float)
     leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
     return [xp.asarray(leaf).real.astype(wide).reshape(-1) for leaf in leaves]
 
 
-def _largest(vectors: list[Any], xp: Any) -> Any:
+def _largest(vectors: list[Vector], xp: ModuleType) -> Number:
     zero = xp.zeros((1,), jax.dtypes.canonicalize_dtype(float))
     return xp.max(xp.stack([xp.max(xp.abs(xp.concatenate([vector, zero]))) for vector in (*vectors, zero)]))
 
 
-def _sketch(vectors: list[Any], xp: Any) -> Any:
+def _sketch(vectors: list[Vector], xp: ModuleType) -> Sketch:
     flat = xp.concatenate(vectors)
     place = xp.arange(flat.shape[0], dtype=np.uint32)
     mixed = place * np.uint32(2654435761)
