@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
-from jaxtyping import Array, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from .algorithm import Info
 from .errors import InputError, check
 
-Metric = Callable[[PyTree, PyTree], float | np.number | np.ndarray | Array]  # of x and y, one real number
+Metric = Callable[[PyTree, PyTree], ArrayLike]  # of x and y, one real number
 
 COLUMNS = ("iteration", "rounds", "bytes_down", "bytes_up", "seconds")
 _BESIDE = (
@@ -36,7 +37,7 @@ def measured(name: str, metric: Metric, x: PyTree, y: PyTree) -> float:
         raise InputError(f"the metric {name!r} failed: {type(error).__name__}: {error}") from error
     try:
         if np.shape(value) == () and not isinstance(value, str | bytes):
-            return float(value)
+            return float(value)  # pyright: ignore[reportArgumentType]
     except Exception:  # no number
         pass
     shown = str(value) if len(str(value)) < 200 else type(value).__name__
