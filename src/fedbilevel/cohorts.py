@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from .data import random_below
 from .errors import InputError, check
-from .federation import Combine
+from .federation import Combine, Share
 from .given import as_whole
 
 _COHORT = 2**32 - 1  # no client has this index: the cohort's key differs from every client's
@@ -44,16 +43,15 @@ def sample_cohort(
     tops = jnp.arange(clients - size, clients, dtype=jnp.int32)
     draws = random_below(key, 0, tops + 1)
 
-    def place(k, chosen):
-        taken = jnp.any(chosen == draws[k])
-        return chosen.at[k].set(jnp.where(taken, tops[k], draws[k]))
+    taken = lambda k, chosen: jnp.any(chosen == draws[k])
+    place = lambda k, chosen: chosen.at[k].set(jnp.where(taken(k, chosen), tops[k], draws[k]))
 
     return jnp.sort(jax.lax.fori_loop(0, size, place, jnp.full((size,), -1, jnp.int32)))
 
 
 def answered(
     weights: Float[Array, " m"] | None, cohort: Int[Array, " n"] | int, present: Bool[Array, " n"] | None, clients: int
-) -> Any:
+) -> Share:
     """`Federation.share` of an exchange.
 
     Args:
@@ -132,7 +130,7 @@ def check_cohort(cohort: int | None, clients: int) -> int:
     return cohort
 
 
-def check_dropout(dropout: Any) -> None:
+def check_dropout(dropout: float) -> None:
     """Refuse what is no probability below one."""
     number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
     check(

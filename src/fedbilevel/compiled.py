@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
+from .arrays import Concrete, Structure
 from .problem import Problem, told_of_reverse_rules
 from .program import class_of, compiled_as, helpers_of, known_as, program_of
 
@@ -20,13 +21,17 @@ TRACED = 8  # problems of which parts are kept traced: about 2 MB each
 
 _ARRAY = object()  # where an array stood
 
+Options: TypeAlias = tuple[tuple[str, bool | int | float | str], ...]  # of the compiler
+Static: TypeAlias = tuple[Hashable, ...]  # leaves, or what stands in the place of arrays
+Thing = TypeVar("Thing")
+
 
 def run(
     function: Callable[..., PyTree],
     problem: Problem,
-    algorithm: Any,
-    *args: Any,
-    options: tuple[tuple[str, Any], ...] = (),
+    algorithm: PyTree,
+    *args: PyTree,
+    options: Options = (),
 ) -> PyTree:
     """`function(problem, algorithm, *args)`, compiled; what is compiled is shared between equal frozen problems.
 
@@ -39,7 +44,7 @@ def run(
     return Bound(function, problem, algorithm, options)(*args)
 
 
-def traced(function: Callable[..., PyTree], problem: Problem, algorithm: Any, *args: Any) -> PyTree:
+def traced(function: Callable[..., PyTree], problem: Problem, algorithm: PyTree, *args: PyTree) -> PyTree:
     """As `run`, as a part of a program that is being traced: traced once for all programs that hold it at these shapes."""
     return Bound(function, problem, algorithm, (), _TRACED)(*args)
 
@@ -51,9 +56,9 @@ class Bound:
         self,
         function: Callable[..., PyTree],
         problem: Problem,
-        algorithm: Any,
-        options: tuple[tuple[str, Any], ...] = (),
-        kept: Kept | None = None,
+        algorithm: PyTree,
+        options: Options = (),
+        kept: Kept[_Compiled] | None = None,
     ):
         own, rest = eqx.partition(problem, eqx.is_array)  # numpy's are constants, as they are in the trace
         self._own, structure = jax.tree.flatten(own)
@@ -65,21 +70,21 @@ class Bound:
             (compiled_as(problem), class_of(algorithm), whole, static, function), lambda: _Compiled(function, options)
         )
 
-    def __call__(self, *args: Any) -> PyTree:
+    def __call__(self, *args: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(args)
         arrays, static = _apart(leaves)
         with helpers_of(self._problem), told_of_reverse_rules():  # JAX may find such a rule after the oracle's end only
             return self._compiled(self._now, _Static(static, structure), self._own, self._algorithm, arrays)
 
 
-def _apart(leaves: list[Any]) -> tuple[list[Any], tuple]:
+def _apart(leaves: list[PyTree]) -> tuple[list[Concrete], Static]:
     """(The arrays, what stands in their places: itself where it is none)."""
     is_array = [isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in leaves]
     arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
     return arrays, tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
 
 
-def _together(static: tuple, structure: Any, arrays: list[Any]) -> PyTree:
+def _together(static: Static, structure: Structure, arrays: Sequence[Concrete]) -> PyTree:
     left = iter(arrays)
     return jax.tree.unflatten(structure, [next(left) if leaf is _ARRAY else leaf for leaf in static])
 
@@ -87,20 +92,23 @@ def _together(static: tuple, structure: Any, arrays: list[Any]) -> PyTree:
 class _Compiled:
     """A function compiled for a program, for the shapes it has met."""
 
-    def __init__(self, function: Callable, options: tuple):
-        self._function, self._now = function, None
+    def __init__(self, function: Callable[..., PyTree], options: Options):
+        self._function = function
+        self._now: tuple | None = None
         named = functools.partial(self._traced)
         functools.update_wrapper(named, function)  # what JAX calls it in its log and in profiles
         self._jitted = jax.jit(named, static_argnums=0, compiler_options=dict(options) or None)
 
-    def __call__(self, now: tuple, static: _Static, own: list, algorithm: list, arrays: list) -> PyTree:
+    def __call__(
+        self, now: tuple, static: _Static, own: list[Concrete], algorithm: list[Concrete], arrays: list[Concrete]
+    ) -> PyTree:
         before, self._now = self._now, now
         try:
             return self._jitted(static, own, algorithm, arrays)
         finally:
             self._now = before
 
-    def _traced(self, static, own, algorithm, arrays):
+    def _traced(self, static: _Static, own: list[Array], algorithm: list[Array], arrays: list[Array]) -> PyTree:
         assert self._now is not None
         # of this very call, not of the one that was compiled first
         problem, structure, program, fixed, whole = self._now
@@ -112,28 +120,28 @@ class _Compiled:
 class _Static:
     """Leaves that are no arrays, as a key."""
 
-    def __init__(self, leaves: tuple, structure: Any):
+    def __init__(self, leaves: Static, structure: Structure):
         self.leaves, self.structure = leaves, structure
         self._hash = hash((leaves, structure))
 
     def __hash__(self):
         return self._hash
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _Static) and (self.leaves, self.structure) == (other.leaves, other.structure)
 
 
-class Kept:
+class Kept(Generic[Thing]):
     """The latest `most` things by key; those not asked for the longest are forgotten."""
 
     def __init__(self, most: int):
         self.most = most
-        self._held: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+        self._held: collections.OrderedDict[Hashable, Thing] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def get(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
         """What is held for a key, made if need be."""
         if key not in self._held:
             made = make()
@@ -144,4 +152,5 @@ class Kept:
         return self._held[key]
 
 
-_KEPT, _TRACED = Kept(KEPT), Kept(TRACED)
+_KEPT: Kept[_Compiled] = Kept(KEPT)
+_TRACED: Kept[_Compiled] = Kept(TRACED)

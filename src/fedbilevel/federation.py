@@ -11,17 +11,24 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Int, Key, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from .data import ClientRows
 from .errors import check, unknown_name
 from .problem import Problem, Rows
 
 Combine = Literal["mean", "maximum"]
-Flag: TypeAlias = bool | Bool[Array, ""]  # whether a part travels
+Flag: TypeAlias = bool | np.bool_ | Bool[Array | np.ndarray, ""]  # whether a part travels
+Method: TypeAlias = Callable[..., PyTree]  # of a client: (client, *message) -> its reply
+Replies: TypeAlias = Flag | tuple[Flag, ...]
+Cohort: TypeAlias = Int[Array | np.ndarray, " cohort"] | None  # indices of clients
+Index: TypeAlias = int | np.integer | Int[Array, ""]
+Share: TypeAlias = float | Float[Array, ""] | None  # None: it is not defined
+Body: TypeAlias = Callable[[Int[Array, ""], PyTree], PyTree]  # of a loop: (t, carry) -> carry
 
 
 class When(eqx.Module):
@@ -32,7 +39,7 @@ class When(eqx.Module):
         value: the part, a pytree of arrays.
     """
 
-    present: Any
+    present: Flag
     value: PyTree
 
 
@@ -59,8 +66,8 @@ class Client(eqx.Module):
     rows: tuple[ClientRows, ClientRows]
     state: PyTree
     key: Key[Array, ""]
-    wanted: tuple[Any, ...]
-    index: Any = 0
+    wanted: tuple[Flag, ...]
+    index: Index = 0
 
     @property
     def inner(self) -> Rows:
@@ -104,7 +111,7 @@ class Client(eqx.Module):
             rows = rows.with_features(problem, at)
             return lambda draw: rows.draw(self.key, 2 * draw + place, size)
 
-        def some(draw):
+        def some(draw: int | Int[Array, ""]) -> Rows:
             drawn = self.batch(level, size, draw)
             return dataclasses.replace(drawn, features=problem.row_features(at, drawn.examples), at=at)
 
@@ -127,10 +134,10 @@ class Federation(abc.ABC):
     cohort_size: int
     weighted: bool
     _asked: int  # how many clients the exchange just made asked
-    _share: Any  # what `share` is; None: it is not defined
+    _share: Share  # what `share` is
 
     @property
-    def share(self) -> Any:
+    def share(self) -> float | Float[Array, ""]:
         """The share of ALL clients, by weight, that answered the exchange just made: what moves a mean over all of them.
 
         A mean c = sum_i p_i c_i of what clients keep, of whom S answered and changed theirs by d_i, moves by
@@ -148,14 +155,15 @@ class Federation(abc.ABC):
             "fed.share is not known for a cohort of clients that are drawn in proportion to unequal weights: no number "
             "times the mean of their replies moves a mean over all clients. Ask everyone (leave cohort= out).",
         )
+        assert self._share is not None
         return self._share
 
     def average(
         self,
-        method: Callable[..., Any],
+        method: Method,
         *message: PyTree,
-        replies: Any = True,
-        cohort: Int[Array, " cohort"] | None = None,
+        replies: Replies = True,
+        cohort: Cohort = None,
         beside: bool = False,
     ) -> PyTree:
         """One communication round: broadcast, compute, mean of the replies.
@@ -178,22 +186,18 @@ class Federation(abc.ABC):
         """
         return self.ask(method, message, "mean", replies, cohort, beside)
 
-    def maximum(
-        self, method: Callable[..., Any], *message: PyTree, cohort: Int[Array, " cohort"] | None = None
-    ) -> PyTree:
+    def maximum(self, method: Method, *message: PyTree, cohort: Cohort = None) -> PyTree:
         """As `average`, but the largest of the replies, number by number, whatever the clients' weights."""
         return self.ask(method, message, "maximum", True, cohort, False)
 
     @abc.abstractmethod
     def ask(
-        self, method: Callable[..., Any], message: tuple, combine: Combine, replies: Any, cohort: Any, beside: bool
+        self, method: Method, message: tuple, combine: Combine, replies: Replies, cohort: Cohort, beside: bool
     ) -> PyTree:
         """What `average` and `maximum` do."""
 
     @abc.abstractmethod
-    def repeat(
-        self, times: int | Int[Array, ""], body: Callable[[Any, PyTree], PyTree], carry: PyTree, most: int | None = None
-    ) -> PyTree:
+    def repeat(self, times: Index, body: Body, carry: PyTree, most: int | None = None) -> PyTree:
         """`for t in range(times): carry = body(t, carry)`, a loop of rounds.
 
         Args:
@@ -202,9 +206,7 @@ class Federation(abc.ABC):
         """
 
     @abc.abstractmethod
-    def until(
-        self, condition: Callable[[PyTree], Any], body: Callable[[Any, PyTree], PyTree], carry: PyTree, most: int
-    ) -> PyTree:
+    def until(self, condition: Callable[[PyTree], Flag], body: Body, carry: PyTree, most: int) -> PyTree:
         """Repeat `carry = body(t, carry)` until `condition(carry)` holds, at most `most` times."""
 
     @abc.abstractmethod
@@ -220,6 +222,6 @@ class Federation(abc.ABC):
         """
 
     @staticmethod
-    def when(flag: Any, part: PyTree) -> When:
+    def when(flag: Flag, part: PyTree) -> When:
         """`part`, sent only if `flag` (a bool, or a () bool array that depends on loop counters and drawn numbers)."""
         return When(flag, part)

@@ -13,14 +13,14 @@ import copy
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from .canonical import Traced, canonical, digest_of, digest_of_class, trace
 from .data import FederatedData, Level
@@ -39,6 +39,8 @@ ORACLES = {
 
 _HELPERS = jax.make_user_context(None)  # part of what JAX knows nested functions by: loops' bodies, branches, `jit`s
 _fresh = itertools.count()
+
+Module = TypeVar("Module", bound=eqx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,15 +177,14 @@ def _derivative(traced: Traced) -> str:
     given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in traced.jaxpr.in_avals]
     moving = [i for i, a in enumerate(given) if jnp.issubdtype(a.dtype, jnp.floating)]
 
-    def value(moved, given):
+    def value(moved: list[Array], given: list[Array]) -> Float[Array, ""]:
         args = list(given)
         for place, leaf in zip(moving, moved, strict=True):
             args[place] = leaf
         outs = [out for out in function(*args) if jnp.issubdtype(out.dtype, jnp.floating)]
         return sum((jnp.sum(out) for out in outs[1:]), jnp.sum(outs[0]))
 
-    def twice(moved, given, direction):
-        return jax.jvp(lambda moved: jax.grad(value)(moved, given), (moved,), (direction,))
+    twice = lambda moved, given, direction: jax.jvp(lambda at: jax.grad(value)(at, given), (moved,), (direction,))
 
     moved = [given[i] for i in moving]
     for derivative, args in ((twice, (moved, given, moved)), (jax.grad(value), (moved, given))):
@@ -192,7 +193,7 @@ def _derivative(traced: Traced) -> str:
     return "none"
 
 
-def settle(algorithm: Any, x: PyTree) -> Any:
+def settle(algorithm: Module, x: PyTree) -> Module:
     """The same algorithm, whose optimizers are equal to others that compute the same.
 
     optax makes new functions for every transformation: they are known by their programs, too.
@@ -216,12 +217,12 @@ def _note(kind: type) -> None:
         _CLASSES[kind] = digest_of_class(kind)
 
 
-def class_of(algorithm: Any) -> Hashable:
+def class_of(algorithm: PyTree) -> Hashable:
     """What an algorithm's class is known by."""
     return type(algorithm), _CLASSES.get(type(algorithm))
 
 
-def _settled(optimizer: Any, x: PyTree) -> Any:
+def _settled(optimizer: optax.GradientTransformation, x: PyTree) -> optax.GradientTransformation:
     if isinstance(optimizer.update, Settled):
         return optimizer
     with jax.numpy_dtype_promotion("standard"):
@@ -234,35 +235,36 @@ def _settled(optimizer: Any, x: PyTree) -> Any:
 class Settled:
     """A function that is equal to others of the same digest."""
 
-    def __init__(self, function: Callable, digest: str):
+    def __init__(self, function: Callable[..., PyTree], digest: str):
         self.function, self.digest = function, digest
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return self.function(*args, **kwargs)
 
     def __hash__(self):
         return hash(self.digest)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Settled) and self.digest == other.digest
 
 
 class _Same:
     """A Python function as a key: another one is the same if its text is, and all that it has hold of."""
 
-    def __init__(self, value: Any):
+    def __init__(self, value: Callable):
         self.value, self._parts = value, tuple(_parts(value, 0))
         self._hash = hash(tuple(map(id, self._parts)))
 
     def __hash__(self):
         return self._hash
 
-    def __eq__(self, other):
-        same = isinstance(other, _Same) and len(self._parts) == len(other._parts)
-        return same and all(a is b for a, b in zip(self._parts, other._parts, strict=True))
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same) or len(self._parts) != len(other._parts):
+            return False
+        return all(a is b for a, b in zip(self._parts, other._parts, strict=True))
 
 
-def _parts(value: Any, depth: int):
+def _parts(value: Any, depth: int) -> Iterator[Any]:
     """The objects that make a function what it is."""
     code, cells = getattr(value, "__code__", None), getattr(value, "__closure__", None) or ()
     if code is None or depth > 8:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import numpy as np
@@ -15,10 +15,15 @@ from . import arrays
 from .errors import check
 from .protocol.table import Protocol
 
+if TYPE_CHECKING:
+    import pandas
+
+Row: TypeAlias = dict[str, float]  # by column
+
 EMPTY = float("nan")  # what was not taken: this very object, so that a file can leave the place empty
 
 
-class History(list):
+class History(list[Row]):
     """The rows of a run, dicts of iteration, rounds, bytes_down, bytes_up, seconds, metrics, diagnostics.
 
     Row 0 is the start. rounds and bytes are cumulative; seconds leave out compilation and evaluation.
@@ -31,7 +36,7 @@ class History(list):
         """The columns' names, in order."""
         return list(dict.fromkeys(name for row in self for name in row))
 
-    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+    def add(self, rows: Iterable[Row]) -> None:
         """Append rows; columns that are new, or that they lack, are empty where they were not taken."""
         rows, known = list(rows), dict.fromkeys(self[-1] if self else ())  # all rows have the same
         columns = list(known | dict.fromkeys(name for row in rows for name in row))
@@ -45,7 +50,7 @@ class History(list):
         """Drop the rows after an iteration, to which the run went back."""
         self[:] = [row for row in self if row["iteration"] <= iteration]
 
-    def to_dataframe(self):
+    def to_dataframe(self) -> pandas.DataFrame:
         """The rows as a pandas DataFrame."""
         import pandas
 
@@ -77,7 +82,7 @@ class Result:
     y: PyTree
     history: History
     protocol: Protocol
-    state: Any
+    state: PyTree
     iteration: int
     clients_y: PyTree = None
 

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from .algorithm import Algorithm
 from .callbacks.base import Callback
 from .callbacks.checkpoint import load
+from .data import FederatedData
 from .diagnosis import LEAST, diagnose, largest
 from .diagnosis.swing import Trail
 from .diagnosis.swinging import tell
 from .engines.base import Carry, Engine, Execution, Record
 from .engines.simulation import Simulation
 from .errors import Diverged, InputError, RunError, check
-from .given import whole_number
+from .given import JSON, whole_number
 from .identity import Identity
-from .keys import as_key
-from .metrics import check_diagnostics, checked_metrics, measured
+from .keys import KeyLike, as_key
+from .metrics import Metric, check_diagnostics, checked_metrics, measured
 from .own_lower import Away, Lower
-from .problem import bind, describe
+from .problem import Problem, bind, describe
 from .program import settle
 from .protocol import check_kinds
 from .recovery import Back, recovery, saved_snapshot
-from .result import EMPTY, History, Result
+from .result import EMPTY, History, Result, Row
 from .sanity import check_sane
 from .variables import trainable
 from .watch import Seen, precision
@@ -52,20 +55,20 @@ class Run:
 
     def __init__(
         self,
-        problem,
-        data,
-        algorithm,
-        x,
-        y,
-        iterations,
-        rounds,
-        key,
-        engine,
-        callbacks,
-        metrics,
-        evaluate_every,
-        resume,
-        sane=False,
+        problem: Problem,
+        data: FederatedData,
+        algorithm: Algorithm,
+        x: PyTree,
+        y: PyTree,
+        iterations: int | None,
+        rounds: int | None,
+        key: KeyLike,
+        engine: Engine | None,
+        callbacks: Sequence[Callback],
+        metrics: Mapping[str, Metric] | None,
+        evaluate_every: int,
+        resume: str | os.PathLike[str] | None,
+        sane: bool = False,
     ):
         check_kinds(problem, data, algorithm)
         check(
@@ -112,10 +115,10 @@ class Run:
         self._recovery = recovery(self._execution, algorithm, self.carry)
         self._pace: float | None = None
         self._last: Record | None = None
-        self._last_info: Any = None
+        self._last_info: PyTree = None
         self._trail, self._last_turn = Trail(), EMPTY
         self._recent: deque[Seen] = deque(maxlen=_RECENT)
-        self._last_row: dict[str, Any] | None = None
+        self._last_row: Row | None = None
         self._refused: InputError | None = None  # what a metric failed with
         if resume is not None:
             start = self.carry
@@ -142,11 +145,11 @@ class Run:
         """How much of `goal` is done."""
         return self.iteration if self._budget is None else self.rounds
 
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> dict[str, JSON]:
         """The cumulative figures, for a checkpoint, and how x moved."""
-        return self._figures() | {"trail": self._trail.saved()}
+        return {**self._figures(), "trail": self._trail.saved()}
 
-    def _figures(self) -> dict[str, Any]:
+    def _figures(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("rounds", "bytes_down", "bytes_up", "seconds")}
 
     def keep(self, carry: Carry) -> None:
@@ -161,7 +164,7 @@ class Run:
         """Where the run goes back to if it blows up; None: it then ends."""
         return None if self._recovery is None else self._recovery.snapshot
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, JSON]:
         """What makes this run itself: a checkpoint of another one is refused."""
         return self._identity.saved(self.carry.state)
 
@@ -237,9 +240,13 @@ class Run:
             self._first = None
         return True
 
-    def _account(self, first: int, record) -> None:
+    def _account(self, first: int, record: Record) -> None:
         rows = []
-        turns = self._trail.add(record.seen, record.done, precision(self._x)) if record.done else []
+        turns = (
+            self._trail.add(record.seen, record.done, precision(self._x))
+            if record.seen is not None and record.done
+            else []
+        )
         for k in range(record.done):
             self._last_turn = EMPTY if np.isnan(turns[k]) else float(turns[k])
             self.rounds += record.rounds[k]
@@ -252,13 +259,13 @@ class Run:
         if rows:
             self._record(rows)
 
-    def _last_good(self, before: Carry, record) -> Carry:
+    def _last_good(self, before: Carry, record: Record) -> Carry:
         """The carry after the last good iteration of a stretch in which one blew up."""
         if record.last is not None or not record.done:
             return record.last or before
         return self._execution.advance(self.algorithm, before, record.done, self._limit)[0]
 
-    def _go_back(self, before: Carry, after: Carry, record) -> bool:
+    def _go_back(self, before: Carry, after: Carry, record: Record) -> bool:
         """After a blow-up, to the last snapshot with half the automatic step; False if the run has to end."""
         if self._recovery is None:
             return False
@@ -279,7 +286,7 @@ class Run:
             callback.went_back(self)
         return True
 
-    def _took_again(self, back: Back, before: Carry, record) -> bool:
+    def _took_again(self, back: Back, before: Carry, record: Record) -> bool:
         """Go on from the end of an iteration that was taken again."""
         assert back.last is not None and self._recovery is not None
         *given_up, counted = back.tried
@@ -302,7 +309,7 @@ class Run:
         self.rounds, self.bytes_down, self.bytes_up = self.rounds + rounds, self.bytes_down + down, self.bytes_up + up
         self.seconds += seconds
 
-    def _fail(self, before: Carry, after: Carry, record) -> NoReturn:
+    def _fail(self, before: Carry, after: Carry, record: Record) -> NoReturn:
         """Go back to the last finite iteration, say what blew up, and raise with all there is."""
         self.carry = self._last_good(before, record)
         self._account(before.iteration, record)
@@ -316,7 +323,7 @@ class Run:
 
     # Rows -----------------------------------------------------------------------------------------------------------
 
-    def _record(self, rows: list[dict[str, Any]]) -> None:
+    def _record(self, rows: list[Row]) -> None:
         self.history.add(rows)
         for callback in self._callbacks:
             callback.record(self, rows)
@@ -336,7 +343,7 @@ class Run:
                 found[name], self._refused = EMPTY, self._refused or error
         return found
 
-    def _row(self, info: Any, iteration: int | None = None) -> dict[str, Any]:
+    def _row(self, info: PyTree, iteration: int | None = None) -> Row:
         row = {"iteration": self.iteration if iteration is None else iteration, **self._figures()}
         row["seconds"] = round(row["seconds"], 6)
         if self.metrics:
@@ -347,7 +354,7 @@ class Run:
         halvings = {} if self._recovery is None else {"halvings": self._recovery.halvings}
         return row | self._diagnostics(info) | turn | halvings
 
-    def _diagnostics(self, info: Any) -> dict[str, float]:
+    def _diagnostics(self, info: PyTree) -> dict[str, float]:
         """Scalars of the algorithm's diagnostics as columns; NaN at the start, where there are none yet."""
         named = _fields(self.protocol.info)
         scalars = [name for name, value in named.items() if np.shape(value) == ()]
@@ -355,7 +362,7 @@ class Run:
         number = lambda name: float("nan") if info is None else float(told[name])
         return {name: EMPTY if named[name] is None else number(name) for name in scalars}
 
-    def _restored(self) -> dict[str, Any]:
+    def _restored(self) -> Row:
         """What the checkpoint's last row says of this iteration, if it is of this iteration."""
         last = self._last_row
         here = last is not None and last["iteration"] == self.iteration
@@ -371,13 +378,13 @@ class Run:
         return Result(x, y, self.history, self.protocol, self.carry.state, self.iteration, own)
 
 
-def _fields(info: Any) -> dict[str, Any]:
+def _fields(info: PyTree) -> dict[str, PyTree]:
     if dataclasses.is_dataclass(info):
         return {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
     return info if isinstance(info, dict) else {}
 
 
-def check_key(key: Any) -> Key[Array, ""]:
+def check_key(key: KeyLike) -> Key[Array, ""]:
     """A key as `solve` takes it; `jax.random.PRNGKey(seed)` means the same as `jax.random.key(seed)`."""
     key = as_key(key)
     kind = jax.random.key_impl(key)

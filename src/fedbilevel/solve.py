@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import PyTree
 
 from .algorithm import Algorithm, State
 from .callbacks.base import Callback
@@ -16,6 +16,9 @@ from .diagnosis import largest, of_estimate
 from .engines.base import Engine
 from .engines.simulation import Simulation
 from .errors import Diverged
+from .federation import Federation
+from .keys import KeyLike
+from .metrics import Metric
 from .problem import Problem, bind
 from .program import settle
 from .protocol import check_kinds
@@ -33,12 +36,12 @@ def solve(
     iterations: int | None = None,
     *,
     rounds: int | None = None,
-    key: Key[Array, ""],
+    key: KeyLike,
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
-    metrics: Mapping[str, Callable[[PyTree, PyTree], Any]] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     evaluate_every: int = 1,
-    resume: Any = None,
+    resume: str | os.PathLike[str] | None = None,
     check: bool = True,
 ) -> Result:
     """Minimise f(x, y*(x)) over x.
@@ -79,7 +82,7 @@ def estimate_hypergradient(
     x: PyTree,
     y: PyTree,
     *,
-    key: Key[Array, ""],
+    key: KeyLike,
     engine: Engine | None = None,
 ) -> tuple[PyTree, PyTree]:
     """The algorithm's estimate of the hypergradient at x, starting its lower level at y: bring your own outer optimiser.
@@ -105,7 +108,7 @@ def estimate_hypergradient(
     return carry.state.x, eqx.combine(carry.state.y, y_rest)
 
 
-def estimate(algorithm, fed, state):
+def estimate(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[State, tuple[()]]:
     """The program of `estimate_hypergradient`: the estimate takes the place of x."""
     h, y = algorithm.estimate(fed, state.x, state.y)
     return State(h, y), ()

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ..algorithm import Algorithm
 from ..cohorts import combine_replies
+from ..data import FederatedData
 from ..errors import InputError, check
-from ..federation import Client, Reply
-from ..problem import describe, strong
+from ..federation import Body, Client, Cohort, Combine, Federation, Flag, Index, Method, Reply
+from ..problem import Problem, describe, strong
 from .calls import check_times
-from .traced import TracedFederation
+from .sites import Path, Site, Wanted
+from .traced import Loop, TracedFederation
+
+Module = TypeVar("Module", bound=eqx.Module)
+Program: TypeAlias = Callable[[Algorithm, Federation, PyTree], tuple[PyTree, PyTree]]  # (state) -> (the next, info)
+Given: TypeAlias = tuple[Algorithm, PyTree, FederatedData]  # the algorithm as leaves, the state, the data
 
 
-def step(algorithm: Algorithm, fed: Any, state: Any) -> tuple[Any, Any]:
+def step(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[PyTree, PyTree]:
     """The program that an iteration runs."""
     return algorithm.step(fed, state)
 
@@ -30,7 +37,19 @@ class AbstractFederation(TracedFederation):
         sites: the call sites, where they are known: the exchanges are counted, and no client method is traced again.
     """
 
-    def __init__(self, algorithm, problem, data, cohort, key, sites, opaque, draws, client_state, most=False):
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        problem: Problem,
+        data: FederatedData,
+        cohort: int,
+        key: Key[Array, ""],
+        sites: Mapping[Path, Site] | None,
+        opaque: Float[Array, ""],
+        draws: Int[Array, " draws"] | None,
+        client_state: PyTree,
+        most: bool = False,
+    ):
         layout = None if sites is None else {path: site.flags for path, site in sites.items()}
         super().__init__(algorithm, data.clients, cohort, data.weights, key, layout)
         self._known = sites
@@ -39,16 +58,25 @@ class AbstractFederation(TracedFederation):
         self.draws: list[tuple[int, int]] = []
         self.loops_draw = self.depends_on_data = False
 
-    def exchange(self, name, method, message, combine, wanted, key, cohort):
+    def exchange(
+        self,
+        name: str,
+        method: Method,
+        message: PyTree,
+        combine: Combine,
+        wanted: Wanted,
+        key: Key[Array, ""],
+        cohort: Cohort,
+    ) -> tuple[PyTree, PyTree]:
         known = self._known
         shapes = self._replied_with(name, method, message, wanted, key) if known is None else known[self._at].reply
         one = jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), (1, *s.shape)), shapes)
         return shapes, combine_replies(combine, one, None)
 
-    def _replied_with(self, name, method, message, wanted, key):
+    def _replied_with(self, name: str, method: Method, message: PyTree, wanted: Wanted, key: Key[Array, ""]) -> PyTree:
         """The shapes of one client's reply: its method traced."""
 
-        def reply(message, key):
+        def reply(message: PyTree, key: Key[Array, ""]) -> PyTree:
             flags = tuple(jnp.asarray(True) for _ in wanted)
             rows = (self._data.inner.client(0), self._data.outer.client(0))
             client = Client(self._problem, rows, self._client_shape, key, flags, jnp.zeros((), jnp.int32))
@@ -75,7 +103,7 @@ class AbstractFederation(TracedFederation):
         check(good, lambda: f"{where} must return a pytree of arrays; it returned {describe(shapes)}.")
         return shapes
 
-    def randint(self, low, high):
+    def randint(self, low: int, high: int) -> Int[Array, ""]:
         self._scopes.check()
         if self._scopes._path:
             self.loops_draw = True
@@ -86,38 +114,42 @@ class AbstractFederation(TracedFederation):
         super().randint(low, high)
         return self._given[len(self.draws) - 1]
 
-    def repeat(self, times, body, carry, most=None):
+    def repeat(self, times: Index, body: Body, carry: PyTree, most: int | None = None) -> PyTree:
         path = self._scopes.advance()
         times = check_times(times, most)
         run = self._body(path, body)
 
         whole = isinstance(times, int) or self._most
 
-        def turn(loop, t):
+        def turn(loop: Loop, t: Int[Array, ""]) -> tuple[Loop, None]:
             new = run(t, loop)
             going = lambda new, old: jnp.where(t < times, new, old)
             return (new if whole else jax.tree.map(going, new, loop)), None
 
         # a scan, of which what does not count can be cut away
-        length = times if isinstance(times, int) else most
+        length = times if isinstance(times, int) else most or 0
         loop, _ = jax.lax.scan(turn, (self._ledger(), carry), jnp.arange(length, dtype=jnp.int32))
         self._restore(loop[0])
         return loop[1]
 
-    def travelled(self, flags):
-        return [True] * len(flags) if self._most else flags
+    def travelled(self, flags: list[Flag]) -> list[Flag]:
+        return [True for _ in flags] if self._most else flags
 
-    def until(self, condition, body, carry, most):
+    def until(self, condition: Callable[[PyTree], Flag], body: Body, carry: PyTree, most: int) -> PyTree:
         self.depends_on_data = True
         check_times(most, most)
         return self.repeat(most, body, carry)
 
 
-def discover(program, algorithm, problem, data, state, cohort) -> tuple[AbstractFederation, PyTree]:
+def discover(
+    program: Program, algorithm: Algorithm, problem: Problem, data: FederatedData, state: PyTree, cohort: int
+) -> tuple[AbstractFederation, PyTree]:
     """The federation that an iteration was traced with, which found its exchanges, and the shapes of its diagnostics."""
-    found = []
+    found: list[AbstractFederation] = []
 
-    def run(algorithm, state, opaque, key):
+    def run(
+        algorithm: Algorithm, state: PyTree, opaque: Float[Array, ""], key: Key[Array, ""]
+    ) -> tuple[PyTree, PyTree]:
         fed = AbstractFederation(
             algorithm, problem, data, cohort, key, None, opaque, None, client_state(algorithm, state)
         )
@@ -155,11 +187,11 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no reason given").splitlines()[0]
 
 
-def as_leaves(algorithm: Any) -> Any:
+def as_leaves(algorithm: Module) -> Module:
     """The algorithm with its Python numbers as (weakly typed) arrays, so that compiled code takes them as arguments."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, (int, float)) else leaf, algorithm)
 
 
-def client_state(algorithm: Algorithm, state: Any) -> PyTree:
+def client_state(algorithm: Algorithm, state: PyTree) -> PyTree:
     """What one client keeps, at the start."""
     return strong(jax.tree.map(jnp.asarray, algorithm.client_init(state.x, state.y)))

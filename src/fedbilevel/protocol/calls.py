@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ..component import modules_in
 from ..errors import InputError, check
-from ..federation import Client
+from ..federation import Client, Cohort, Index, Method
 from ..problem import Problem, describe
 from .sites import Path, Site
 
 
-def answer(problem: Problem, algorithm: Any, name: str, parts: tuple, message: tuple) -> PyTree:
+def answer(problem: Problem, algorithm: eqx.Module, name: str, parts: tuple, message: tuple) -> PyTree:
     """What a client replies to a message, for `compiled.traced`.
 
     Args:
@@ -36,12 +34,12 @@ def answer(problem: Problem, algorithm: Any, name: str, parts: tuple, message: t
     return out
 
 
-def named_method(algorithm: Any, name: str) -> Callable[..., Any]:
+def named_method(algorithm: eqx.Module, name: str) -> Method:
     """The client method of that name, of the algorithm or (with a path before it) of a module in it."""
     return operator.attrgetter(name)(algorithm)
 
 
-def client_method(algorithm: Any, method: Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
+def client_method(algorithm: eqx.Module, method: Method) -> tuple[str, Method]:
     """A client method's name, and that method of the algorithm as configured (what a client's own copy would run).
 
     A method of a module in the algorithm is named by its path, as in "lower.gradient".
@@ -60,7 +58,7 @@ def client_method(algorithm: Any, method: Callable[..., Any]) -> tuple[str, Call
     return f"{path}{name}", named_method(algorithm, f"{path}{name}")
 
 
-def _path_of(owner: Any, algorithm: Any) -> str | None:
+def _path_of(owner: PyTree, algorithm: eqx.Module) -> str | None:
     """Where in the algorithm a module is: "" for itself, else a path that ends in a dot; None: it is none of it.
 
     Of several of one kind it is the one that holds the same values.
@@ -80,7 +78,7 @@ def _same(one: eqx.Module, other: eqx.Module) -> bool:
     return structure == theirs and all(a is b for a, b in zip(leaves, others, strict=True))
 
 
-def check_times(times: Any, most: int | None) -> Any:
+def check_times(times: Index, most: int | None) -> int | Int[Array, ""]:
     """How often a loop runs: never more than `most`; refuses a loop whose number of rounds nothing bounds."""
     if isinstance(times, (int, np.integer)):
         check(times >= 0, f"fed.repeat(times=...) cannot be negative; got {times}.")
@@ -90,7 +88,7 @@ def check_times(times: Any, most: int | None) -> Any:
     return jnp.minimum(jnp.asarray(times, jnp.int32), most)
 
 
-def check_beside(beside: Any, path: Path, sites: dict[Path, Site]) -> None:
+def check_beside(beside: bool, path: Path, sites: dict[Path, Site]) -> None:
     """Refuse an exchange in the round of another where there is none before it (in the same loop)."""
     check(isinstance(beside, bool), f"fed.average(beside=...) is True or False; got {beside!r}.")
     before = max((other for other in sites if other < path), default=())
@@ -98,7 +96,7 @@ def check_beside(beside: Any, path: Path, sites: dict[Path, Site]) -> None:
     check(shared or not beside, "fed.average(beside=True) needs an exchange before it, in the same loop.")
 
 
-def check_given(cohort: Any, clients: int) -> Any:
+def check_given(cohort: Cohort, clients: int) -> Cohort:
     """A cohort given by the server program, as an array."""
     if cohort is None:
         return None

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ..canonical import canonical
 from ..compiled import Kept
 from ..jaxprs import ClosedJaxpr, dce_jaxpr, jaxpr_as_fun
-from .abstract import AbstractFederation, client_state
+from ..problem import Problem
+from .abstract import AbstractFederation, Given, Program, client_state
+from .sites import Path, Site
 from .table import SAMPLED
 
-_COUNTERS = Kept(64)  # compiled, by their programs
+_COUNTERS: Kept[Callable[..., list[Array]]] = Kept(64)  # compiled, by their programs
 _ENUMERATED = 10_000  # server draws with more combinations than this are sampled instead
 
 
@@ -42,11 +45,23 @@ class Counting:
         most: count every conditional part, and every loop in full.
     """
 
-    def __init__(self, program, problem, given, cohort, sites, draws, by_draw, most):
+    def __init__(
+        self,
+        program: Program,
+        problem: Problem,
+        given: Given,
+        cohort: int,
+        sites: Mapping[Path, Site],
+        draws: np.ndarray,
+        by_draw: bool,
+        most: bool,
+    ):
         arrays, rest = eqx.partition(given, eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
 
-        def run(opaque, numbers, key, leaves):
+        def run(
+            opaque: Float[Array, ""], numbers: Int[Array, " draws"], key: Key[Array, ""], leaves: list[Array]
+        ) -> PyTree:
             algorithm, state, data = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
             is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)  # what is drawn from it is not from data
             fill = lambda a: a if is_key(a) else jnp.broadcast_to(opaque.astype(a.dtype), a.shape)
@@ -66,9 +81,9 @@ class Counting:
         counting = ClosedJaxpr(kept, whole.consts)
         name = canonical([counting]).digest, by_draw, self.depends
         self._run = _COUNTERS.get(name, lambda: _vectorised(jaxpr_as_fun(counting), by_draw, self.depends))
-        self._counts: Any = None
+        self._counts: list[np.ndarray] | None = None
 
-    def __call__(self, given):
+    def __call__(self, given: Given) -> PyTree:
         if self._counts is None or any(self._used):
             leaves = jax.tree.leaves(eqx.filter(given, eqx.is_array))
             used = [leaf for leaf, used in zip(leaves, self._used, strict=True) if used]
@@ -76,7 +91,7 @@ class Counting:
         return jax.tree.unflatten(self._structure, self._counts)
 
 
-def _vectorised(counting, by_draw, depends):
+def _vectorised(counting: Callable[..., list[Array]], by_draw: bool, depends: bool) -> Callable[..., list[Array]]:
     opaque = (jnp.zeros(()),) if depends else ()
     one = lambda draw, key, used: counting(*opaque, draw, key, *used)
     return jax.jit(jax.vmap(one, in_axes=(0, 0 if by_draw else None, None)))

@@ -7,8 +7,8 @@ expected and the largest rounds and bytes of an iteration exactly.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Hashable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -22,13 +22,21 @@ from ..errors import check
 from ..problem import Problem, bind
 from ..program import class_of, compiled_as, freeze, settle
 from ..variables import trainable
-from .abstract import as_leaves, discover, step
+from .abstract import Given, Program, as_leaves, discover, step
 from .counting import Counting, combinations
 from .table import Protocol, summary
 
 
+@typing.runtime_checkable
+class Asks(typing.Protocol):
+    """An engine, of which the protocol needs to know how many clients an exchange asks."""
+
+    @property
+    def cohort(self) -> int | None: ...
+
+
 def protocol(
-    algorithm: Algorithm, problem: Problem, data: FederatedData, x: PyTree, y: PyTree, engine: Any = None
+    algorithm: Algorithm, problem: Problem, data: FederatedData, x: PyTree, y: PyTree, engine: Asks | None = None
 ) -> Protocol:
     """The exchanges of one iteration of `algorithm`, without running it.
 
@@ -49,7 +57,7 @@ def protocol(
     return trace(algorithm, bind(problem, x_rest, y_rest), data, algorithm.init(x, y), cohort)
 
 
-def check_kinds(problem: Any, data: Any, algorithm: Any) -> None:
+def check_kinds(problem: Problem, data: FederatedData, algorithm: Algorithm) -> None:
     """Refuse arguments of another kind, such as swapped ones."""
     check(isinstance(data, FederatedData), f"data is a FederatedData (stack or split); got {type(data).__name__}.")
     check(isinstance(problem, Problem), f"problem is a fedbilevel.Problem; got {type(problem).__name__}.")
@@ -57,7 +65,12 @@ def check_kinds(problem: Any, data: Any, algorithm: Any) -> None:
 
 
 def trace(
-    algorithm: Algorithm, problem: Problem, data: FederatedData, state: Any, cohort: int, program=None
+    algorithm: Algorithm,
+    problem: Problem,
+    data: FederatedData,
+    state: PyTree,
+    cohort: int,
+    program: Program | None = None,
 ) -> Protocol:
     """The protocol of `program(algorithm, fed, state)`, by default of `algorithm.step`."""
     program = program or step
@@ -67,7 +80,7 @@ def trace(
     return known.protocol(algorithm, given)
 
 
-def _key(program, problem, given, cohort) -> Hashable:
+def _key(program: Program, problem: Problem, given: Given, cohort: int) -> Hashable:
     """What an iteration's exchanges can depend on, but for numbers."""
     arrays, rest = eqx.partition(given, eqx.is_array)
     static, structure = jax.tree.flatten(rest)
@@ -80,7 +93,7 @@ def _key(program, problem, given, cohort) -> Hashable:
 class _Known:
     """The exchanges of an iteration, and what counts them, from traces; no rows are kept."""
 
-    def __init__(self, program, problem, given, cohort):
+    def __init__(self, program: Program, problem: Problem, given: Given, cohort: int):
         algorithm, state, data = given
         found, self._info = discover(program, algorithm, problem, data, state, cohort)
         self._sites, self._cohort, self._clients = found.sites, cohort, data.clients
@@ -92,11 +105,11 @@ class _Known:
         if found.depends_on_data or self._counting.depends:
             self._counting, self._kind = counting(True), "bound"
 
-    def protocol(self, algorithm, given) -> Protocol:
+    def protocol(self, algorithm: Algorithm, given: Given) -> Protocol:
         counts = self._counting(given)
         if self._kind == "bound":
             counts = jax.tree.map(lambda value: value.max(axis=0, keepdims=True), counts)
         return summary(algorithm, self._clients, self._cohort, self._sites, counts, self._kind, self._info)
 
 
-_KNOWN = Kept(64)
+_KNOWN: Kept[_Known] = Kept(64)

@@ -7,17 +7,19 @@ twice finds the same site.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
 from ..errors import InputError, check
-from ..federation import When
+from ..federation import Flag, Replies, When
 from ..problem import describe
 
-Path = tuple[int, ...]
+Path: TypeAlias = tuple[int, ...]
+Wanted: TypeAlias = tuple[Flag, ...]  # one for each part of a reply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +56,16 @@ class Site:
     round: bool = True
 
 
-def is_static(flag: Any) -> bool:
+def is_static(flag: Flag) -> bool:
     """Whether a flag is the Python constant True: the part always travels."""
     return flag is True
 
 
-def normalise(message: PyTree) -> tuple[PyTree, list[Any]]:
+def normalise(message: PyTree) -> tuple[PyTree, list[Flag]]:
     """Leaves as arrays, absent parts zero; and the flags of the message's `When` parts."""
-    flags = []
+    flags: list[Flag] = []
 
-    def visit(part):
+    def visit(part: PyTree) -> PyTree:
         if not isinstance(part, When):
             return jax.tree.map(_as_array, part)
         flags.append(part.present)
@@ -76,20 +78,21 @@ def normalise(message: PyTree) -> tuple[PyTree, list[Any]]:
     return jax.tree.map(visit, message, is_leaf=lambda part: isinstance(part, When)), flags
 
 
-def _as_array(leaf: Any) -> Any:
+def _as_array(leaf: ArrayLike) -> Array:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)  # the same object: features know x by it
 
 
-def wanted_flags(replies: Any) -> tuple:
+def wanted_flags(replies: Replies) -> Wanted:
     """The flags of a reply's parts, as a tuple."""
     if replies is True:
         return (True,)
     good = isinstance(replies, tuple) and len(replies) > 0
     check(good, f"replies= is True, or a tuple with one flag per part of the reply; got {replies!r}.")
+    assert isinstance(replies, tuple)
     return replies
 
 
-def reply_parts(reply: PyTree, wanted: tuple) -> tuple:
+def reply_parts(reply: PyTree, wanted: Wanted) -> tuple:
     """The parts of a reply, one per flag."""
     if len(wanted) == 1:
         return (reply,)
@@ -101,7 +104,7 @@ def reply_parts(reply: PyTree, wanted: tuple) -> tuple:
     return reply
 
 
-def mask_reply(reply: PyTree, wanted: tuple) -> PyTree:
+def mask_reply(reply: PyTree, wanted: Wanted) -> PyTree:
     """The reply with zeros in place of the parts that did not travel."""
     parts = tuple(
         part if is_static(flag) else jax.tree.map(lambda a, f=flag: jnp.where(f, a, jnp.zeros_like(a)), part)
@@ -116,7 +119,7 @@ def size(tree: PyTree) -> int:
 
 
 def site(
-    path: Path, name: str, message: PyTree, reply: PyTree, sent: list, wanted: tuple, cohort: int, counts: bool
+    path: Path, name: str, message: PyTree, reply: PyTree, sent: list[Flag], wanted: Wanted, cohort: int, counts: bool
 ) -> Site:
     """What travels at a call site, from the message and one client's reply."""
     shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)

@@ -7,11 +7,12 @@ import inspect
 import itertools
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
+from ..algorithm import Algorithm
+from ..given import JSON
 from .calls import named_method
 from .sites import Path, Site
 
@@ -69,7 +70,7 @@ class Protocol:
     sites: Mapping[Path, Site] = dataclasses.field(repr=False, compare=False)
     info: PyTree = dataclasses.field(repr=False, compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JSON]:
         """Everything that can be printed, for JSON."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.compare}
 
@@ -122,7 +123,7 @@ def bytes_of(site: Site, counts: np.ndarray, replies: np.ndarray | None = None) 
 
 
 def summary(
-    algorithm: Any,
+    algorithm: Algorithm,
     clients: int,
     cohort: int,
     sites: Mapping[Path, Site],
@@ -147,7 +148,7 @@ def summary(
     )  # fmt: skip
 
 
-def _labels(algorithm, site: Site) -> tuple[str, str]:
+def _labels(algorithm: Algorithm, site: Site) -> tuple[str, str]:
     """Names of the parts: the message's from the method's signature, the reply's by their place."""
     names = list(inspect.signature(named_method(algorithm, site.name)).parameters)[1:]
     show = lambda text, part: text if part.flag is None else f"[{text}]"
@@ -157,7 +158,7 @@ def _labels(algorithm, site: Site) -> tuple[str, str]:
     return down, up
 
 
-def _mean(values) -> float:
+def _mean(values: np.ndarray) -> float:
     mean = sum(int(v) for v in values) / len(values)
     return int(mean) if mean == int(mean) else mean
 
@@ -167,5 +168,5 @@ def _range(expected: float, most: int) -> str:
     return text if expected == most else f"{text} [{most:,}]"
 
 
-def _plain(value):
+def _plain(value: str | float | tuple[Exchange, ...]) -> JSON:
     return [dataclasses.asdict(e) for e in value] if isinstance(value, tuple) else value

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
+from ..algorithm import Algorithm
 from ..cohorts import answered, check_cohort, exchange_key, sample_cohort
 from ..compiled import traced
 from ..errors import check
-from ..federation import Client, Combine, Federation
+from ..federation import Body, Client, Cohort, Combine, Federation, Flag, Index, Method, Replies
 from ..jaxprs import get_opaque_trace_state
 from .calls import answer, check_beside, check_carry, check_given, check_times, client_method
-from .sites import Path, Site, is_static, mask_reply, normalise, site, wanted_flags
+from .sites import Path, Site, Wanted, is_static, mask_reply, normalise, site, wanted_flags
+
+Ledger: TypeAlias = tuple[
+    Int[Array, ""], dict[Path, Int[Array, "..."]] | None, PyTree
+]  # counter, counts, clients' state
+Loop: TypeAlias = tuple[Ledger, PyTree]  # and the algorithm's own carry
 
 
 class Scopes:
@@ -48,7 +54,7 @@ class Scopes:
         self._next += 1
         return (*self._path, self._next - 1)
 
-    def inside(self, path: Path, body: Callable[[], Any]) -> Any:
+    def inside(self, path: Path, body: Callable[[], PyTree]) -> PyTree:
         """Run `body` as the inside of the loop at `path`."""
         saved = self._path, self._next, self._level
         self._path, self._next, self._level = path, 0, get_opaque_trace_state(convention="nnx")
@@ -66,14 +72,14 @@ class TracedFederation(Federation):
     """
 
     drops = False  # whether clients may drop out; the counts then have a second row, of replies
-    _replied: Any = None  # how many clients answered the exchange just made, where that may be fewer than were asked
+    _replied: Index = 0  # how many clients answered the exchange just made, where that may be fewer than were asked
 
     def __init__(
         self,
-        algorithm: Any,
+        algorithm: Algorithm,
         clients: int,
         cohort: int,
-        weights: Any,
+        weights: Float[Array, " clients"] | None,
         key: Key[Array, ""],
         layout: dict[Path, int] | None,
     ):
@@ -81,8 +87,8 @@ class TracedFederation(Federation):
         self.sites: dict[Path, Site] = {}
         self._algorithm, self._weights, self._key = algorithm, weights, key
         self._scopes = Scopes()
-        self._counter: Any = jnp.zeros((), jnp.int32)
-        self.counts: dict[Path, Any] | None = None
+        self._counter: Int[Array, ""] = jnp.zeros((), jnp.int32)
+        self.counts: dict[Path, Int[Array, ...]] | None = None
         if layout is not None:
             rows = (2,) if self.drops else ()
             self.counts = {path: jnp.zeros((*rows, 1 + flags), jnp.int32) for path, flags in layout.items()}
@@ -91,11 +97,18 @@ class TracedFederation(Federation):
 
     @abc.abstractmethod
     def exchange(
-        self, name: str, method: Callable, message: PyTree, combine: Combine, wanted: tuple, key: Any, cohort: Any
+        self,
+        name: str,
+        method: Method,
+        message: PyTree,
+        combine: Combine,
+        wanted: Wanted,
+        key: Key[Array, ""],
+        cohort: Cohort,
     ) -> tuple[PyTree, PyTree]:
         """(The shapes of one client's reply, the cohort's combined) to a message (`When` parts masked)."""
 
-    def replied(self, name: str, method: Callable, client: Client, message: tuple) -> PyTree:
+    def replied(self, name: str, method: Method, client: Client, message: tuple) -> PyTree:
         """What a client replies. Its method is traced once for all programs, but where features know x by its very arrays,
         of which a part of a program has others."""
         problem = client.problem
@@ -106,17 +119,19 @@ class TracedFederation(Federation):
 
     # The capability -------------------------------------------------------------------------------------------------
 
-    def ask(self, method, message, combine, replies, cohort, beside):
+    def ask(
+        self, method: Method, message: tuple, combine: Combine, replies: Replies, cohort: Cohort, beside: bool
+    ) -> PyTree:
         path = self._scopes.advance()
         name, method = client_method(self._algorithm, method)
         message, sent = normalise(message)
         wanted = wanted_flags(replies)
         key = exchange_key(self._key, self._counter)
-        cohort = check_given(cohort, self.clients)
-        self._asked = self.cohort_size if cohort is None else cohort.shape[0]
+        given = check_given(cohort, self.clients)
+        self._asked = self.cohort_size if given is None else given.shape[0]
         self._share = answered(self._weights, self._asked, None, self.clients)
         self._at = path
-        shapes, reply = self.exchange(name, method, message, combine, wanted, key, cohort)
+        shapes, reply = self.exchange(name, method, message, combine, wanted, key, given)
         check_beside(beside, path, self.sites)
         self.sites[path] = site(path, name, message, shapes, sent, wanted, self._asked, not beside)
         reply = mask_reply(reply, wanted)
@@ -129,11 +144,11 @@ class TracedFederation(Federation):
         self._counter = self._counter + 1
         return reply
 
-    def travelled(self, flags: list[Any]) -> list[Any]:
+    def travelled(self, flags: list[Flag]) -> list[Flag]:
         """What is counted for the conditional parts of an exchange."""
         return flags
 
-    def repeat(self, times, body, carry, most=None):
+    def repeat(self, times: Index, body: Body, carry: PyTree, most: int | None = None) -> PyTree:
         path = self._scopes.advance()
         times = check_times(times, most)
         run = self._body(path, body)
@@ -141,48 +156,45 @@ class TracedFederation(Federation):
         self._restore(ledger)
         return carry
 
-    def until(self, condition, body, carry, most):
+    def until(self, condition: Callable[[PyTree], Flag], body: Body, carry: PyTree, most: int) -> PyTree:
         path = self._scopes.advance()
         check_times(most, most)
         run = self._body(path, body)
 
-        def going(loop):
-            t, (_, carry) = loop
-            return (t < most) & jnp.logical_not(condition(carry))
-
+        going = lambda loop: (loop[0] < most) & jnp.logical_not(condition(loop[1][1]))
         start = (jnp.zeros((), jnp.int32), (self._ledger(), carry))
         _, (ledger, carry) = jax.lax.while_loop(going, lambda loop: (loop[0] + 1, run(*loop)), start)
         self._restore(ledger)
         return carry
 
-    def randint(self, low, high):
+    def randint(self, low: int, high: int) -> Int[Array, ""]:
         self._scopes.advance()
         check(low < high, f"fed.randint(low, high) needs low < high; got {low}, {high}.")
         key = exchange_key(self._key, self._counter)
         self._counter = self._counter + 1
         return jax.random.randint(key, (), low, high, dtype=jnp.int32)
 
-    def draw_cohort(self, size=None):
+    def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
         self._scopes.advance()
         key = exchange_key(self._key, self._counter)
         self._counter = self._counter + 1
         return self.sample(key, size)
 
-    def sample(self, key, size=None):
+    def sample(self, key: Key[Array, ""], size: int | None = None) -> Int[Array, " cohort"]:
         """The cohort of one exchange."""
         size = self.cohort_size if size is None else check_cohort(size, self.clients)
         return sample_cohort(key, self.clients, size, self._weights)
 
     # Threading the ledger through loops -----------------------------------------------------------------------------
 
-    def _ledger(self):
+    def _ledger(self) -> Ledger:
         return self._counter, self.counts, self.client_state
 
-    def _restore(self, ledger) -> None:
+    def _restore(self, ledger: Ledger) -> None:
         self._counter, self.counts, self.client_state = ledger
 
-    def _body(self, path: Path, body):
-        def run(t, both):
+    def _body(self, path: Path, body: Body) -> Callable[[Index, Loop], Loop]:
+        def run(t: Index, both: Loop) -> Loop:
             ledger, carry = both
             self._restore(ledger)
             new = self._scopes.inside(path, lambda: body(jnp.asarray(t, jnp.int32), carry))

@@ -6,7 +6,7 @@ receiver never allocates what a sender claims: the expected length is known befo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from jaxtyping import PyTree
 
 from ..errors import RunError
 from ..federation import When
+
+Leaf = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 
 def encode(tree: PyTree, travels: tuple[bool, ...]) -> bytes:
@@ -65,9 +67,9 @@ def rebuild_message(schema: PyTree, pieces: tuple, flags: tuple[bool, ...]) -> P
     return jax.tree.unflatten(jax.tree.structure(schema, is_leaf=_is_when), wrapped)
 
 
-def _is_when(node: Any) -> bool:
+def _is_when(node: PyTree) -> TypeGuard[When]:
     return isinstance(node, When)
 
 
-def _present(parts: PyTree, travels: tuple[bool, ...]) -> list[Any]:
+def _present(parts: PyTree, travels: tuple[bool, ...]) -> list[Leaf]:
     return [leaf for part, here in zip(parts, travels, strict=True) if here for leaf in jax.tree.leaves(part)]

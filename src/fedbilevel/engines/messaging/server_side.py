@@ -31,7 +31,7 @@ from ...cohorts import (
 )
 from ...data import FederatedData
 from ...errors import RunError, check
-from ...federation import Combine, Federation, Flag
+from ...federation import Cohort, Combine, Federation, Flag, Index
 from ...problem import Problem, strong
 from ...protocol import as_leaves
 from ...protocol.calls import check_carry, check_given, check_times, client_method
@@ -153,7 +153,7 @@ class MessageFederation(Federation):
         message: tuple,
         combine: Combine,
         replies: bool | tuple[Flag, ...],
-        cohort: Int[Array, " cohort"] | None,
+        cohort: Cohort,
         beside: bool,
     ) -> PyTree:
         path = self._scopes.advance()
@@ -179,9 +179,7 @@ class MessageFederation(Federation):
         self._share = answered(everyone, asked, present, self.clients)
         return mask_reply(combine_replies(combine, stacked, weights), wanted)
 
-    def _until_enough(
-        self, exchange: _Exchange, cohort: Int[Array, " cohort"] | None
-    ) -> tuple[np.ndarray, dict[int, PyTree]]:
+    def _until_enough(self, exchange: _Exchange, cohort: Cohort) -> tuple[np.ndarray, dict[int, PyTree]]:
         """(The cohort asked, replies by client), tried again until enough have answered."""
         run, faults, have, needed = self._run, self._run.faults, 0, 1
         attempts = 1 if faults is None else 1 + faults.retries
@@ -260,7 +258,7 @@ class MessageFederation(Federation):
 
     def repeat(
         self,
-        times: int | np.integer | Int[Array, ""],
+        times: Index,
         body: Callable[[Int[Array, ""], PyTree], PyTree],
         carry: PyTree,
         most: int | None = None,
