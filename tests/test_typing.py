@@ -62,7 +62,6 @@ def test_few_anys():
     assert 0 < times_any(SOURCE) < FEWER_ANYS
 
 
-@pytest.mark.xfail(reason="annotations are on their way", strict=True)
 def test_few_parameters_without_an_annotation():
     found = [f"{file}: {name}" for file in SOURCE.rglob("*.py") for name in bare(file.read_text())]
     assert len(found) < FEWER_BARE, found
