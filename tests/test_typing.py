@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from helpers.places import ROOT
 
 SOURCE = ROOT / "src"
@@ -57,7 +55,6 @@ class C:
     assert aliases("A = Any\nB: TypeAlias = object\nC = int\nD = object()") == ["A = Any", "B: TypeAlias = object"]
 
 
-@pytest.mark.xfail(reason="annotations are on their way", strict=True)
 def test_few_anys():
     assert 0 < times_any(SOURCE) < FEWER_ANYS
 
