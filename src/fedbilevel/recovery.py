@@ -19,8 +19,10 @@ never changed.
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
-from typing import Any
+
+from jaxtyping import PyTree
 
 from . import arrays
 from .algorithm import Algorithm
@@ -85,7 +87,7 @@ class Recovery:
             self.snapshot = carry
         return carry
 
-    def _ordinary(self, state: Any) -> bool:
+    def _ordinary(self, state: PyTree) -> bool:
         return largest((state.x, state.y)) <= self._size and remembered(state).calm
 
     def back(self, last: Carry, failed: Carry, limit: float, spare: int | None) -> Back | None:
@@ -119,7 +121,7 @@ class Recovery:
         self.snapshot = dataclasses.replace(self.snapshot, state=remembering(self.snapshot.state, memory))
         return Back(self.snapshot, tried, None)
 
-    def _takes(self, last: Carry, failed: Carry) -> list[Any]:
+    def _takes(self, last: Carry, failed: Carry) -> list[PyTree]:
         """The states from which the iteration is taken again, each measuring.
 
         Where clients move before the factors act, no measurement tells of the curvature that they met on their way:
@@ -135,12 +137,12 @@ class Recovery:
         return f"{why} (The automatic hessian_lr had been halved {self.halvings} times by then.)"
 
 
-def recovery(execution: Execution, algorithm: Any, start: Carry) -> Recovery | None:
+def recovery(execution: Execution, algorithm: Algorithm, start: Carry) -> Recovery | None:
     """None where the run does not go back: its steps are all the user's."""
     return None if automatic(algorithm) is None else Recovery(execution, algorithm, start)
 
 
-def saved_snapshot(folder: Any, start: Carry) -> Carry:
+def saved_snapshot(folder: str | os.PathLike[str], start: Carry) -> Carry:
     """The snapshot that a checkpoint holds."""
     like = {"snapshot": start.state, "snapshot_client_state": start.client_state}
     head, parts = read(Path(folder) / FILE, like)

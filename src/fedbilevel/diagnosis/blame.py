@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import equinox as eqx
 import jax
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
+from ..algorithm import Algorithm
 from ..engines.base import Carry, Execution
 from ..watch import attributes
 
@@ -26,6 +28,9 @@ _LOWER = 1e-3  # how much lower a step is made, to see whether it cures
 _HELD = 1e-30  # of outer_lr: x stays where it is, and what is measured relative to the step is finite
 _FAR = 30.0  # how far a setting that is no step lies from its default to be suspected before the steps are
 _SMALL = 1e-6  # moves of this share of a part's size may grow as they like
+
+Kind = TypeVar("Kind", bound=Algorithm)
+Optimizer = optax.GradientTransformation | str  # optax's own, or its name and learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +55,13 @@ class Replayed:
 class Replays:
     """The stretch in which a run blew up, to be repeated with other settings from where it was last in order."""
 
-    def __init__(self, execution: Execution, algorithm: Any, start: Carry, failed: Carry, limit: float):
+    def __init__(self, execution: Execution, algorithm: Algorithm, start: Carry, failed: Carry, limit: float):
         self.execution, self.algorithm, self.start, self.limit = execution, algorithm, start, limit
         self._failed = failed.state
         self.length = min(max(failed.iteration - start.iteration, LEAST), _MOST)
         self.follows = followed(algorithm)
 
-    def run(self, algorithm: Any) -> Replayed:
+    def run(self, algorithm: Algorithm) -> Replayed:
         """Repeat it with these settings."""
         _, record = self.execution.advance(algorithm, self._begin(algorithm), self.length, self.limit)
         seen, growth = record.seen, getattr(record.info, "vector_growth", None)
@@ -67,7 +72,7 @@ class Replays:
         sizes, moves = ({name: np.asarray(v) for name, v in of.items()} for of in (seen.sizes, seen.moves))
         return Replayed(record.finite, sizes, moves, largest)
 
-    def _begin(self, algorithm: Any) -> Carry:
+    def _begin(self, algorithm: Algorithm) -> Carry:
         """Where it starts: what the state holds of settings is these settings'."""
         state = self.start.state
         held = [name for name in attributes(state) if name in rates(algorithm)]
@@ -78,11 +83,11 @@ class Replays:
             )
         return dataclasses.replace(self.start, state=state)
 
-    def cures(self, field: str, value: Any = None) -> bool:
+    def cures(self, field: str, value: float | None = None) -> bool:
         """Whether everything stays in its range once this setting alone is changed, by default much lowered."""
         return self.remains(field, value) <= math.sqrt(self.limit)
 
-    def remains(self, field: str, value: Any = None) -> float:
+    def remains(self, field: str, value: float | None = None) -> float:
         """How large the state is in the end once this setting alone is changed; infinite if it blows up all the same."""
         replay = self.run(changed(self.algorithm, field, value))
         return max(float(size[-1]) for size in replay.sizes.values()) if replay.finite else np.inf
@@ -148,21 +153,21 @@ class Replays:
 # Settings ---------------------------------------------------------------------------------------------------------------
 
 
-def rates(algorithm: Any) -> dict[str, float]:
+def rates(algorithm: Algorithm) -> dict[str, float]:
     """The algorithm's numbers that are step sizes or the like, by name."""
     fields = [f for f in dataclasses.fields(algorithm) if f.metadata.get("role") == "rate"]
     values = {f.name: getattr(algorithm, f.name) for f in fields}
     return {name: float(value) for name, value in values.items() if not (value is None or isinstance(value, str))}
 
 
-def followed(algorithm: Any) -> dict[str, str]:
+def followed(algorithm: Algorithm) -> dict[str, str]:
     """`Algorithm.follows`, of the settings that it has; an optimizer only where there is one."""
     names = {f.name for f in dataclasses.fields(algorithm)}
     there = {part: field for part, field in algorithm.follows.items() if field in names}
     return {part: field for part, field in there.items() if getattr(algorithm, field) is not None}
 
 
-def is_step(algorithm: Any, field: str) -> bool:
+def is_step(algorithm: Algorithm, field: str) -> bool:
     """Whether a setting is a step: lower is safer. An optimizer counts, for it has a learning rate."""
     moving = {algorithm.follows.get(part) for part in ("x", "y", "v")}
     return field == algorithm.follows.get("optimizer") or (
@@ -170,12 +175,12 @@ def is_step(algorithm: Any, field: str) -> bool:
     )
 
 
-def number(algorithm: Any, field: str) -> float:
+def number(algorithm: Algorithm, field: str) -> float:
     """A setting's value; zero for one that is found while running."""
     return rates(algorithm).get(field, 0.0)
 
 
-def suspects(algorithm: Any, far: float) -> list[Blame]:
+def suspects(algorithm: Algorithm, far: float) -> list[Blame]:
     """Settings that are no steps and lie at least this far from their defaults."""
     found = []
     for field in dataclasses.fields(algorithm):
@@ -188,7 +193,7 @@ def suspects(algorithm: Any, far: float) -> list[Blame]:
     return found
 
 
-def grown(algorithm: Any, state: Any) -> list[Blame]:
+def grown(algorithm: Algorithm, state: PyTree) -> list[Blame]:
     """Settings by which something in the state has grown far beyond what it began with."""
     found = []
     for part, field in followed(algorithm).items():
@@ -201,7 +206,7 @@ def grown(algorithm: Any, state: Any) -> list[Blame]:
     return found
 
 
-def changed(algorithm: Any, field: str, value: Any = None) -> Any:
+def changed(algorithm: Kind, field: str, value: float | None = None) -> Kind:
     """The algorithm with another value of a setting, by default a much lower one."""
     now = getattr(algorithm, field)
     if field not in rates(algorithm):
@@ -211,7 +216,7 @@ def changed(algorithm: Any, field: str, value: Any = None) -> Any:
     return eqx.tree_at(lambda a: getattr(a, field), algorithm, float(now) * _LOWER if value is None else value)
 
 
-def x_held(algorithm: Any, follows: dict[str, str]) -> Any:
+def x_held(algorithm: Kind, follows: dict[str, str]) -> Kind:
     """The algorithm with an x that stays where it is."""
     upper, optimizer = follows["x"], follows.get("optimizer")
     held = changed(algorithm, upper, _HELD)
@@ -223,26 +228,26 @@ def x_held(algorithm: Any, follows: dict[str, str]) -> Any:
 # Optimizers of x --------------------------------------------------------------------------------------------------------
 
 
-def isinstance_optimizer(value: Any) -> bool:
+def isinstance_optimizer(value: Any) -> TypeGuard[Optimizer]:
     """Whether a setting holds an optimizer, as optax's or by name."""
     return isinstance(value, (optax.GradientTransformation, str)) and value != "auto"
 
 
-def slowed(optimizer: Any, factor: float) -> optax.GradientTransformation:
+def slowed(optimizer: Optimizer, factor: float) -> optax.GradientTransformation:
     """The optimizer with its steps scaled; its state stays as it is."""
     from ..algorithms.components.optimizer import resolve
 
     own = resolve(optimizer, "")
     assert own is not None  # it is asked for where there is one
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> tuple[PyTree, PyTree]:
         updates, state = own.update(updates, state, params, **extra)
         return jax.tree.map(lambda leaf: leaf * np.asarray(factor, leaf.dtype), updates), state
 
     return optax.GradientTransformation(own.init, update)
 
 
-def gain(optimizer: Any) -> float:
+def gain(optimizer: Optimizer) -> float:
     """How far the optimizer goes along a gradient of one: its learning rate, for those that do not scale gradients."""
     from ..algorithms.components.optimizer import resolve
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jaxtyping import PyTree
 
 from ..compiled import run
 from ..data import FederatedData
-from ..problem import Problem
+from ..problem import Problem, Rows
 
 
 def not_finite(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> str | None:
@@ -42,27 +44,27 @@ def name(data: FederatedData, index: int) -> str:
     return str(names[index]) if names else f"client {index}"
 
 
-def _found(problem, _, data, x, y):
+def _found(problem: Problem, _: None, data: FederatedData, x: PyTree, y: PyTree) -> tuple[PyTree, ...]:
     """For each derivative and leaf, (clients,) whether it is finite."""
     ones = optax.tree.ones_like(y)
 
-    def products(inner):
+    def products(inner: Rows) -> tuple[PyTree, PyTree]:
         return problem.hessian_vector(x, y, ones, inner), problem.cross_vector(x, y, ones, inner)
 
     return (*_found_first(problem, _, data, x, y), *_by_client(data, lambda inner, outer: products(inner)))
 
 
-def _found_first(problem, _, data, x, y):
+def _found_first(problem: Problem, _: None, data: FederatedData, x: PyTree, y: PyTree) -> tuple[PyTree, ...]:
     """The same of the losses and their first derivatives."""
 
-    def one(inner, outer):
+    def one(inner: Rows, outer: Rows) -> tuple[PyTree, ...]:
         numbers = problem.inner_value(x, y, inner), problem.outer_value(x, y, outer)
         return *numbers, problem.inner_gradient(x, y, inner), *problem.outer_gradients(x, y, outer)
 
     return _by_client(data, one)
 
 
-def _by_client(data, of):
+def _by_client(data: FederatedData, of: Callable[[Rows, Rows], tuple[PyTree, ...]]) -> tuple[PyTree, ...]:
     finite = lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
     rows = lambda i: (data.inner.client(i).all(), data.outer.client(i).all())
     return jax.vmap(lambda i: finite(of(*rows(i))))(jnp.arange(data.clients, dtype=jnp.int32))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import equinox as eqx
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
+from ..algorithm import Algorithm
 from ..engines.base import Carry, Execution
 from ..watch import Seen, parts
 from .blame import LEAST, Blame, Replays, followed, isinstance_optimizer, rates
@@ -25,7 +26,7 @@ _WORDS = {
 }  # fmt: skip
 
 
-def largest(tree: Any) -> float:
+def largest(tree: PyTree) -> float:
     """The largest absolute value in a pytree; NaN if one is NaN."""
     values = [
         np.max(np.abs(np.asarray(leaf)), initial=0.0) for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)
@@ -34,7 +35,7 @@ def largest(tree: Any) -> float:
 
 
 def diagnose(
-    execution: Execution, algorithm: Any, healthy: Carry, failed: Carry, limit: float, recent: Sequence[Seen] = ()
+    execution: Execution, algorithm: Algorithm, healthy: Carry, failed: Carry, limit: float, recent: Sequence[Seen] = ()
 ) -> str:
     """What blew up, when, and which step to lower.
 
@@ -62,7 +63,7 @@ def diagnose(
     return f"{what}; {advice(algorithm, blame)}."
 
 
-def advice(algorithm: Any, blame: Blame) -> str:
+def advice(algorithm: Algorithm, blame: Blame) -> str:
     """Why, and what to change."""
     steps = rates(algorithm)
     if not blame.field:
@@ -74,7 +75,7 @@ def advice(algorithm: Any, blame: Blame) -> str:
     return why + _change(algorithm, blame.field)
 
 
-def advice_for(algorithm: Any, field: str, raised: bool = False) -> str:
+def advice_for(algorithm: Algorithm, field: str, raised: bool = False) -> str:
     """What to do about a step, with its value now."""
     value = rates(algorithm).get(field)
     if not field:
@@ -82,7 +83,7 @@ def advice_for(algorithm: Any, field: str, raised: bool = False) -> str:
     return f"raise {field} (now {value:g})" if raised and value is not None else _change(algorithm, field)
 
 
-def _change(algorithm: Any, field: str) -> str:
+def _change(algorithm: Algorithm, field: str) -> str:
     value = getattr(algorithm, field)
     if field not in rates(algorithm) and isinstance_optimizer(value):
         now = f" (now {value!r})" if isinstance(value, str) else ""
@@ -110,7 +111,7 @@ def _listed(names: Sequence[str]) -> str:
 # Where nothing can be repeated ------------------------------------------------------------------------------------------
 
 
-def _guess(algorithm: Any, healthy: Carry, failed: Carry, recent: Sequence[Seen]) -> str:
+def _guess(algorithm: Algorithm, healthy: Carry, failed: Carry, recent: Sequence[Seen]) -> str:
     """Which steps may be too large, by the order in which parts left their ordinary range."""
     follows = followed(algorithm)
     series = {name: np.concatenate([np.atleast_1d(seen.sizes[name]) for seen in recent]) for name in _names(recent)}
@@ -142,7 +143,7 @@ def _names(recent: Sequence[Seen]) -> list[str]:
     return list(recent[-1].sizes) if recent else []
 
 
-def _or(algorithm: Any, fields: Any) -> str:
+def _or(algorithm: Algorithm, fields: Iterable[str]) -> str:
     steps = rates(algorithm)
     return " or ".join(f"{f} (now {steps[f]:g})" if f in steps else f for f in dict.fromkeys(fields))
 
@@ -150,7 +151,7 @@ def _or(algorithm: Any, fields: Any) -> str:
 # An estimate of the hypergradient alone ---------------------------------------------------------------------------------
 
 
-def of_estimate(execution: Execution, algorithm: Any, start: Carry, after: Carry) -> str:
+def of_estimate(execution: Execution, algorithm: Algorithm, start: Carry, after: Carry) -> str:
     """Why an estimate is not finite."""
     kind, follows = type(algorithm).__name__, followed(algorithm)
     if execution.replays and (broken := not_finite(execution.problem, execution.data, start.state.x, start.state.y)):

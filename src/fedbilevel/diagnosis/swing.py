@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
+from ..given import JSON
 from ..watch import BUCKETS, Seen
 
 _FINE, _COARSE = 256, 256  # moves kept: the latest one by one; the whole run's, in sums of more and more iterations
@@ -87,17 +88,17 @@ class Trail:
         places = np.cumsum(np.concatenate([np.zeros((1, BUCKETS)), self._coarse, self._open[None]]), axis=0)
         return float(np.linalg.norm(np.ptp(places, axis=0)))
 
-    def saved(self) -> dict[str, Any]:
+    def saved(self) -> dict[str, JSON]:
         """All of it, for a checkpoint."""
         arrays = {"fine": self._fine, "coarse": self._coarse, "open": self._open}
         text = {name: base64.b64encode(array.tobytes()).decode() for name, array in arrays.items()}
         return {**text, "length": self._length, "opened": self._opened}
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: Mapping[str, JSON]) -> None:
         """Go on from what a checkpoint holds."""
-        read = lambda name: np.frombuffer(base64.b64decode(saved[name])).reshape(-1, BUCKETS)
+        read = lambda name: np.frombuffer(base64.b64decode(str(saved[name]))).reshape(-1, BUCKETS)
         self._fine, self._coarse, self._open = read("fine"), read("coarse"), read("open")[0]
-        self._length, self._opened = int(saved["length"]), int(saved["opened"])
+        self._length, self._opened = int(str(saved["length"])), int(str(saved["opened"]))
 
 
 def alive(moves: np.ndarray, half: int, extent: float) -> bool:

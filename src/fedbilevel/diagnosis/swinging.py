@@ -9,10 +9,10 @@ is of something that oversteps. Where the run can be gone on with other steps it
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
+from ..algorithm import Algorithm
 from ..engines.base import Carry, Execution, Record
 from ..errors import warn
 from ..watch import attributes, precision
@@ -37,7 +37,7 @@ class Cause:
     why: str
 
 
-def tell(execution: Execution, algorithm: Any, carry: Carry, swing: Swing, last: Record) -> None:
+def tell(execution: Execution, algorithm: Algorithm, carry: Carry, swing: Swing, last: Record) -> None:
     """Warn, in a sentence."""
     kind = type(algorithm).__name__
     told = Swings(execution, algorithm, carry, swing, last).cause()
@@ -49,7 +49,7 @@ def tell(execution: Execution, algorithm: Any, carry: Carry, swing: Swing, last:
 class Swings:
     """A run that swings, and what can be asked of it."""
 
-    def __init__(self, execution: Execution, algorithm: Any, carry: Carry, swing: Swing, last: Record):
+    def __init__(self, execution: Execution, algorithm: Algorithm, carry: Carry, swing: Swing, last: Record):
         self.execution, self.algorithm, self.carry, self.swing = execution, algorithm, carry, swing
         self.follows = followed(algorithm)
         self.paces = paces(carry, last)
