@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, PyTree
 
 BUCKETS = 32  # numbers of a sketch; an x of no more numbers is sketched without loss
 
-Number = Float[Array, ""] | np.floating  # outside of compiled programs numpy's
+Number = Float[Array | np.ndarray, "*times"] | np.floating  # outside of compiled programs numpy's
 Vector = Float[Array | np.ndarray, "_"]
-Sketch = Float[Array | np.ndarray, "32"]
+Sketch = Float[Array | np.ndarray, "*times 32"]
 
 
 class Seen(eqx.Module):
