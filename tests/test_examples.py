@@ -26,6 +26,17 @@ def test_an_algorithm_of_ones_own_takes_less_than_60_lines(tmp_path):
         assert sentence in done.stdout
 
 
+def test_a_method_from_components_takes_less_than_40_lines_and_conforms(monkeypatch):
+    assert len((EXAMPLES / "warm_nest.py").read_text().splitlines()) < 40
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from warm_nest import WarmNest
+
+    task = fb.tasks.quadratic(clients=3)
+    protocol = fb.protocol(WarmNest(inner_rounds=4), task.problem, task.data, task.x, task.y)
+    assert protocol.rounds == 3 * 4 + 3
+    assert fb.testing.check_algorithm(WarmNest(), accurate=WarmNest(inner_rounds=500)).passed
+
+
 @pytest.mark.slow
 def test_a_wrong_sign_in_it_is_found(tmp_path):
     wrong = tmp_path / "wrong.py"
