@@ -11,6 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fedbilevel as fb
+from fedbilevel.algorithms import aggitd
 from helpers.quadratic import DX, DY, quadratic
 
 TAU, INNER_LR, HESSIAN_LR = 3, 0.12, 0.2
@@ -32,7 +33,7 @@ def second_moment(hs, y_N, rounds):
     return np.mean(np.sum(v**2, axis=1)), HESSIAN_LR * C**2 / (mu * (2 - HESSIAN_LR * mu))
 
 
-class Counting(fb.State):
+class Counting(aggitd.State):
     q: jax.Array
 
 
@@ -40,12 +41,13 @@ class Enumerated(fb.AggITD):
     """AggITD's estimator at the same place again and again, with Q = 0, 1, 2, ... in one compiled run."""
 
     def init(self, x, y):
-        return Counting(x, y, jnp.zeros((), jnp.int32))
+        own = super().init(x, y)
+        return Counting(*(getattr(own, field.name) for field in dataclasses.fields(own)), jnp.zeros((), jnp.int32))
 
     def step(self, fed, state):
         h, y = dataclasses.replace(self, truncation=state.q).estimate(fed, state.x, state.y)
         numbers = enumerate(jnp.concatenate([ravel_pytree(h)[0], ravel_pytree(y)[0]]))
-        return Counting(state.x, state.y, state.q + 1), {f"n{i}": number for i, number in numbers}
+        return dataclasses.replace(state, q=state.q + 1), {f"n{i}": number for i, number in numbers}
 
 
 def enumerated(rounds):
