@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
-from fedbilevel.algorithms.curvature import EVERY, HALVINGS
+from fedbilevel.algorithms.components.curvature import EVERY, HALVINGS
 from fedbilevel.callbacks import CSV, Checkpoint
 from fedbilevel.engines.base import Engine, plan
 from fedbilevel.engines.loopback import InProcess

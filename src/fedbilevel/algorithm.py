@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from .component import component as component
 from .component import modules_in as modules_in
@@ -30,6 +31,8 @@ from .given import as_whole
 from .jaxprs import Tracer
 
 Setting = float | int | str | bool | tuple[int, ...] | None  # what a field may be given, as plain values
+Default = TypeVar("Default")  # of a field: for a type checker, the field is what its default is
+Given = ArrayLike | str | None
 
 
 class State(eqx.Module):
@@ -59,50 +62,52 @@ class Info(eqx.Module):
     lower_gradient_norm: Float[Array, ""] | None = None
 
 
-def rate(default: float | None, *words: str) -> Any:
+def rate(default: Default, *words: str) -> Default:
     """A field that holds a step size: positive, a leaf; or one of the words; or None, where that is the default."""
     metadata = {"role": "rate", "words": words if default is not None else (*words, None)}
     return eqx.field(default=default, converter=_as_float, metadata=metadata)
 
 
-def count(default: int | None) -> Any:
+def count(default: Default) -> Default:
     """A field that holds how often something is done, or how many rows are drawn: at least one, static."""
     metadata = {"role": "count", "optional": default is None}
     return eqx.field(default=default, static=True, converter=_as_count, metadata=metadata)
 
 
-def option(default: Any) -> Any:
+def option(default: Default) -> Default:
     """A field that holds a choice: static."""
     return eqx.field(default=default, static=True, metadata={"role": "option"})
 
 
-def choice(default: Any, converter: Any = None) -> Any:
+def choice(default: Default, converter: Callable[..., Setting] | None = None) -> Default:
     """A field that holds a choice which the algorithm checks itself: static."""
     extra = {} if converter is None else {"converter": converter}
     return eqx.field(default=default, static=True, **extra)
 
 
-def _as_count(value):
+def _as_count(value: Given) -> Given:
     number = as_whole(value)
-    if number is None and getattr(value, "dtype", None) == np.bool_ and np.size(value) == 1:
+    array = isinstance(value, np.bool_ | np.ndarray | jax.Array)
+    if number is None and array and value.dtype == np.bool_ and value.size == 1:
         return bool(value)  # refused, and no array in a static field
     return value if number is None else number
 
 
-def _as_float(value):
+def _as_float(value: Given) -> Given:
     return float(value) if isinstance(value, (int, float, np.generic)) and not isinstance(value, bool) else value
 
 
-def _is_word(value, words) -> bool:
+def _is_word(value: Given, words: tuple[str | None, ...]) -> bool:
     return (value is None or isinstance(value, str)) and value in words
 
 
-def _is_step(value) -> bool:
+def _is_step(value: Given) -> bool:
     """Whether it is a positive number, or an array of them (a grid of step sizes, which is mapped over)."""
     if isinstance(value, float):
         return bool(np.isfinite(value) and value > 0)
-    real = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
-    return real and bool(jnp.all(jnp.isfinite(value) & (value > 0)))
+    if not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)):
+        return False
+    return bool(jnp.all(jnp.isfinite(value) & (value > 0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +181,7 @@ class Algorithm(Checked):
     about: ClassVar[About]
     follows: ClassVar[dict[str, str]] = {"x": "outer_lr", "y": "inner_lr", "v": "hessian_lr"}
 
-    def init(self, x: PyTree, y: PyTree) -> Any:
+    def init(self, x: PyTree, y: PyTree) -> PyTree:
         """The state before the first iteration; it must have the fields `x` and `y`."""
         return State(x, y)
 
@@ -185,7 +190,7 @@ class Algorithm(Checked):
         return None
 
     @abc.abstractmethod
-    def step(self, fed: Federation, state: Any) -> tuple[Any, Any]:
+    def step(self, fed: Federation, state: PyTree) -> tuple[PyTree, PyTree]:
         """One outer iteration at the server: (the next state, the iteration's diagnostics).
 
         The diagnostics are `Info`, or a dict of scalars of your own: each becomes a column of the history.
@@ -207,9 +212,9 @@ class Truncation(eqx.Module):
     """
 
     mode: str = eqx.field(static=True)
-    value: Any = None
+    value: int | np.integer | Int[Array, ...] | None = None
 
-    def __init__(self, choice: str | int | Truncation):
+    def __init__(self, choice: str | int | np.integer | Int[Array, ...] | Truncation):
         if isinstance(choice, Truncation):
             self.mode, self.value = choice.mode, choice.value
         elif isinstance(choice, str) and choice in ("uniform", "full"):
@@ -218,6 +223,7 @@ class Truncation(eqx.Module):
             whole = isinstance(choice, (int, np.integer)) and not isinstance(choice, bool)
             whole = whole or (isinstance(choice, jax.Array) and jnp.issubdtype(choice.dtype, jnp.integer))
             check(whole, f"truncation= is 'uniform', 'full' or a whole number; got {choice!r}.")
+            assert not isinstance(choice, str)  # or it would not be whole
             self.mode, self.value = "fixed", choice
 
     def __repr__(self) -> str:
@@ -228,12 +234,12 @@ class Truncation(eqx.Module):
         """Whether all terms are summed."""
         return self.mode == "full"
 
-    def draw(self, fed: Federation, most: int) -> Any:
+    def draw(self, fed: Federation, most: int) -> Int[Array, ""]:
         """The number that cuts the series: in {0, ..., most}, uniform or fixed."""
         return fed.randint(0, most + 1) if self.mode == "uniform" else jnp.asarray(self.value, jnp.int32)
 
     def check_range(self, owner: str, most: int) -> None:
         """Refuse a fixed number outside {0, ..., most}."""
-        if self.mode == "fixed" and not isinstance(self.value, Tracer):
+        if self.value is not None and not isinstance(self.value, Tracer):
             good = 0 <= int(self.value) <= most
             check(good, f"{owner}(truncation=...) as a number lies in 0..{most}; got {self.value}.")

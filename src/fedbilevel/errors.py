@@ -46,13 +46,19 @@ _BETWEEN = f"{os.sep}jaxtyping{os.sep}"  # it calls us for the user, who has it 
 
 
 def warn(message: str) -> None:
-    """Warn in one sentence, with the place of the user's own call: the nearest frame outside this package."""
-    frame: FrameType | None = sys._getframe(1)
-    level = 2
-    passed = lambda file: file.startswith(_OURS) or _BETWEEN in file
+    """Warn in one sentence, with the place of the user's own call."""
+    warnings.warn(message, FedbilevelWarning, stacklevel=calls_up(sys._getframe()))
+
+
+def calls_up(frame: FrameType | None) -> int:
+    """How many calls up from a frame, itself one, the user's own is: the nearest outside this package."""
+    level = 1
+    importing = lambda file: "importlib" in file and "_bootstrap" in file  # which `warnings` does not count
+    passed = lambda file: file.startswith(_OURS) or _BETWEEN in file or importing(file)
     while frame is not None and passed(frame.f_code.co_filename):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, FedbilevelWarning, stacklevel=level)
+        level += not importing(frame.f_code.co_filename)
+        frame = frame.f_back
+    return level
 
 
 @contextlib.contextmanager

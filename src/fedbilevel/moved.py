@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import no_type_check
+
+from .errors import calls_up
 
 MOVED = {
     "fedbilevel.exchanges": "fedbilevel.protocol.table",
@@ -20,6 +21,7 @@ MOVED = {
     "fedbilevel.algorithms.directions": "fedbilevel.algorithms.components.directions",
     "fedbilevel.algorithms.optimizer": "fedbilevel.algorithms.components.optimizer",
     "fedbilevel.algorithms.simultaneous": "fedbilevel.algorithms.components.simultaneous",
+    "fedbilevel.algorithms.curvature": "fedbilevel.algorithms.components.curvature",
     "fedbilevel.algorithms.tracking": "fedbilevel.algorithms.components.tracking",
     "fedbilevel.algorithms.localbsg": "fedbilevel.algorithms",
     "fedbilevel.algorithms.neumann": "fedbilevel.algorithms.components.neumann",
@@ -42,7 +44,6 @@ NAMES = {
 class _Package(ModuleType):
     """A package some of whose modules have moved, or a module with classes that have: they are still its attributes."""
 
-    @no_type_check  # a check is a call too, and warnings count calls
     def __getattr__(self, name: str) -> ModuleType | type:
         old = f"{self.__name__}.{name}"
         if old in NAMES:
@@ -68,28 +69,26 @@ class _Old(MetaPathFinder, Loader):
     ) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
-    @no_type_check
     def exec_module(self, module: ModuleType) -> None:
         sys.modules[module.__name__] = _now_at(module.__name__)
 
 
-@no_type_check
 def _now_at(old: str) -> ModuleType:
-    """The module of an old path; warns the line that asks for it, two calls up."""
-    warnings.warn(_sentence(old, MOVED[old]), DeprecationWarning, stacklevel=3)
+    """The module of an old path; warns the line that asks for it."""
+    _warn(old, MOVED[old])
     return importlib.import_module(MOVED[old])
 
 
-@no_type_check
 def _class_at(old: str) -> type:
     """The class of an old path; warns as `_now_at` does."""
-    warnings.warn(_sentence(old, NAMES[old]), DeprecationWarning, stacklevel=3)
+    _warn(old, NAMES[old])
     module, _, name = NAMES[old].rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
-def _sentence(old: str, new: str) -> str:
-    return f"{old} is now {new}: import it from there."
+def _warn(old: str, new: str) -> None:
+    message = f"{old} is now {new}: import it from there."
+    warnings.warn(message, DeprecationWarning, stacklevel=calls_up(sys._getframe()))
 
 
 def install() -> None:

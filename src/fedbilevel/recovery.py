@@ -6,7 +6,7 @@ every 20th iteration whose state is of ordinary size; stretches end there, so th
 depend on how fast a machine is. A checkpoint holds it too.
 
 When an iteration blows up (a number is not finite, or out of range, or the state raises its alarm,
-see `algorithms.curvature`), it is taken again from the last good iterate, with a measurement. If it
+see `algorithms.components.curvature`), it is taken again from the last good iterate, with a measurement. If it
 was an alarm, and the step is found to have been right, the run goes on from there. (Clients that
 move before the factors act may have met another curvature on their way: the iteration is then taken
 with half the step first, which makes what is right half as long at the least, and shortens much

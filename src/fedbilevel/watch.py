@@ -41,7 +41,8 @@ def attributes(state: PyTree) -> dict[str, PyTree]:
     """What a state holds, by name."""
     if dataclasses.is_dataclass(state):
         named = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-        return {name: value for name, value in named.items() if name != "kept"} | named.get("kept", {})
+        kept = named.pop("kept", {})  # as states without types hold it, by name
+        return named | (kept if isinstance(kept, dict) else {"kept": kept})
     return state._asdict() if hasattr(state, "_asdict") else {"x": state.x, "y": state.y}
 
 
@@ -56,7 +57,7 @@ def parts(state: PyTree) -> dict[str, PyTree]:
     for name, value in held.items():
         if jax.tree.structure(value) in whole:
             found[name] = value
-        elif isinstance(value, dict) and name not in getattr(state, "kept", {}):
+        elif isinstance(value, dict):
             found |= {str(part): tree for part, tree in value.items()}
         elif type(value) is tuple and len(value) > 1:
             found |= {f"{name}.{k}": piece for k, piece in enumerate(value)}

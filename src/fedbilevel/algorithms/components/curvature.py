@@ -42,7 +42,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ...algorithm import Algorithm, Component, State, count, modules_in, option, rate
 from ...federation import Client, Federation
 from ...watch import attributes
+from .keeping import Keeping as Keeping
+from .keeping import keeping as keeping
+from .keeping import kept_in as kept_in
 from .lanczos import STEPS, extend, krylov, largest_ritz_value
+from .steps import Rate as Rate
 from .steps import norm
 
 EVERY = 20  # iterations between measurements
@@ -52,8 +56,6 @@ THROWN = 10.0  # how much longer, for going back where the step was too large
 HALVINGS = 10  # at most
 _EXPLAINED = 2.0  # how much longer a vector may be than in proportion to the step
 _FORGET = 0.9  # how much of an earlier, larger curvature of sampled clients is kept
-
-Rate = float | Float[Array, "..."]
 
 
 class Curvature(eqx.Module):
@@ -249,6 +251,4 @@ def remembered(state: State) -> Curvature:
 def remembering(state: State, memory: Curvature) -> State:
     """The state with another memory."""
     name = next(name for name, each in attributes(state).items() if isinstance(each, Curvature))
-    if hasattr(state, "kept"):  # as long as there are old bases
-        return dataclasses.replace(state, kept=vars(state)["kept"] | {name: memory})
     return eqx.tree_at(lambda state: attributes(state)[name], state, memory)

@@ -6,14 +6,13 @@ The local hypergradient (`LocalNeumann`) is the one that is NOT averaged before 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import optax.tree
 from jaxtyping import PyTree
 
 from ...problem import Problem, Rows
-from .steps import descend, norm
+from .steps import Rate, descend, norm
 
 
 def inner_gradient(problem: Problem, x: PyTree, rows: Rows) -> Callable[[PyTree], PyTree]:
@@ -21,7 +20,7 @@ def inner_gradient(problem: Problem, x: PyTree, rows: Rows) -> Callable[[PyTree]
     return lambda y: problem.inner_gradient(x, y, rows)
 
 
-def hessian_factor(problem: Problem, x: PyTree, y: PyTree, v: PyTree, lr: Any, rows: Rows) -> PyTree:
+def hessian_factor(problem: Problem, x: PyTree, y: PyTree, v: PyTree, lr: Rate, rows: Rows) -> PyTree:
     """(I - lr d2_yy g) v."""
     return descend(v, lr, problem.hessian_vector(x, y, v, rows))
 
@@ -43,7 +42,7 @@ def direction(problem: Problem, z: PyTree, inner: Rows, outer: Rows) -> PyTree:
     return optax.tree.sub(direct, cross), problem.inner_gradient(x, y, inner), optax.tree.sub(product, pull)
 
 
-def first_order_direction(problem: Problem, z: PyTree, inner: Rows, outer: Rows, distance: Any) -> PyTree:
+def first_order_direction(problem: Problem, z: PyTree, inner: Rows, outer: Rows, distance: Rate) -> PyTree:
     """`direction` by central differences of d_x g and d_y g at y +- d v, where |d v| is `distance`: no second derivative."""
     x, y, v = z
     direct, pull = problem.outer_gradients(x, y, outer)

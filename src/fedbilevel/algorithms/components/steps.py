@@ -10,14 +10,17 @@ tracked      z' = z - lr e,  then the estimate e is renewed on rows of its own: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-Gradient = Callable[[Any], Callable[[PyTree], PyTree]]  # draw number -> (point -> gradient there, on that draw's rows)
+Rate = float | Float[Array, "..."]  # a step size, or a grid of them
+Number = int | Int[Array, ""]
+Gradient = Callable[
+    [Number], Callable[[PyTree], PyTree]
+]  # draw number -> (point -> gradient there, on that draw's rows)
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:
@@ -25,19 +28,19 @@ def norm(tree: PyTree) -> Float[Array, ""]:
     return optax.tree.norm(tree)
 
 
-def descend(point: PyTree, lr: Any, gradient: PyTree) -> PyTree:
+def descend(point: PyTree, lr: Rate | tuple[Rate, ...], gradient: PyTree) -> PyTree:
     """point - lr gradient; with a tuple of steps, one for each part of the point."""
     if isinstance(lr, tuple):
         return tuple(descend(*part) for part in zip(point, lr, gradient, strict=True))
     return optax.tree.add_scale(point, -lr, gradient)
 
 
-def local_descent(gradient: Gradient, start: PyTree, lr: Any, steps: Any) -> PyTree:
+def local_descent(gradient: Gradient, start: PyTree, lr: Rate | tuple[Rate, ...], steps: Number) -> PyTree:
     """`steps` plain steps z <- z - lr gradient(z; fresh rows)."""
     return jax.lax.fori_loop(0, steps, lambda s, z: descend(z, lr, gradient(s)(z)), start)
 
 
-def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Any, steps: int) -> PyTree:
+def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Rate, steps: int) -> PyTree:
     """`steps` corrected steps z <- z - lr [gradient(z; rows) - gradient(anchor; same rows) + mean_gradient].
 
     The correction removes the clients' drift: the fixed point is the global one for any number of steps. At the
@@ -53,14 +56,14 @@ def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Any, 
 
 
 def controlled_descent(
-    gradient: Gradient, start: PyTree, first: PyTree, correction: PyTree, lr: Any, steps: int
+    gradient: Gradient, start: PyTree, first: PyTree, correction: PyTree, lr: Rate, steps: int
 ) -> PyTree:
     """`steps` steps z <- z - lr [gradient(z; fresh rows) + correction]; `first` is gradient(0)(start), known already."""
     step = lambda s, z: descend(z, lr, optax.tree.add(gradient(s)(z), correction))
     return jax.lax.fori_loop(1, steps, step, descend(start, lr, optax.tree.add(first, correction)))
 
 
-def storm(gradient: Callable, before: PyTree, after: PyTree, estimate: PyTree, forget: Any) -> PyTree:
+def storm(gradient: Callable, before: PyTree, after: PyTree, estimate: PyTree, forget: Rate) -> PyTree:
     """gradient(after) + (1 - forget) [estimate - gradient(before)], on the same rows: STORM (Cutkosky & Orabona, 2019).
 
     With forget = 0 it is SARAH (Nguyen et al., 2017); with forget = 1 the gradient alone.
@@ -69,7 +72,7 @@ def storm(gradient: Callable, before: PyTree, after: PyTree, estimate: PyTree, f
     return optax.tree.add_scale(gradient(after), 1 - forget, error)
 
 
-def momentum(gradient: Callable, before: PyTree, after: PyTree, estimate: PyTree, forget: Any) -> PyTree:
+def momentum(gradient: Callable, before: PyTree, after: PyTree, estimate: PyTree, forget: Rate) -> PyTree:
     """(1 - forget) estimate + forget gradient(after)."""
     return optax.tree.add_scale(estimate, forget, optax.tree.sub(gradient(after), estimate))
 
@@ -87,7 +90,7 @@ def tracked_descent(
     return jax.lax.fori_loop(0, steps, turn, (start, estimate))
 
 
-def moved_mean(mean: PyTree, share: Any, change: PyTree) -> PyTree:
+def moved_mean(mean: PyTree, share: Rate, change: PyTree) -> PyTree:
     """The mean over all clients of what each keeps, when a share of them changed it by `change` on average.
 
     `share` is `Federation.share`: by weight.
