@@ -6,9 +6,7 @@ mnist and fashion-mnist are read from a folder with their four idx files; the ot
 from ..errors import unknown_name
 from . import shipped
 from .base import Dataset, Facts, Folder, Source
-from .breast_cancer import breast_cancer
-from .diabetes import diabetes
-from .digits import digits
+from .embedded import breast_cancer, diabetes, digits
 from .idx import CHUNK, IDX_FILES, LARGEST, PIXELS, find_idx, idx_arrays, idx_folder, read_idx
 
 DATASETS: dict[str, Source] = {each.name: each for each in vars(shipped).values() if isinstance(each, Source)}
