@@ -9,8 +9,9 @@ from typing import Generic, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from .arrays import Concrete, Structure
 from .problem import Problem, told_of_reverse_rules
@@ -108,12 +109,15 @@ class _Compiled:
         finally:
             self._now = before
 
-    def _traced(self, static: _Static, own: list[Array], algorithm: list[Array], arrays: list[Array]) -> PyTree:
+    def _traced(
+        self, static: _Static, own: list[Concrete], algorithm: list[Concrete], arrays: list[Concrete]
+    ) -> PyTree:
         assert self._now is not None
         # of this very call, not of the one that was compiled first
         problem, structure, program, fixed, whole = self._now
         problem = known_as(eqx.combine(jax.tree.unflatten(structure, own), problem), program)
-        args = _together(static.leaves, static.structure, arrays)
+        given = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in arrays]  # numpy's, without jit
+        args = _together(static.leaves, static.structure, given)
         return self._function(problem, _together(fixed, whole, algorithm), *args)
 
 
