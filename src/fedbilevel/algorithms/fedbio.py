@@ -57,7 +57,7 @@ class FedBiO(Algorithm):
         rounds="1",
         when="simfbo with a server step of one",
         hypergradient="right with one local step; else off by the order of the steps",
-        lower="the same",
+        lower="at y* with one local step; else beside it",
     )
 
     hessian_lr: Rate | str = rate(0.01, "auto")

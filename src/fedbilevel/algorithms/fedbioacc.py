@@ -63,7 +63,7 @@ class FedBiOAcc(Algorithm):
         rounds="1",
         when="minibatches: directions followed by STORM",
         hypergradient="as SimFBO's, along STORM estimates with falling steps",
-        lower="the same",
+        lower="at y* with one local step; else beside it",
     )
 
     follows: ClassVar[dict[str, str]] = Algorithm.follows | of_each("estimate")

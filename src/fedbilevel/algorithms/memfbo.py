@@ -63,7 +63,7 @@ class MemFBO(Algorithm):
         rounds="1",
         when="as simfbo, where there are no second derivatives",
         hypergradient="as SimFBO's, by first-order oracles only",
-        lower="the same",
+        lower="at y* with one local step; else beside it",
         order="first",
         busy={"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0},
     )

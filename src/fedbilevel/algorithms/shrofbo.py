@@ -58,7 +58,7 @@ class ShroFBO(Algorithm):
         rounds="1",
         when="as simfbo, where clients take unequal numbers of local steps",
         hypergradient="right with one local step; else off by the order of the steps",
-        lower="the same",
+        lower="at y* with one local step; else beside it",
         busy={"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0},
     )
 

@@ -68,7 +68,7 @@ class SimFBO(Algorithm):
         rounds="1",
         when="short messages, one local step; a floor for more",
         hypergradient="right with one local step; else off by the order of the steps",
-        lower="the same",
+        lower="at y* with one local step; else beside it",
         busy={"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0},
     )
 
