@@ -212,9 +212,9 @@ class Truncation(eqx.Module):
     """
 
     mode: str = eqx.field(static=True)
-    value: int | np.integer | Int[Array, ...] | None = None
+    value: int | np.integer | Int[Array, ""] | None = None
 
-    def __init__(self, choice: str | int | np.integer | Int[Array, ...] | Truncation):
+    def __init__(self, choice: str | int | np.integer | Int[Array, ""] | Truncation):
         if isinstance(choice, Truncation):
             self.mode, self.value = choice.mode, choice.value
         elif isinstance(choice, str) and choice in ("uniform", "full"):

@@ -42,7 +42,7 @@ class FedbilevelWarning(UserWarning):
 
 
 _OURS = str(Path(__file__).parent)
-_BETWEEN = f"{os.sep}jaxtyping{os.sep}"  # it calls us for the user, who has it check annotations
+_CHECKERS = (f"{os.sep}jaxtyping{os.sep}", "<@beartype(")  # they call us for the user, who has them check annotations
 
 
 def warn(message: str) -> None:
@@ -54,8 +54,8 @@ def calls_up(frame: FrameType | None) -> int:
     """How many calls up from a frame, itself one, the user's own is: the nearest outside this package."""
     level = 1
     importing = lambda file: "importlib" in file and "_bootstrap" in file  # which `warnings` does not count
-    passed = lambda file: file.startswith(_OURS) or _BETWEEN in file or importing(file)
-    while frame is not None and passed(frame.f_code.co_filename):
+    between = lambda file: file.startswith(_OURS) or any(name in file for name in _CHECKERS) or importing(file)
+    while frame is not None and (between(frame.f_code.co_filename) or "__tracebackhide__" in frame.f_locals):
         level += not importing(frame.f_code.co_filename)
         frame = frame.f_back
     return level

@@ -88,7 +88,7 @@ class TracedFederation(Federation):
         self._algorithm, self._weights, self._key = algorithm, weights, key
         self._scopes = Scopes()
         self._counter: Int[Array, ""] = jnp.zeros((), jnp.int32)
-        self.counts: dict[Path, Int[Array, ...]] | None = None
+        self.counts: dict[Path, Int[Array, "..."]] | None = None
         if layout is not None:
             rows = (2,) if self.drops else ()
             self.counts = {path: jnp.zeros((*rows, 1 + flags), jnp.int32) for path, flags in layout.items()}
