@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -13,6 +15,8 @@ import pytest
 import fedbilevel as fb
 from fedbilevel.callbacks import Callback, Checkpoint
 from fedbilevel.callbacks.checkpoint import FILE
+from fedbilevel.callbacks.earlier import reordered
+from helpers import earlier
 from helpers.cases import OneRound
 from helpers.quadratic import flat, quadratic
 
@@ -172,3 +176,27 @@ def test_a_checkpoint_of_the_other_engine_is_refused_or_resumed(tmp_path):
 def test_checkpoints_replace_each_other_in_one_step(tmp_path):
     solve(iterations=2, callbacks=[Checkpoint(tmp_path, every=0.0)], metrics=METRICS)
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+# Checkpoints of an earlier version -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", earlier.RUNS)
+def test_a_run_goes_on_from_what_an_earlier_version_wrote(name, tmp_path):
+    shutil.copy(Path(__file__).parent / "earlier" / f"{name}.eqx", tmp_path / FILE)
+    resumed, whole = earlier.solve(name, resume=tmp_path), earlier.solve(name)
+    assert resumed.iteration == whole.iteration == earlier.WHOLE
+    parts = [flat(eqx.filter(run.state, eqx.is_inexact_array)) for run in (resumed, whole)]
+    np.testing.assert_allclose(*parts, rtol=1e-10, atol=1e-12)
+    assert [row["rounds"] for row in resumed.history] == [row["rounds"] for row in whole.history]
+
+
+def test_an_order_of_before_is_not_that_of_today():
+    state = fb.Lockstep().init(jnp.zeros(2), jnp.zeros(2))
+    leaves = jax.tree.leaves(state)
+    arrays = [np.full(2, place) for place in range(len(leaves))]
+    back = reordered(state, arrays, number=2)
+    assert [int(each[0]) for each in back] != list(range(len(leaves)))
+    assert [int(each[0]) for each in reordered(state, arrays, number=3)] == list(range(len(leaves)))
+    with pytest.raises(ValueError, match="arrays where"):
+        reordered(state, arrays[:-1], number=2)

@@ -18,9 +18,10 @@ from ..given import JSON
 from ..identity import Identity
 from ..result import EMPTY
 from .base import Callback, Row, Running
+from .earlier import TYPED, reordered
 
 FILE = "checkpoint.eqx"
-FORMAT = 2  # 1, which had no number: the state and the clients' states, and nothing that told which arrays were whose
+FORMAT = TYPED  # 1, which had no number: no more than the states' arrays; 2: with the number of each part's
 
 
 class Checkpoint(Callback):
@@ -114,7 +115,8 @@ def read(path: Path, like: dict[str, PyTree]) -> Saved:
             f"{path} is of format {number}, and this version of fedbilevel reads up to {FORMAT}: update it.",
         )
         count = head["parts"] if number > 1 else {name: len(arrays.leaves_of(part)) for name, part in like.items()}
-        return Saved(head, {name: arrays.read_leaves(file, length) for name, length in count.items()})
+        parts = {name: arrays.read_leaves(file, length) for name, length in count.items()}
+        return Saved(head, parts | {name: reordered(tree, parts[name], number) for name, tree in like.items()})
 
 
 def load(folder: str | os.PathLike[str], start: Carry, identity: Identity) -> tuple[Carry, dict, list[Row]]:

@@ -24,7 +24,7 @@ from .calls import answer, check_beside, check_carry, check_given, check_times, 
 from .sites import Path, Site, Wanted, is_static, mask_reply, normalise, site, wanted_flags
 
 Ledger: TypeAlias = tuple[
-    Int[Array, ""], dict[Path, Int[Array, "..."]] | None, PyTree
+    Int[Array, ""], dict[Path, Int[Array, " ..."]] | None, PyTree
 ]  # counter, counts, clients' state
 Loop: TypeAlias = tuple[Ledger, PyTree]  # and the algorithm's own carry
 
@@ -88,7 +88,7 @@ class TracedFederation(Federation):
         self._algorithm, self._weights, self._key = algorithm, weights, key
         self._scopes = Scopes()
         self._counter: Int[Array, ""] = jnp.zeros((), jnp.int32)
-        self.counts: dict[Path, Int[Array, "..."]] | None = None
+        self.counts: dict[Path, Int[Array, " ..."]] | None = None
         if layout is not None:
             rows = (2,) if self.drops else ()
             self.counts = {path: jnp.zeros((*rows, 1 + flags), jnp.int32) for path, flags in layout.items()}

@@ -113,7 +113,7 @@ def narrowed(tree: PyTree, like: PyTree, what: str) -> PyTree:
         RunError: a number that is finite in 32 bits is not in those.
     """
 
-    def one(leaf: Float[Array, "..."], own: PyTree) -> Float[Array, "..."]:
+    def one(leaf: Float[Array, " ..."], own: PyTree) -> Float[Array, " ..."]:
         out = jnp.asarray(leaf, own.dtype)
         if out.dtype != leaf.dtype and not bool(jnp.all(jnp.isfinite(out) | ~jnp.isfinite(leaf))):
             raise RunError(

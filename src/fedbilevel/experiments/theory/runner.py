@@ -261,8 +261,8 @@ def curves(
 
 
 # iteration, rounds used (of each lane, where each has a key of its own), states; and |grad Phi|^2 summed over turns
-_Place = tuple[Count, Int[Array, "..."], States]
-_Turns = tuple[Count, Int[Array, "..."], States, Float[Array, " lanes"]]
+_Place = tuple[Count, Int[Array, " ..."], States]
+_Turns = tuple[Count, Int[Array, " ..."], States, Float[Array, " lanes"]]
 
 
 @eqx.filter_jit
@@ -275,7 +275,7 @@ def _curves(
     data: FederatedData,
     algorithms: Algorithm,
     states: States,
-    key: Key[Array, "..."],
+    key: Key[Array, " ..."],
     each: Count,
 ) -> tuple[Int[Array, "blocks ..."], Float[Array, "blocks lanes"]]:
     one, keyed = _one_keyed(static, counted, problem, data), key.ndim > 0
@@ -288,7 +288,7 @@ def _curves(
         states, more = advance(k, algorithms, states, key)
         return k + 1, used + more, states, total + jax.vmap(stationarity)(states[0].x)
 
-    def block(loop: _Place, _: None) -> tuple[_Place, tuple[Int[Array, "..."], Float[Array, " lanes"]]]:
+    def block(loop: _Place, _: None) -> tuple[_Place, tuple[Int[Array, " ..."], Float[Array, " lanes"]]]:
         k, used, states = loop
         start = (k, used, states, jnp.zeros_like(jax.vmap(stationarity)(states[0].x)))
         k, used, states, total = jax.lax.fori_loop(0, each, turn, start)
