@@ -6,8 +6,10 @@ import keyword
 
 import jax
 import jax.numpy as jnp
+from beartype import beartype
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import Array, Float, jaxtyped
 
 from fedbilevel.canonical import canonical, digest_of
 
@@ -59,3 +61,15 @@ def plain(value):
 def test_values_have_one_digest_exactly_if_they_are_equal_in_kind_and_number(one, other):
     assert digest_of(one) == digest_of(one)
     assert (digest_of(one) == digest_of(other)) == (plain(one) == plain(other))
+
+
+def test_what_checks_a_function_is_no_part_of_it():
+    def scaled(x: Float[Array, " n"]) -> Float[Array, " n"]:
+        return 2 * x
+
+    def other(x: Float[Array, " n"]) -> Float[Array, " n"]:
+        return 3 * x
+
+    with_checks = jaxtyped(typechecker=beartype)
+    assert with_checks(scaled) is not scaled
+    assert digest_of(with_checks(scaled)) == digest_of(scaled) != digest_of(with_checks(other))

@@ -186,6 +186,7 @@ class _Writer:
             self._hash.update(np.ascontiguousarray(array).tobytes())
 
     def other(self, value: Any) -> None:
+        value = _unchecked(value)
         kind = type(value)
         if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
             self.function(value)
@@ -223,11 +224,20 @@ class _Writer:
             self.value({name: value.__globals__[name] for name in _read(value) if name in value.__globals__})
 
 
+def _unchecked(value: PyTree) -> PyTree:
+    """A function without what checks its annotations (jaxtyping and its like hide from tracebacks): it computes nothing."""
+    while isinstance(value, types.FunctionType) and "__tracebackhide__" in value.__code__.co_varnames:
+        value = getattr(value, "__wrapped__", None) or value.__code__
+    return value
+
+
 def digest_of_class(kind: type) -> str:
     """A digest of the functions of a class and of its bases, but for libraries' and this package's own."""
     writer = _Writer()
     for each in kind.__mro__:
-        functions = {name: value for name, value in vars(each).items() if isinstance(value, types.FunctionType)}
+        functions = {
+            name: _unchecked(value) for name, value in vars(each).items() if isinstance(value, types.FunctionType)
+        }
         writer.value({n: f for n, f in functions.items() if not f.__code__.co_filename.startswith(_TRUSTED)})
     return writer.digest()
 
