@@ -6,16 +6,23 @@ from helpers.places import ROOT, TESTS
 
 SOURCE = ROOT / "src" / "fedbilevel"
 PROPERTIES = {  # what is no module's own, by folder
-    ".": "checks complex design docs examples float32 input layout messages mnist on_disk recorded typing",
-    "algorithms": "bias estimator family_messages family_methods family fields properties second_moment",
+    ".": "additions checks complex design docs examples facts float32 input layout messages mnist on_disk recorded typing",
+    "algorithms": "bias estimator family_messages family_methods family fields properties second_moment whole",
     "diagnosis": "divergence",
     "engines": "dropout_weights same_cohort",
+    "protocol": "nested",
     "tasks": "saddle_and_composition",
 }
 
 
 def room(file):
     return str(file.parent.relative_to(TESTS))
+
+
+def named(file):
+    stem = file.stem.removeprefix("test_")
+    own = any(stem == name or stem.startswith(f"{name}_") for name in names(room(file)))
+    return own or stem in PROPERTIES.get(room(file), "").split()
 
 
 def names(folder):
@@ -27,9 +34,8 @@ def names(folder):
 def test_every_file_is_named_after_a_module_or_a_known_property():
     for file in TESTS.rglob("test_*.py"):
         assert (SOURCE / room(file)).is_dir(), f"{file}: the library has no such folder"
-        stem = file.stem.removeprefix("test_")
-        own = any(stem == name or stem.startswith(f"{name}_") for name in names(room(file)))
-        assert own or stem in PROPERTIES.get(room(file), "").split(), f"{file}: neither a module nor a known property"
+    strange = [str(file) for file in TESTS.rglob("test_*.py") if not named(file)]
+    assert not strange, f"{strange}: after neither a module nor a property of the table above"
 
 
 def test_every_property_has_its_file():

@@ -226,8 +226,9 @@ class _Writer:
 
 def _unchecked(value: PyTree) -> PyTree:
     """A function without what checks its annotations (jaxtyping and its like hide from tracebacks): it computes nothing."""
-    while isinstance(value, types.FunctionType) and "__tracebackhide__" in value.__code__.co_varnames:
-        value = getattr(value, "__wrapped__", None) or value.__code__
+    hides = lambda value: "__tracebackhide__" in value.__code__.co_varnames and hasattr(value, "__wrapped__")
+    while isinstance(value, types.FunctionType) and hides(value):
+        value = value.__wrapped__
     return value
 
 
