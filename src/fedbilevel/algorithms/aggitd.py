@@ -33,26 +33,24 @@ What is ours, options that are off by default, stands in `aggitd_ours.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import ClassVar, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax.tree
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, Truncation, choice, component, count, option, rate
 from ..errors import check
 from ..federation import Client, Federation, When
-from ..problem import Rows
 from .aggitd_ours import AllTerms, AnchoredApart, OneRound, OneRoundApart, WarmTerms
 from .components.curvature import AutoStep, Curvature, Rate
 from .components.directions import inner_gradient
 from .components.optimizer import Optimizer, OuterOptimizer, resolve
-from .components.riding import Flag, Scalar, Terms, Told, Turn, Turns
-from .components.steps import descend, fedsvrg, growth, norm
+from .components.riding import Flag, OneTerm, Scalar, Terms, Turns
+from .components.steps import descend, fedsvrg, norm
 from .components.upper import CorrectedUpper, one_cohort
 
 
@@ -234,35 +232,3 @@ class Anchored(Turns):
         """FedSVRG steps on y around the mean gradient q at y."""
         rows = client.batches("inner", self.batch_size, self.local_steps - 1, at=x)  # the first step needs none
         return fedsvrg(lambda s: inner_gradient(client.problem, x, rows(s)), y, q, self.inner_lr, self.local_steps)
-
-
-@final
-class OneTerm(Terms):
-    """One term of the series for all of them: r^Q = d_y f, then a factor a turn, and v = lam (N+1) r^N."""
-
-    def begin(self, y: PyTree) -> tuple[PyTree, Scalar | None]:
-        return None, None
-
-    def draw(self, fed: Federation) -> Int[Array, ""]:
-        return self.truncation.draw(fed, self.most)
-
-    def start(self, y: PyTree, v: PyTree) -> PyTree:
-        return optax.tree.zeros_like(y)
-
-    def exists(self, t: Turn, Q: Int[Array, ""]) -> Flag:
-        return t > Q
-
-    def reply(
-        self, client: Client, x: PyTree, y: PyTree, r: When, lam: Scalar | None, inner: Callable[[], Rows]
-    ) -> PyTree:
-        factor = lambda: self.factor(client, x, y, r, lam, inner)
-        return jax.lax.cond(r.present, factor, lambda: self.pull(client, x, y))
-
-    def size(self, before: PyTree, after: PyTree) -> Scalar:
-        return norm(after)
-
-    def solution(self, r: PyTree, lam: Scalar | None) -> tuple[PyTree, PyTree]:
-        return optax.tree.scale(self.hessian.lam(lam) * (self.most + 1), r), None
-
-    def told(self, last: Scalar, first: Scalar, lam: Scalar | None, pull: Scalar | None) -> Told:
-        return growth(last, first), None, None  # a random term has no residual

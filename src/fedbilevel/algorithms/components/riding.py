@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from typing import final
 
 import jax
 import optax.tree
@@ -14,6 +15,7 @@ from ...federation import Client, Federation, When
 from ...problem import Rows
 from .curvature import AutoStep, Rate
 from .directions import hessian_factor
+from .steps import growth, norm
 
 Scalar = Float[Array, ""]
 Turn = int | Int[Array, ""]
@@ -78,6 +80,38 @@ class Terms(Component):
     ) -> PyTree:
         """(I - lam d2_yy g_i) r."""
         return hessian_factor(client.problem, x, y, r.value, self.hessian.lam(lam), inner())
+
+
+@final
+class OneTerm(Terms):
+    """One term of the series for all of them: r^Q = d_y f, then a factor a turn, and v = lam (N+1) r^N."""
+
+    def begin(self, y: PyTree) -> tuple[PyTree, Scalar | None]:
+        return None, None
+
+    def draw(self, fed: Federation) -> Int[Array, ""]:
+        return self.truncation.draw(fed, self.most)
+
+    def start(self, y: PyTree, v: PyTree) -> PyTree:
+        return optax.tree.zeros_like(y)
+
+    def exists(self, t: Turn, Q: Int[Array, ""]) -> Flag:
+        return t > Q
+
+    def reply(
+        self, client: Client, x: PyTree, y: PyTree, r: When, lam: Scalar | None, inner: Callable[[], Rows]
+    ) -> PyTree:
+        factor = lambda: self.factor(client, x, y, r, lam, inner)
+        return jax.lax.cond(r.present, factor, lambda: self.pull(client, x, y))
+
+    def size(self, before: PyTree, after: PyTree) -> Scalar:
+        return norm(after)
+
+    def solution(self, r: PyTree, lam: Scalar | None) -> tuple[PyTree, PyTree]:
+        return optax.tree.scale(self.hessian.lam(lam) * (self.most + 1), r), None
+
+    def told(self, last: Scalar, first: Scalar, lam: Scalar | None, pull: Scalar | None) -> Told:
+        return growth(last, first), None, None  # a random term has no residual
 
 
 class Turns(Component):
