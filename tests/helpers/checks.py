@@ -11,9 +11,11 @@ ours, which checks the same: beartype, and a room of its own for the names of sh
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ def _decorated(function: Any = None, **how: Any) -> Any:
     if function is None:
         return functools.partial(_decorated, **how)
     if not inspect.isfunction(function):
+        _say_what_bases_meant(function)
         return _jaxtyped(function, **how)
     sure, named = _checked_once(function)
     if sure is function:  # nothing is annotated
@@ -49,6 +52,17 @@ def _decorated(function: Any = None, **how: Any) -> Any:
             return sure(*args, **words)
 
     return switched
+
+
+def _say_what_bases_meant(kind: Any) -> None:
+    """The fields that a dataclass has from bases are annotated in words of the modules that these are in."""
+    notes = getattr(getattr(kind, "__init__", None), "__annotations__", None)
+    if not dataclasses.is_dataclass(kind) or not isinstance(kind, type) or notes is None:
+        return
+    for base in kind.__mro__[1:]:
+        for name, words in vars(base).get("__annotations__", {}).items():
+            if isinstance(words, str) and notes.get(name) == words:
+                notes[name] = eval(words, vars(sys.modules[base.__module__]))
 
 
 def _checked_once(function: types.FunctionType) -> tuple[Any, bool]:
