@@ -5,11 +5,14 @@ import itertools
 import sys
 
 import jax
+import jaxtyping
 import pytest
 
-from fedbilevel import cli
-from fedbilevel.experiments.memory import release
-from helpers.checks import unchecked_where_refused
+jaxtyping.install_import_hook("fedbilevel", "helpers.checks.checked")  # before the library is imported
+
+from fedbilevel import cli  # noqa: E402
+from fedbilevel.experiments.memory import release  # noqa: E402
+from helpers.checks import unchecked_where_refused  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import warnings
@@ -81,6 +82,17 @@ def test_an_old_path_replaces_no_public_name(monkeypatch):
     assert fb.AggITD is module.AggITD
     assert callable(fb.protocol)
     assert fb.protocol is inspect.unwrap(fb.protocol).__globals__["protocol"]
+
+
+@pytest.mark.parametrize("folder", ["src", "tests", "examples", "benchmarks", "docs"])
+def test_what_is_ours_takes_new_paths(folder):
+    root = Path(__file__).parents[1]
+    files = [file for kind in ("*.py", "*.md") for file in (root / folder).rglob(kind)]
+    own = {"moved.py", Path(__file__).name}
+    old = re.compile("|".join(rf"\b{re.escape(path)}\b(?!\.py)" for path in MOVED))
+    found = [(file.name, old.findall(file.read_text())) for file in files if file.name not in own]
+    assert files and [(name, paths) for name, paths in found if paths] == []
+    assert old.findall("from fedbilevel.exchanges import Protocol")
 
 
 def test_what_is_nowhere_is_not_found():

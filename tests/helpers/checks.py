@@ -1,7 +1,7 @@
 """How annotations are checked while tests run, and where they are not.
 
-pytest has jaxtyping decorate the library as it is imported (pyproject.toml: --jaxtyping-packages): what is annotated is
-checked at every call, and dataclasses when they are made. Processes that tests start go without.
+conftest.py has jaxtyping decorate the library as it is imported: what is annotated is checked at every call, and
+dataclasses when they are made. Processes that tests start go without, and JAXTYPING_DISABLE=1 turns it off.
 
 jaxtyping's own decorator binds the arguments of every call and has them checked twice; functions within functions it
 makes anew whenever these are called. Half of the time of some tests went there, so that functions have a decorator of
