@@ -490,5 +490,8 @@ def test_memory_does_not_grow_with_new_functions():
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["solve", "reference"])
 def test_memory_does_not_grow_with_values_that_change(which):
-    """Each compiles anew, which takes its time: fewer calls. Kept for ever they were 11 MB and more each."""
-    assert grown(solve=which == "solve", reference=which == "reference", changes=0.001, calls=40) <= 50
+    """Each compiles anew, which takes its time: fewer calls. Kept for ever they were 11 MB and more each: over 400.
+
+    What allocators hold back between two calls comes to 48 to 62 on a busy machine, whatever is kept.
+    """
+    assert grown(solve=which == "solve", reference=which == "reference", changes=0.001, calls=40) <= 100

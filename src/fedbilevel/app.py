@@ -27,7 +27,7 @@ from .cohorts import check_cohort
 from .data import FederatedData
 from .engines.faults import Faults
 from .errors import InputError, check
-from .given import JSON, whole_number
+from .given import JSON, Whole, whole_number
 from .metrics import checked_metrics
 from .problem import Problem
 from .rows.one import as_array
@@ -69,13 +69,13 @@ class App:
     algorithm: Algorithm
     start: Callable[[], tuple[PyTree, PyTree]]
     load: Callable[[str], tuple[PyTree, PyTree]]
-    iterations: int | None = None
-    rounds: int | None = None
+    iterations: Whole | None = None
+    rounds: Whole | None = None
     seed: int = 0
-    cohort: int | None = None
+    cohort: Whole | None = None
     weights: Literal["rows"] | None = None
     metrics: Mapping[str, Callable[[PyTree, PyTree], ArrayLike]] = dataclasses.field(default_factory=dict)
-    evaluate_every: int = 1
+    evaluate_every: Whole = 1
     precision: int = 32
     faults: Faults = Faults()
     name: str = "app"

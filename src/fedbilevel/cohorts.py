@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from .data import random_below
 from .errors import InputError, check
 from .federation import Combine, Share
-from .given import as_whole
+from .given import Whole, as_whole
 
 _COHORT = 2**32 - 1  # no client has this index: the cohort's key differs from every client's
 
@@ -117,7 +117,7 @@ def full_weights(
     return None if weights is None or cohort.shape[0] < clients else weights[cohort]
 
 
-def check_cohort(cohort: int | None, clients: int) -> int:
+def check_cohort(cohort: Whole | None, clients: int) -> int:
     """How many clients one exchange asks; None means all."""
     if cohort is None:
         return clients

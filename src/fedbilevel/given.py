@@ -6,11 +6,13 @@ import operator
 from typing import Any, SupportsIndex, TypeAlias
 
 import numpy as np
+from jaxtyping import Array, Int
 
 from .errors import InputError
 from .jaxprs import Tracer
 
 JSON: TypeAlias = bool | int | float | str | list | tuple | dict | None  # what JSON can say
+Whole: TypeAlias = int | np.integer | Int[Array | np.ndarray, " "]  # a whole number, of whatever kind
 Received: TypeAlias = JSON | bytes  # what a message from elsewhere can hold
 
 

@@ -23,7 +23,7 @@ from .diagnosis.swinging import tell
 from .engines.base import Carry, Engine, Execution, Record
 from .engines.simulation import Simulation
 from .errors import Diverged, InputError, RunError, check
-from .given import JSON, whole_number
+from .given import JSON, Whole, whole_number
 from .identity import Identity
 from .keys import KeyLike, as_key
 from .metrics import Metric, check_diagnostics, checked_metrics, measured
@@ -60,13 +60,13 @@ class Run:
         algorithm: Algorithm,
         x: PyTree,
         y: PyTree,
-        iterations: int | None,
-        rounds: int | None,
+        iterations: Whole | None,
+        rounds: Whole | None,
         key: KeyLike,
         engine: Engine | None,
         callbacks: Sequence[Callback],
         metrics: Mapping[str, Metric] | None,
-        evaluate_every: int,
+        evaluate_every: Whole,
         resume: str | os.PathLike[str] | None,
         sane: bool = False,
     ):

@@ -17,6 +17,7 @@ from .engines.base import Engine
 from .engines.simulation import Simulation
 from .errors import Diverged
 from .federation import Federation
+from .given import Whole
 from .keys import KeyLike
 from .metrics import Metric
 from .problem import Problem, bind
@@ -33,14 +34,14 @@ def solve(
     algorithm: Algorithm,
     x: PyTree,
     y: PyTree,
-    iterations: int | None = None,
+    iterations: Whole | None = None,
     *,
-    rounds: int | None = None,
+    rounds: Whole | None = None,
     key: KeyLike,
     engine: Engine | None = None,
     callbacks: Sequence[Callback] = (),
     metrics: Mapping[str, Metric] | None = None,
-    evaluate_every: int = 1,
+    evaluate_every: Whole = 1,
     resume: str | os.PathLike[str] | None = None,
     check: bool = True,
 ) -> Result:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from ..algorithm import Algorithm
 from ..data import FederatedData
 from ..federation import Federation
+from ..given import Whole
 from ..problem import Problem
 from ..protocol import step as iteration
 from ..protocol import trace
@@ -125,7 +126,7 @@ class Engine(abc.ABC):
     name: ClassVar[str]
     use: ClassVar[str]
 
-    cohort: int | None
+    cohort: Whole | None
 
     @abc.abstractmethod
     def bind(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from ..errors import RunError, check
-from ..given import whole_number
+from ..given import Whole, whole_number
 
 REBUILD = "rebuild"
 
@@ -37,11 +37,11 @@ class Faults:
             server keeps beside x and y) anew; "stop" ends the run.
     """
 
-    minimum: int | None = None
+    minimum: Whole | None = None
     deadline: float = 60.0
-    retries: int = 3
-    exclude_after: int | None = 3
-    readmit_after: int = 20
+    retries: Whole = 3
+    exclude_after: Whole | None = 3
+    readmit_after: Whole = 20
     lost_state: str = REBUILD
 
     def __post_init__(self):
@@ -64,7 +64,7 @@ class Faults:
 
     def enough(self, cohort: int) -> int:
         """How many replies an exchange with a cohort of this size needs."""
-        return min(cohort, -(-cohort // 2) if self.minimum is None else self.minimum)
+        return min(cohort, -(-cohort // 2) if self.minimum is None else int(self.minimum))
 
 
 class Roster:
@@ -100,4 +100,4 @@ class Roster:
 
     def _leave_out(self, client: int) -> None:
         assert self._faults is not None
-        self._until[client] = self._round + self._faults.readmit_after
+        self._until[client] = self._round + int(self._faults.readmit_after)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Key, PyTree
 from ..algorithm import Algorithm
 from ..cohorts import check_cohort, check_dropout
 from ..data import ClientRows, FederatedData
+from ..given import Whole
 from ..problem import Problem, strong
 from ..program import freeze
 from ..protocol import as_leaves, client_state
@@ -47,7 +48,7 @@ class Loopback(Engine):
     name: ClassVar[str] = "loopback"
     use: ClassVar[str] = "debugging: a failure names the client, the method and the shapes"
 
-    cohort: int | None = None
+    cohort: Whole | None = None
     jit: bool = True
     shuffle: int = 0
     dropout: float = 0.0

@@ -24,7 +24,7 @@ from ..compiled import run
 from ..data import FederatedData, entry
 from ..errors import check
 from ..federation import Client, Combine, Flag, Reply
-from ..given import whole_number
+from ..given import Whole, whole_number
 from ..problem import Problem, strong
 from ..program import freeze
 from ..protocol import as_leaves, client_state
@@ -55,8 +55,8 @@ class Simulation(Engine):
     name: ClassVar[str] = "simulation"
     use: ClassVar[str] = "experiments"
 
-    cohort: int | None = None
-    client_batch: int | None = None
+    cohort: Whole | None = None
+    client_batch: Whole | None = None
     mesh: jax.sharding.Mesh | None = None
     dropout: float = 0.0
 
@@ -169,9 +169,8 @@ class _Simulated(Execution):
     ) -> PyTree:
         layout = tuple(sorted((path, site.flags) for path, site in self.protocol.sites.items()))
         engine = self.engine
-        static = _Static(
-            self.program, self.protocol.cohort, engine.client_batch, engine.mesh, layout, engine.dropout > 0
-        )
+        batch = None if engine.client_batch is None else int(engine.client_batch)
+        static = _Static(self.program, self.protocol.cohort, batch, engine.mesh, layout, engine.dropout > 0)
         count = lambda n: jnp.asarray(n, jnp.int32)
         return run(
             program or _chunk, self.problem, as_leaves(algorithm), static, self.data, (carry.state, carry.client_state),

@@ -19,6 +19,7 @@ from ..cohorts import check_cohort
 from ..compiled import Kept
 from ..data import FederatedData
 from ..errors import check
+from ..given import Whole
 from ..problem import Problem, bind
 from ..program import class_of, compiled_as, freeze, settle
 from ..variables import trainable
@@ -32,7 +33,7 @@ class Asks(typing.Protocol):
     """An engine, of which the protocol needs to know how many clients an exchange asks."""
 
     @property
-    def cohort(self) -> int | None: ...
+    def cohort(self) -> Whole | None: ...
 
 
 def protocol(

@@ -49,7 +49,7 @@ def run(
         )  # fmt: skip
     try:
         news = "making certificates and starting the sites" if poc else "starting the sites"
-        with Meter(loaded.name, loaded.iterations or loaded.rounds, news=news) as meter:
+        with Meter(loaded.name, int(loaded.iterations or loaded.rounds or 0) or None, news=news) as meter:
             while process.poll() is None:
                 time.sleep(_LOOK)
                 _show(meter, out, loaded, news)

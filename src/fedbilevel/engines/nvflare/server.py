@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from jaxtyping import Array, Key, PyTree
 from nvflare.collab import collab
 
@@ -18,7 +19,7 @@ from ...callbacks.base import Running
 from ...cohorts import check_cohort
 from ...data import FederatedData
 from ...errors import InputError, RunError, noting, warn
-from ...given import JSON
+from ...given import JSON, Whole
 from ...problem import Problem
 from ...program import freeze
 from ...protocol import step as iteration
@@ -136,7 +137,7 @@ class AtTheEnd(Callback):
 class Collab(Engine):
     """The engine: sites reached by nvflare's collab calls."""
 
-    def __init__(self, names: list[str], faults: Faults, rounds: Path, resume: bool, cohort: int | None):
+    def __init__(self, names: list[str], faults: Faults, rounds: Path, resume: bool, cohort: Whole | None):
         self.names, self.faults, self.resume, self.cohort = names, faults, resume, cohort
         self.transport, self.ledger = CollabTransport(names), Ledger(rounds, names, resume)
         self.schemas: list[str] = []
@@ -167,7 +168,7 @@ class Collab(Engine):
             judge_sites(app, self.schemas, [prepared[name].get("figures") for name in self.names], weights)
         return weights
 
-    def finish(self, tags: Iterable[Iterable[int]]) -> None:
+    def finish(self, tags: Iterable[Iterable[int | np.integer]]) -> None:
         """Tell all sites that the run is over, and which of their states counts; warn of those that cannot be told."""
         states = {name: [int(part) for part in tag] for name, tag in zip(self.names, tags, strict=True)}
         results = sites(self.names, _END).finish(states)
