@@ -19,11 +19,11 @@ import fedbilevel as fb
 from fedbilevel import arrays, clock
 from fedbilevel.callbacks import CSV, Callback, Checkpoint
 from fedbilevel.callbacks.checkpoint import FILE
+from fedbilevel.compare import Plan, gather
 from fedbilevel.engines.messaging.transport import START
 from fedbilevel.engines.nvflare.worker import _Inside
-from fedbilevel.experiments import report
-from fedbilevel.experiments.plan import Plan, gather
 from fedbilevel.result import save_variables
+from fedbilevel.results import report
 from fedbilevel.tasks import Options
 from helpers.cases import OneRound
 from helpers.quadratic import flat, quadratic

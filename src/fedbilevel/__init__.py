@@ -3,7 +3,7 @@
 `import fedbilevel as fb`, then `fb.Problem`, `fb.FederatedData`, an algorithm such as `fb.AggITD`, and `fb.solve`.
 """
 
-from . import algorithms, callbacks, datasets, engines, errors, partition, reference, tasks, testing
+from . import algorithms, callbacks, datasets, engines, errors, partition, reference, tasks, testing, tune
 from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
 from .algorithms.shipped import *  # noqa: F403  AggITD and all the others
 from .app import App

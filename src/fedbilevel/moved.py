@@ -25,6 +25,11 @@ MOVED = {
     "fedbilevel.algorithms.tracking": "fedbilevel.algorithms.components.tracking",
     "fedbilevel.algorithms.localbsg": "fedbilevel.algorithms",
     "fedbilevel.algorithms.neumann": "fedbilevel.algorithms.components.neumann",
+    "fedbilevel.experiments.cost": "fedbilevel.cost.model",
+    "fedbilevel.experiments.network": "fedbilevel.cost.network",
+    "fedbilevel.experiments.plan": "fedbilevel.compare",
+    "fedbilevel.experiments.report": "fedbilevel.results.report",
+    "fedbilevel.experiments.sweep": "fedbilevel.tune.grid",
     "fedbilevel.engines.client_side": "fedbilevel.engines.messaging.client_side",
     "fedbilevel.engines.server_side": "fedbilevel.engines.messaging.server_side",
     "fedbilevel.engines.transport": "fedbilevel.engines.messaging.transport",
@@ -94,6 +99,9 @@ def _warn(old: str, new: str) -> None:
 def install() -> None:
     """Have old paths imported, and found as attributes of their packages."""
     if not any(isinstance(finder, _Old) for finder in sys.meta_path):
-        sys.meta_path.append(_Old())
+        sys.meta_path.insert(0, _Old())  # first: the package of an old path may be one that has moved
     for old in (*MOVED, *NAMES):
-        sys.modules[old.rpartition(".")[0]].__class__ = _Package
+        if package := sys.modules.get(
+            old.rpartition(".")[0]
+        ):  # one that is loaded only when asked for has no attributes
+            package.__class__ = _Package

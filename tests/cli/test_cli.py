@@ -7,7 +7,7 @@ import numpy as np
 import pandas
 import pytest
 
-from fedbilevel.experiments.report import FIXED
+from fedbilevel.results.report import FIXED
 
 SMALL = ["--dataset", "diabetes", "--clients", "4", "--iterations", "4", "--set", "inner_rounds=2"]
 

@@ -7,7 +7,7 @@ import pandas
 import pytest
 
 from fedbilevel.experiments import search
-from fedbilevel.experiments.sweep import points
+from fedbilevel.tune.grid import points
 from helpers.small_study import SMALL
 
 

@@ -14,8 +14,8 @@ import fedbilevel as fb
 from fedbilevel.errors import InputError
 from fedbilevel.experiments import catalogue, memory, search, stages, tables
 from fedbilevel.experiments.oracles import oracle_calls
-from fedbilevel.experiments.sweep import points, sweep
 from fedbilevel.testing import distance, heterogeneous
+from fedbilevel.tune.grid import points, sweep
 from helpers.small_study import SMALL
 
 

@@ -10,8 +10,8 @@ from typing import Annotated, Unpack
 import typer
 import typer.core
 
+from ..compare import Plan
 from ..engines import ENGINES
-from ..experiments.plan import Plan
 from ..tasks import TASKS, Options
 from ..tasks.base import Settings
 from .options import (
@@ -242,9 +242,9 @@ def _execute(plan: Plan, out: str | None, resume: bool, overwrite: bool, as_json
     """Run a plan, write its folder, print its table; exit with 1 if a run failed."""
     from rich.console import Console
 
+    from ..compare import clear, prepare, run_all, table
     from ..errors import InputError, check
-    from ..experiments import report
-    from ..experiments.plan import clear, prepare, run_all, table
+    from ..results import report
 
     check(out is not None or not (resume or overwrite), "--resume and --overwrite go with --out.")
     first = plan.build_task(plan.seeds[0])  # refuses a bad task, data set or partition before anything is written

@@ -15,7 +15,7 @@ def plot(folder: Annotated[str, typer.Argument(help="The --out folder of a run o
     """Make the tables and figures of a results folder again."""
     from rich.console import Console
 
-    from ..experiments import report
+    from ..results import report
 
     frame = report.read(folder)
     files = report.write(Path(folder), frame)
@@ -60,9 +60,10 @@ def cost(
     """Predict how long the recorded runs take on a network, and say which algorithm to use there."""
     from rich.console import Console
 
-    from ..experiments import cost_report, report
-    from ..experiments.cost import advice, clients_an_exchange, predict
-    from ..experiments.network import choose
+    from ..cost import report as cost_report
+    from ..cost.model import advice, clients_an_exchange, predict
+    from ..cost.network import choose
+    from ..results import report
 
     networks = choose(network, latency, up, down, server_up, server_down)
     frame = report.read(folder)

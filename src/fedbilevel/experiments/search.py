@@ -24,12 +24,12 @@ import numpy as np
 import pandas
 
 from ..callbacks.progress import Meter
+from ..results.report import Cell, direction, first_reached, running_median
 from ..settings import Setting
 from ..tasks.base import DataDir
+from ..tune.grid import Curve, sweep
 from .memory import release
-from .report import Cell, direction, first_reached, running_median
 from .study import Contender, Study
-from .sweep import Curve, sweep
 
 Telling = Callable[[str], None]
 Point = dict[str, Setting]  # of a grid

@@ -21,7 +21,7 @@ from ..given import JSON
 from ..settings import Setting, algorithm_class
 from ..tasks import TASKS, Options, Task
 from ..tasks.base import DataDir
-from .sweep import points
+from ..tune.grid import points
 
 _STILL = 1e-30  # the outer step of a reference line that leaves x where it is
 

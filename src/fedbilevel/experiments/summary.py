@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas
 
+from ..results.report import Text
 from .family import PARTS
-from .report import Text
 from .study import Study
 from .tables import level_name, never, number, write_table
 

@@ -12,7 +12,7 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .report import Cell, Look, Text, direction, first_reached, pipe_table, running_median
+from ..results.report import Cell, Look, Text, direction, first_reached, pipe_table, running_median
 from .search import as_number
 from .study import Study
 

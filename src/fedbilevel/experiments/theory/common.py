@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from ...errors import RunError
 from ...given import JSON
+from ...results.report import Cell, Look, pipe_table
 from ...version import __version__
-from ..report import Cell, Look, pipe_table
 
 EXACT = 1e-9  # how far, relatively, a deterministic point may be from its formula
 ROUNDING = 1e-13  # and how far besides, of the size of the vectors that were subtracted

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import jax
 
-from ..algorithm import Algorithm
-from ..callbacks import CSV, Callback, Checkpoint, Progress
-from ..cohorts import check_cohort
-from ..engines import ENGINES
-from ..engines.base import Engine
-from ..errors import Diverged, InputError, RunError, check, unknown_name
-from ..given import JSON
-from ..identity import differences
-from ..result import History, Result
-from ..settings import Setting, algorithm_class, best
-from ..solve import solve
-from ..tasks import TASKS, Options, Task
+from .algorithm import Algorithm
+from .callbacks import CSV, Callback, Checkpoint, Progress
+from .cohorts import check_cohort
+from .engines import ENGINES
+from .engines.base import Engine
+from .errors import Diverged, InputError, RunError, check, unknown_name
+from .given import JSON
+from .identity import differences
+from .result import History, Result
+from .settings import Setting, algorithm_class, best
+from .solve import solve
+from .tasks import TASKS, Options, Task
 
 
 @dataclasses.dataclass(frozen=True)

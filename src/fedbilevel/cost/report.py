@@ -12,9 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cost import ACCURACY, PARTS, Prediction, advice
+from ..results.report import Text, pipe_table
+from .model import ACCURACY, PARTS, Prediction, advice
 from .network import duration, span
-from .report import Text, pipe_table
 
 COLOURS = dict(zip(PARTS, ("#0072B2", "#E69F00", "#009E73"), strict=True))  # Okabe and Ito: told apart by everyone
 

@@ -18,9 +18,9 @@ from ..data import FederatedData
 from ..engines.base import Carry
 from ..engines.simulation import Simulation
 from ..errors import check
+from ..metrics import Metric
 from ..own_lower import Lower
 from ..problem import Problem, bind, strong
-from ..tasks.base import Metric
 from ..variables import trainable
 
 _ROOM = 1.5e9  # bytes that the rows and hidden values of one exchange may take, over all points at once

@@ -6,11 +6,11 @@ import numpy as np
 import pandas
 import pytest
 
+from fedbilevel.compare import Plan, clear, prepare
+from fedbilevel.cost.model import advice, clients_an_exchange, predict
+from fedbilevel.cost.network import NETWORKS, RATES, TIMES, Network, amount, duration
 from fedbilevel.errors import InputError
-from fedbilevel.experiments import report
-from fedbilevel.experiments.cost import advice, clients_an_exchange, predict
-from fedbilevel.experiments.network import NETWORKS, RATES, TIMES, Network, amount, duration
-from fedbilevel.experiments.plan import Plan, clear, prepare
+from fedbilevel.results import report
 from fedbilevel.tasks import Options
 
 CLIENTS = 4

@@ -31,8 +31,8 @@ import numpy as np
 import pandas
 
 from ..errors import InputError, check
+from ..results.report import Values, direction, first_reached, metrics_of, running_median
 from .network import Network, duration
-from .report import Values, direction, first_reached, metrics_of, running_median
 
 ACCURACY = "test_accuracy"
 LEVELS = (0.80, 0.85, 0.88, 0.90, 0.93)  # test accuracies to which times are predicted

@@ -1,0 +1,1 @@
+"""What runs leave in a folder, and its tables and figures."""
