@@ -11,6 +11,7 @@ from .data import FederatedData
 from .engines import Faults
 from .engines.shipped import *  # noqa: F403  Simulation and the others
 from .errors import ClientError, Diverged, InputError, RunError
+from .estimator import Estimator, estimator
 from .federation import Client, Federation, Reply, When
 from .moved import install as _install
 from .problem import Problem, Rows

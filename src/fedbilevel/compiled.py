@@ -74,8 +74,25 @@ class Bound:
     def __call__(self, *args: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(args)
         arrays, static = _apart(leaves)
+        return self._run(_Static(static, structure), arrays)
+
+    def given(self, *first: PyTree) -> Callable[..., PyTree]:
+        """The same with its first arguments given once for all; the leaves of the others are arrays."""
+        before, known = _apart(jax.tree.leaves(first))
+        statics: dict[Structure, _Static] = {}
+
+        def call(*rest: PyTree) -> PyTree:
+            arrays, structure = jax.tree.flatten(rest)
+            if structure not in statics:
+                whole = jax.tree.structure((*first, *rest))
+                statics[structure] = _Static((*known, *[_ARRAY] * len(arrays)), whole)
+            return self._run(statics[structure], before + arrays)
+
+        return call
+
+    def _run(self, static: _Static, arrays: list[Concrete]) -> PyTree:
         with helpers_of(self._problem), told_of_reverse_rules():  # JAX may find such a rule after the oracle's end only
-            return self._compiled(self._now, _Static(static, structure), self._own, self._algorithm, arrays)
+            return self._compiled(self._now, static, self._own, self._algorithm, arrays)
 
 
 def _apart(leaves: list[PyTree]) -> tuple[list[Concrete], Static]:

@@ -24,11 +24,27 @@ def as_key(key: KeyLike) -> Key[Array, ""]:
         not isinstance(key, Tracer),
         "key= is a tracer: solve and its kin cannot be called within jax.jit, jax.grad or jax.vmap; call them outside.",
     )
+    return one_key(key)
+
+
+def one_key(key: KeyLike) -> Key[Array, ""]:
+    """As `as_key`, for tracers too."""
     raw = isinstance(key, jax.Array) and key.dtype == np.uint32 and key.shape == (2,)
     if raw:
         return jax.random.wrap_key_data(key, impl="threefry2x32")
     good = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
     check(good, f"key= is a jax.random.key(seed), one key; got {'' if good else describe(key)}.")
+    return key
+
+
+def threefry(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The key itself, one of the kind whose numbers are the same on every engine.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    kind = jax.random.key_impl(key)
+    check(kind == "threefry2x32", f"key= must be a threefry key, jax.random.key(seed); got {describe(key)} ({kind}).")
     return key
 
 

@@ -25,10 +25,10 @@ from .engines.simulation import Simulation
 from .errors import Diverged, InputError, RunError, check
 from .given import JSON, Whole, whole_number
 from .identity import Identity
-from .keys import KeyLike, as_key
+from .keys import KeyLike, as_key, threefry
 from .metrics import Metric, check_diagnostics, checked_metrics, measured
 from .own_lower import Away, Lower
-from .problem import Problem, bind, describe
+from .problem import Problem, bind
 from .program import settle
 from .protocol import check_kinds
 from .recovery import Back, recovery, saved_snapshot
@@ -386,7 +386,4 @@ def _fields(info: PyTree) -> dict[str, PyTree]:
 
 def check_key(key: KeyLike) -> Key[Array, ""]:
     """A key as `solve` takes it; `jax.random.PRNGKey(seed)` means the same as `jax.random.key(seed)`."""
-    key = as_key(key)
-    kind = jax.random.key_impl(key)
-    check(kind == "threefry2x32", f"key= must be a threefry key, jax.random.key(seed); got {describe(key)} ({kind}).")
-    return key
+    return threefry(as_key(key))

@@ -5,27 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-import equinox as eqx
-import numpy as np
 from jaxtyping import PyTree
 
-from .algorithm import Algorithm, State
+from .algorithm import Algorithm
 from .callbacks.base import Callback
 from .data import FederatedData
-from .diagnosis import largest, of_estimate
 from .engines.base import Engine
-from .engines.simulation import Simulation
-from .errors import Diverged
-from .federation import Federation
+from .estimator import Estimator
+from .estimator import estimate as estimate
 from .given import Whole
 from .keys import KeyLike
 from .metrics import Metric
-from .problem import Problem, bind
-from .program import settle
+from .problem import Problem
 from .protocol import check_kinds
 from .result import Result
 from .run import Run, check_key
-from .variables import trainable
 
 
 def solve(
@@ -86,7 +80,9 @@ def estimate_hypergradient(
     key: KeyLike,
     engine: Engine | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """The algorithm's estimate of the hypergradient at x, starting its lower level at y: bring your own outer optimiser.
+    """The algorithm's estimate of the hypergradient at x, starting its lower level at y.
+
+    For a loop with an outer optimiser of your own, bind `estimator` once instead.
 
     Returns:
         (h, y_N): the estimate, like x, and the lower variable after the algorithm's rounds. LFedNest's estimate is the
@@ -94,22 +90,8 @@ def estimate_hypergradient(
 
     Raises:
         InputError: as `solve`, or the algorithm has no estimator.
+        Diverged: the estimate is not finite.
     """
     check_kinds(problem, data, algorithm)
-    x, x_rest = trainable(x, "x")
-    y, y_rest = trainable(y, "y")
-    algorithm = settle(algorithm, x)
-    execution = (engine or Simulation()).bind(
-        bind(problem, x_rest, y_rest), data, algorithm, State(x, y), check_key(key), estimate
-    )
-    start = execution.start(algorithm, State(x, y))
-    carry, _ = execution.advance(algorithm, start, 1, np.inf)
-    if not np.isfinite(largest((carry.state.x, carry.state.y))):
-        raise Diverged(of_estimate(execution, algorithm, start, carry))
-    return carry.state.x, eqx.combine(carry.state.y, y_rest)
-
-
-def estimate(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[State, tuple[()]]:
-    """The program of `estimate_hypergradient`: the estimate takes the place of x."""
-    h, y = algorithm.estimate(fed, state.x, state.y)
-    return State(h, y), ()
+    key = check_key(key)
+    return Estimator(problem, data, algorithm, x, y, engine)(x, y, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import ClassVar, TypeAlias
@@ -26,6 +27,9 @@ from ..protocol.table import Protocol, bytes_of
 from ..watch import Seen
 
 Program: TypeAlias = Callable[[Algorithm, Federation, PyTree], tuple[PyTree, PyTree]]  # (state) -> (the next, info)
+Pass: TypeAlias = Callable[
+    [PyTree, Key[Array, ""]], tuple[PyTree, Bool[Array, ""]]
+]  # (the state after it, whether finite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Execution(abc.ABC):
     longest: int | None = None  # the most iterations between two looks at a run
     replays = True  # whether a stretch can be repeated with other settings, to find out what blew up
     holds_clients = True  # whether the clients' states are in this process
+    traceable = False  # whether a pass (`once`) can be part of a program that JAX traces
 
     def __init__(
         self,
@@ -90,6 +95,30 @@ class Execution(abc.ABC):
     @abc.abstractmethod
     def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         """Run `iterations` more, or until a number in the state exceeds `limit` or is not finite."""
+
+    def once(self, algorithm: Algorithm, state: PyTree) -> Pass:
+        """A single iteration from the start, ready to be called often: (state, key) -> (the state after it, finite).
+
+        It remembers nothing. `finite` says whether all numbers are, before and after.
+
+        Args:
+            state: like those that it will be called with.
+        """
+
+        def run(state: PyTree, key: Key[Array, ""]) -> tuple[PyTree, Bool[Array, ""]]:
+            if not (fine := all_finite(state)):
+                return state, fine
+            fresh = self.anew(key)
+            carry, _ = fresh.advance(algorithm, fresh.start(algorithm, state), 1, np.inf)
+            return carry.state, all_finite(carry.state)
+
+        return run
+
+    def anew(self, key: Key[Array, ""]) -> Execution:
+        """The same with another key, as if it had not run."""
+        fresh = copy.copy(self)
+        fresh.key = key
+        return fresh
 
     def client_states(self, carry: Carry) -> PyTree:
         """The clients' states, leaves (clients, ...); None if they keep none."""
@@ -162,3 +191,9 @@ def within(state: PyTree, info: PyTree, limit: Float[Array, ""]) -> Bool[Array, 
         jnp.all(jnp.isfinite(leaf)) for leaf in inexact((state, info))
     ]  # the limit may be infinite in half precision
     return jnp.all(jnp.stack([*small, *finite]))
+
+
+def all_finite(state: PyTree) -> Bool[Array, ""]:
+    """Whether all floating-point numbers of a state are finite."""
+    inexact = [leaf for leaf in jax.tree.leaves(state) if eqx.is_inexact_array(leaf)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in inexact]))

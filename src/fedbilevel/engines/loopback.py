@@ -7,6 +7,7 @@ fails is reported with the client, the method and the shapes it was sent.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from ..program import freeze
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
 from .base import Carry, Engine, Program, Record, plan
-from .faults import Faults
+from .faults import Faults, Roster
 from .messaging.client_side import ClientSide, Methods
 from .messaging.server_side import Messaging
 from .messaging.transport import Answers, Request, Transport, as_tag
@@ -117,6 +118,12 @@ class _Looped(Messaging):
         if record.last is not None:
             record = dataclasses.replace(record, last=holding(record.last))
         return holding(carry), record
+
+    def anew(self, key: Key[Array, ""]) -> _Looped:
+        _ = self.methods, self.rows  # what is compiled and cut out serves all
+        fresh = copy.copy(self)
+        fresh.key, fresh.roster = key, Roster(self.data.clients, self.faults)
+        return fresh
 
     def client_states(self, carry: Carry) -> PyTree:
         states = carry.client_state

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ..algorithm import Algorithm
 from ..clock import Stopwatch
 from ..cohorts import answered, check_cohort, check_dropout, client_key, combine_replies, full_weights, stays
-from ..compiled import run
+from ..compiled import Bound, run
 from ..data import FederatedData, entry
 from ..errors import check
 from ..federation import Client, Combine, Flag, Reply
@@ -32,7 +32,7 @@ from ..protocol import step as iteration
 from ..protocol.sites import Path
 from ..protocol.traced import TracedFederation
 from ..watch import observe
-from .base import Carry, Engine, Execution, Program, Record, plan, within
+from .base import Carry, Engine, Execution, Pass, Program, Record, all_finite, plan, within
 
 _CAPACITY = 256  # the most iterations of one compiled chunk: bounds its buffers of diagnostics
 
@@ -96,6 +96,7 @@ class Simulation(Engine):
 
 class _Simulated(Execution):
     engine: Simulation
+    traceable = True
 
     @functools.cached_property
     def _compiled(self) -> set[Hashable]:
@@ -103,9 +104,7 @@ class _Simulated(Execution):
         return set()
 
     def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
-        one = client_state(algorithm, state)
-        many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.data.clients, *leaf.shape)), one)
-        return Carry(strong(state), many, 0)
+        return Carry(strong(state), _everybodys(client_state(algorithm, state), self.data.clients), 0)
 
     def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         rounds, down, up, infos, seconds = [], [], [], [], 0.0
@@ -167,16 +166,25 @@ class _Simulated(Execution):
         limit: float,
         program: Callable[..., PyTree] | None = None,
     ) -> PyTree:
+        count = lambda n: jnp.asarray(n, jnp.int32)
+        return run(
+            program or _chunk, self.problem, as_leaves(algorithm), self._static(), self.data,
+            (carry.state, carry.client_state), self.key, count(carry.iteration), count(iterations),
+            jnp.asarray(limit, jnp.result_type(float)), jnp.asarray(self.engine.dropout, jnp.float32),
+        )  # fmt: skip
+
+    def _static(self) -> _Static:
         layout = tuple(sorted((path, site.flags) for path, site in self.protocol.sites.items()))
         engine = self.engine
         batch = None if engine.client_batch is None else int(engine.client_batch)
-        static = _Static(self.program, self.protocol.cohort, batch, engine.mesh, layout, engine.dropout > 0)
-        count = lambda n: jnp.asarray(n, jnp.int32)
-        return run(
-            program or _chunk, self.problem, as_leaves(algorithm), static, self.data, (carry.state, carry.client_state),
-            self.key, count(carry.iteration), count(iterations), jnp.asarray(limit, jnp.result_type(float)),
-            jnp.asarray(engine.dropout, jnp.float32),
-        )  # fmt: skip
+        return _Static(self.program, self.protocol.cohort, batch, engine.mesh, layout, engine.dropout > 0)
+
+    def once(self, algorithm: Algorithm, state: PyTree) -> Pass:
+        common = self._static(), self.data, jnp.asarray(self.engine.dropout, jnp.float32)
+        ready = Bound(_once, self.problem, as_leaves(algorithm)).given(*common)
+        stay, go = jnp.asarray(False), jnp.asarray(True)
+        jax.block_until_ready(ready(stay, strong(state), self.key))  # compiled now: what losses read now counts
+        return lambda state, key: ready(go, state, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +243,33 @@ def _chunk(
     k, fine, states, buffers = jax.lax.while_loop(going, body, start)
     counts, info = books.unpacked(buffers)
     return states, counts, info, jnp.where(fine, k, k - 1)
+
+
+def _once(
+    problem: Problem,
+    algorithm: Algorithm,
+    static: _Static,
+    data: FederatedData,
+    dropout: Float[Array, ""],
+    go: Bool[Array, ""],
+    state: PyTree,
+    key: Key[Array, ""],
+) -> tuple[PyTree, Bool[Array, ""]]:
+    """(The state after a first iteration, whether all numbers are finite, before and after); as it is unless `go`."""
+
+    def run(state: PyTree) -> PyTree:
+        states = state, _everybodys(client_state(algorithm, state), data.clients)
+        own = jax.random.fold_in(key, 0)
+        fed = _SimulatedFederation(static, problem, data, algorithm, own, *states, dropout=dropout)
+        return strong(static.program(algorithm, fed, state)[0])
+
+    after = jax.lax.cond(go, run, lambda state: state, state)
+    return after, all_finite(state) & all_finite(after)
+
+
+def _everybodys(one: PyTree, clients: int) -> PyTree:
+    """The clients' states, leaves (clients, ...), from the one that all start with."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), one)
 
 
 class _Books:
