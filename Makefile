@@ -58,7 +58,7 @@ test-network: .venv/core .venv/test ## the tests of a provisioned deployment on 
 lint: .venv/dev ## ruff: the rules and the format; the contract of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PYTHONPATH=src $(BIN)/lint-imports --no-cache
+	PYTHONPATH=src:studies/src $(BIN)/lint-imports --no-cache
 
 types: .venv/core .venv/test .venv/dev ## pyright
 	$(BIN)/pyright
@@ -70,11 +70,11 @@ bench: .venv/core ## the benchmarks
 	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
 
 clean: ## remove what was built and kept, but for .venv
-	rm -rf demo site dist build .pytest_cache .ruff_cache .hypothesis .venv/xla
-	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf demo site dist build studies/dist studies/build .pytest_cache .ruff_cache .hypothesis .venv/xla
+	find src studies tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# .venv: one stamp for the environment, one for the package, one for each dependency group. They are renewed when
-# pyproject.toml is newer; else nothing is asked of any network.
+# .venv: one stamp for the environment, one for the two packages, one for each dependency group. They are renewed
+# when a pyproject.toml is newer; else nothing is asked of any network.
 
 .venv/made:
 	@found=; for python in $(PYTHON); do \
@@ -89,9 +89,9 @@ clean: ## remove what was built and kept, but for .venv
 	@$(PIP) --upgrade "pip>=25.1"  # the first that installs dependency groups
 	@touch $@
 
-.venv/core: .venv/made pyproject.toml
-	@echo "Installing fedbilevel and what it needs into .venv: about a minute, this once"
-	@$(PIP) --editable .
+.venv/core: .venv/made pyproject.toml studies/pyproject.toml
+	@echo "Installing fedbilevel, its studies and what they need into .venv: about a minute, this once"
+	@$(PIP) --editable . --editable studies
 	@touch $@
 
 .venv/test .venv/docs .venv/dev: .venv/%: .venv/made pyproject.toml

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import facts
 
-from fedbilevel.experiments.catalogue import STUDIES
+from fedbilevel_studies.catalogue import STUDIES
 
 DOCS = Path(__file__).resolve().parent
-FOUND = DOCS.parent / "src" / "fedbilevel" / "experiments" / "found"
+FOUND = DOCS.parent / "studies" / "src" / "fedbilevel_studies" / "found"
 TABLE = re.compile(r"(?P<start><!-- (?P<study>(?!facts/)[\w-]+)/(?P<table>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.S)
 TOO_LONG = ("history.csv", "shares.csv", "grid.csv")
 

@@ -30,10 +30,22 @@ MOVED = {
     "fedbilevel.experiments.plan": "fedbilevel.compare",
     "fedbilevel.experiments.report": "fedbilevel.results.report",
     "fedbilevel.experiments.sweep": "fedbilevel.tune.grid",
+    "fedbilevel.experiments.memory": "fedbilevel.memory",
     "fedbilevel.engines.client_side": "fedbilevel.engines.messaging.client_side",
     "fedbilevel.engines.server_side": "fedbilevel.engines.messaging.server_side",
     "fedbilevel.engines.transport": "fedbilevel.engines.messaging.transport",
 }
+
+# Studies have a package of their own, which is beside the library or is not there.
+_STUDIES = ("catalogue", "study", "stages", "search", "shares", "oracles", "tables", "summary", "family", "theory")
+_THEORY = ("common", "components", "estimator", "family", "problems", "rounds", "runner", "schedules", "speedup")
+MOVED |= {
+    f"fedbilevel.experiments.{name}": f"fedbilevel_studies.{name}"
+    for name in (*_STUDIES, *(f"theory.{name}" for name in (*_THEORY, "spread", "stationarity", "unequal")))
+}
+
+# A package of which nothing is left but what has moved.
+EMPTY = "fedbilevel.experiments"
 
 # Classes that have a file of their own now, by where they were.
 NAMES = {
@@ -72,10 +84,14 @@ class _Old(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in MOVED else None
+        known = fullname in MOVED or fullname == EMPTY
+        return ModuleSpec(fullname, self, is_package=fullname == EMPTY) if known else None
 
     def exec_module(self, module: ModuleType) -> None:
-        sys.modules[module.__name__] = _now_at(module.__name__)
+        if module.__name__ == EMPTY:
+            module.__class__ = _Package
+        else:
+            sys.modules[module.__name__] = _now_at(module.__name__)
 
 
 def _now_at(old: str) -> ModuleType:

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
-from fedbilevel.experiments.theory import unequal
-from fedbilevel.experiments.theory.family import CURVATURE, DX
 from fedbilevel.tasks.ridge import BIAS_PENALTY
 from fedbilevel.watch import attributes
+from fedbilevel_studies.theory import unequal
+from fedbilevel_studies.theory.family import CURVATURE, DX
 from helpers.family import L_UPPER, STEPS, L, end, on_quadratic, quadratic, ridge
 
 # Where the exact ones go -------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
-from fedbilevel.experiments.theory import runner, unequal
-from fedbilevel.experiments.theory.family import CURVATURE, DX, DY
 from fedbilevel.watch import attributes
+from fedbilevel_studies.theory import runner, unequal
+from fedbilevel_studies.theory.family import CURVATURE, DX, DY
 from helpers.family import STEPS, end, on_quadratic, power, quadratic, ridge
 
 

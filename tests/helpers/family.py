@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedbilevel as fb
-from fedbilevel.experiments.theory import family as quadratics
-from fedbilevel.experiments.theory import problems, runner
+from fedbilevel_studies.theory import family as quadratics
+from fedbilevel_studies.theory import problems, runner
 
 power = np.linalg.matrix_power
 

@@ -1,7 +1,7 @@
 """A small study, for tests of what studies are made of."""
 
-from fedbilevel.experiments import study
 from fedbilevel.tasks import Options
+from fedbilevel_studies import study
 
 SMALL = study.Study(
     "small", "A small study", "ridge", Options(dataset="diabetes", clients=4), None,

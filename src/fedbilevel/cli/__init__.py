@@ -10,7 +10,7 @@ from typing import cast
 
 import typer
 
-from . import runs, studies
+from . import added, folders, runs
 from .options import app
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+import typer.core
 
 app = typer.Typer(
     name="fedbilevel",
@@ -14,6 +15,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class Command(typer.core.TyperCommand):
+    """A command that hands on the context its function asks for; typer's own hands on one of a base class."""
+
+    context_class = typer.Context
+
 
 Task = Annotated[str, typer.Argument(help="A task, as in ridge or hyper-representation (see `list`).")]
 TaskOrApp = Annotated[str, typer.Argument(help="A task (see `list`), or the Python file of an application of yours.")]

@@ -8,7 +8,6 @@ import sys
 from typing import Annotated, Unpack
 
 import typer
-import typer.core
 
 from ..compare import Plan
 from ..engines import ENGINES
@@ -18,6 +17,7 @@ from .options import (
     Alpha,
     Clients,
     Cohort,
+    Command,
     DataDir,
     Dataset,
     Engine,
@@ -40,13 +40,7 @@ from .options import (
 DEFAULT_ROUNDS = 300
 
 
-class _Command(typer.core.TyperCommand):
-    """A command that hands on the context its function asks for; typer's own hands on one of a base class."""
-
-    context_class = typer.Context
-
-
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def run(
     context: typer.Context,
     task: TaskOrApp,

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fedbilevel as fb
-from fedbilevel.experiments.theory.family import PROBLEM, family
+from fedbilevel_studies.theory.family import PROBLEM, family
 
 F = family(1.0)
 DATA, X, Y = F.data(), jnp.asarray(F.x), jnp.asarray(F.y)

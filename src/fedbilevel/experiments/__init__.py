@@ -1,1 +1,0 @@
-"""Runs that leave a folder behind: comparisons, studies, their tables and figures, and what they would cost elsewhere."""

@@ -1,0 +1,54 @@
+"""What every test runs under, those of the studies too: float64, JAX's strictest rules on shapes and dtypes, annotations
+checked, memory maps let go; and a call of the command.
+
+A conftest.py takes it from here.
+"""
+
+import gc
+import itertools
+import sys
+
+import jax
+import jaxtyping
+import pytest
+
+jaxtyping.install_import_hook(
+    ["fedbilevel", "fedbilevel_studies"], "helpers.checks.checked"
+)  # before they are imported
+
+from fedbilevel import cli  # noqa: E402
+from fedbilevel.memory import release  # noqa: E402
+
+from .checks import unchecked_where_refused  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+gc.set_threshold(200_000, 50, 100)  # tracing makes millions of small objects, and a look at them all takes its time
+pytest.raises = unchecked_where_refused(pytest.raises)
+
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def memory_maps():
+    """Hundreds of tests in one process would use them up. Counting takes up to half a second: after every 20th test only."""
+    yield
+    if next(_tests) % 20 == 0:
+        release()
+
+
+@pytest.fixture
+def fedbilevel(monkeypatch, capsys):
+    """Call the command in this process: (exit code, output, errors)."""
+    monkeypatch.setattr(cli, "_keep_compiled_programs", lambda: None)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["fedbilevel", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
+
+    return call
