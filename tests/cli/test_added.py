@@ -28,7 +28,7 @@ def test_with_the_studies_it_is_theirs(fedbilevel):
     code, out, errors = fedbilevel("reproduce", "--list")
     assert (code, errors) == (0, "") and "stationarity" in out
     code, out, errors = fedbilevel("reproduce", "--help")
-    assert (code, errors) == (0, "") and "reproduce [OPTIONS] [NAME]" in out and "--checked-in" in out
+    assert (code, errors) == (0, "") and "fedbilevel reproduce [OPTIONS] [name]" in out and "--checked-in" in out
     code, out, errors = fedbilevel("reproduce", "--lst")
     assert (code, out) == (2, "") and errors.startswith("fedbilevel: ") and "--lst" in errors
     assert "reproduce" in fedbilevel("--help")[1]
