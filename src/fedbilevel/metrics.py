@@ -15,11 +15,13 @@ from .errors import InputError, check
 Metric = Callable[[PyTree, PyTree], ArrayLike]  # of x and y, one real number
 
 COLUMNS = ("iteration", "rounds", "bytes_down", "bytes_up", "seconds")
+STOPPED = "stopped"  # the column of the reason, where a callback stopped a run
 _BESIDE = (
     "algorithm",
     "seed",
     "halvings",
     "turn",
+    STOPPED,
     "median_round_seconds",
     "rounds_with_failures",
 )  # in tables with them
@@ -78,5 +80,5 @@ def check_diagnostics(algorithm: str, names: Iterable[str]) -> None:
 
 def check_constants(names: Iterable[str], columns: Iterable[str]) -> None:
     """Refuse constant columns of a CSV file that have the names of the history's."""
-    same = sorted(set(names) & set(columns))
+    same = sorted(set(names) & {*columns, STOPPED})
     check(not same, f"CSV(extra=...) cannot have {', '.join(same)}, for the history has it: name it otherwise.")

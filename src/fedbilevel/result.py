@@ -13,12 +13,13 @@ from jaxtyping import PyTree
 
 from . import arrays
 from .errors import check
+from .metrics import STOPPED
 from .protocol.table import Protocol
 
 if TYPE_CHECKING:
     import pandas
 
-Row: TypeAlias = dict[str, float]  # by column
+Row: TypeAlias = dict[str, float | str]  # by column: numbers, and the reason where a run was stopped
 
 EMPTY = float("nan")  # what was not taken: this very object, so that a file can leave the place empty
 
@@ -28,7 +29,8 @@ class History(list[Row]):
 
     Row 0 is the start. rounds and bytes are cumulative; seconds leave out compilation and evaluation.
     All rows have the same columns; NaN is where one was not taken (a run that was resumed with
-    other metrics, say).
+    other metrics, say). Where a callback stopped the run there is one more column, `stopped`: its reason, a text in the
+    last row.
     """
 
     @property
@@ -48,7 +50,19 @@ class History(list[Row]):
 
     def give_up(self, iteration: int) -> None:
         """Drop the rows after an iteration, to which the run went back."""
-        self[:] = [row for row in self if row["iteration"] <= iteration]
+        self[:] = [row for row in self if float(row["iteration"]) <= iteration]
+
+    @property
+    def stopped(self) -> str | None:
+        """Why a callback stopped the run; None where none did."""
+        reason = self[-1].get(STOPPED) if self else None
+        return reason if isinstance(reason, str) else None
+
+    def stop(self, reason: str) -> None:
+        """Say in the last row why the run was stopped."""
+        for row in self:
+            row[STOPPED] = EMPTY
+        self[-1][STOPPED] = reason
 
     def to_dataframe(self) -> pandas.DataFrame:
         """The rows as a pandas DataFrame."""
@@ -59,7 +73,7 @@ class History(list[Row]):
     def column(self, name: str) -> np.ndarray:
         """One column as an array."""
         check(any(name in row for row in self), f"the history has no column {name!r}.")
-        return np.array([row.get(name, np.nan) for row in self])
+        return np.array([row.get(name, np.nan) for row in self], object if name == STOPPED else None)
 
 
 @dataclasses.dataclass
@@ -76,6 +90,7 @@ class Result:
         clients_y: where every client has a lower variable of its own (`FedBiOAccLocal`), all of them: like y, each array
             with a leading axis of clients, in their order; a client that was never asked has the start. y is then their
             mean, by the clients' weights. None for other algorithms, and over a network, where they stay at the sites.
+        stopped: the reason for which a callback stopped the run; None where none did.
     """
 
     x: PyTree
@@ -85,11 +100,12 @@ class Result:
     state: PyTree
     iteration: int
     clients_y: PyTree = None
+    stopped: str | None = None
 
     @property
     def seconds(self) -> float:
         """Seconds of computation so far, without compilation and evaluation, a resumed run's with those before."""
-        return self.history[-1]["seconds"] if self.history else 0.0
+        return float(self.history[-1]["seconds"]) if self.history else 0.0
 
 
 def save_variables(result: Result, path: str | os.PathLike[str]) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Key, PyTree
 from .algorithm import Algorithm
 from .callbacks.base import Callback
 from .callbacks.checkpoint import load
+from .callbacks.listeners import Listeners
 from .data import FederatedData
 from .diagnosis import LEAST, diagnose, largest
 from .diagnosis.swing import Trail
@@ -26,7 +27,7 @@ from .errors import Diverged, InputError, RunError, check
 from .given import JSON, Whole, whole_number
 from .identity import Identity
 from .keys import KeyLike, as_key, threefry
-from .metrics import Metric, check_diagnostics, checked_metrics, measured
+from .metrics import STOPPED, Metric, check_diagnostics, checked_metrics, measured
 from .own_lower import Away, Lower
 from .problem import Problem, bind
 from .program import settle
@@ -39,11 +40,17 @@ from .watch import Seen, precision
 
 _STRETCH = 0.5  # seconds between looks at a run: progress, Ctrl-C, checkpoints
 _RECENT = 64  # stretches of which is remembered how large the state was, where they cannot be repeated
+_AT_LEAST_ONE = "{}= is a whole number of at least 1"
 _BLOWN_UP = 1e10  # how far beyond the start's size an iterate counts as diverged
 
 
 class Run:
-    """A run in progress, as callbacks see it.
+    """A run in progress: what `solve` makes and has `go`. Callbacks see it as a `callbacks.Running`.
+
+    Args:
+        problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, resume: as
+            `solve` takes them.
+        sane: whether the problem is looked at before the first iteration: `check` of `solve`.
 
     Attributes:
         algorithm, history, protocol, metrics: what runs, its rows so far, its protocol, and its metrics by name.
@@ -51,36 +58,38 @@ class Run:
         carry: the state after `iteration` iterations.
         rounds, bytes_down, bytes_up, seconds: totals so far.
         goal, progress: the iterations or rounds asked for, and how many of them are done.
+        stopped: the reason for which a callback has stopped it; None as long as none has.
+
+    Raises:
+        InputError: something cannot be used.
     """
 
     def __init__(
         self,
+        *,
         problem: Problem,
         data: FederatedData,
         algorithm: Algorithm,
         x: PyTree,
         y: PyTree,
-        iterations: Whole | None,
-        rounds: Whole | None,
+        iterations: Whole | None = None,
+        rounds: Whole | None = None,
         key: KeyLike,
-        engine: Engine | None,
-        callbacks: Sequence[Callback],
-        metrics: Mapping[str, Metric] | None,
-        evaluate_every: Whole,
-        resume: str | os.PathLike[str] | None,
-        sane: bool = False,
+        engine: Engine | None = None,
+        callbacks: Sequence[Callback] = (),
+        metrics: Mapping[str, Metric] | None = None,
+        evaluate_every: Whole = 1,
+        resume: str | os.PathLike[str] | None = None,
+        sane: bool = True,
     ):
         check_kinds(problem, data, algorithm)
         check(
             engine is None or isinstance(engine, Engine), f"engine is Simulation(...) or Loopback(...); got {engine!r}."
         )
         check((iterations is None) != (rounds is None), "give iterations= or rounds=, one of the two.")
-        count = lambda name, value: whole_number(value, 1, f"{name}= is a whole number of at least 1")
-        iterations = None if iterations is None else count("iterations", iterations)
-        rounds = None if rounds is None else count("rounds", rounds)
-        evaluate_every = count("evaluate_every", evaluate_every)
-        listed = isinstance(callbacks, Sequence) and all(isinstance(each, Callback) for each in callbacks)
-        check(listed, f"callbacks= is a list of callbacks such as fedbilevel.callbacks.CSV(...); got {callbacks!r}.")
+        self._most_iterations, self._budget = _count("iterations", iterations), _count("rounds", rounds)
+        self._every = whole_number(evaluate_every, 1, _AT_LEAST_ONE.format("evaluate_every"))
+        self._listeners = Listeners(callbacks)
         self._x, self._x_rest = trainable(x, "x")
         self._y, self._y_rest = trainable(y, "y")
         algorithm = settle(algorithm, self._x)
@@ -90,25 +99,19 @@ class Run:
         self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
         if sane and resume is None:
             check_sane(self._execution.problem, data, self._x, self._y)
-        self._every, self._callbacks = evaluate_every, list(callbacks)
         whole = (self._x, self._x_rest), (self._y, self._y_rest)
-        self._identity = Identity(self._execution, algorithm, *whole, data, evaluate_every)
+        self._identity = Identity(self._execution, algorithm, *whole, data, self._every)
         self.protocol = self._execution.protocol
         check_diagnostics(type(algorithm).__name__, _fields(self.protocol.info))
         checked_metrics(metrics, _fields(self.protocol.info))
         self.lower = Lower(self._execution, algorithm, state, self._y_rest)
-        self._most_iterations, self._budget = iterations, rounds
-        if rounds is not None:
-            least = self.protocol.rounds_most
-            check(
-                rounds >= least,
-                f"{rounds} rounds are too few: one iteration of {type(algorithm).__name__} takes up to {least}.",
-            )
-        self.goal = iterations or rounds
+        self._check_budget()
+        self.goal = self._most_iterations or self._budget
         self.carry = self._execution.start(algorithm, state)
         self.history = History()
         self.rounds = self.bytes_down = self.bytes_up = 0
         self.seconds = 0.0
+        self.stopped: str | None = None
         self._limit = _BLOWN_UP * max(1.0, largest(state))
         self._first: Carry | None = self.carry  # for as long as a run that blows up is repeated from there
         self._healthy = self.carry
@@ -121,19 +124,47 @@ class Run:
         self._last_row: Row | None = None
         self._refused: InputError | None = None  # what a metric failed with
         if resume is not None:
-            start = self.carry
-            self.carry, totals, rows = load(resume, start, self._identity)
-            if self._recovery is not None:
-                self._recovery.snapshot = saved_snapshot(resume, start)
-            off_grid = (
-                rows and rows[-1]["iteration"] % evaluate_every
-            )  # a last row: the uninterrupted run may have none
-            self._last_row = rows.pop() if off_grid else None
-            self.history.add(rows)
-            if "trail" in totals:
-                self._trail.restore(totals.pop("trail"))
-            for name, value in totals.items():
-                setattr(self, name, value)
+            self._resume(resume)
+
+    def _check_budget(self) -> None:
+        least, name = self.protocol.rounds_most, type(self.algorithm).__name__
+        check(
+            self._budget is None or self._budget >= least,
+            f"{self._budget} rounds are too few: one iteration of {name} takes up to {least}.",
+        )
+
+    def _resume(self, folder: str | os.PathLike[str]) -> None:
+        """Go to where the checkpoint in a folder is."""
+        start = self.carry
+        self.carry, totals, rows = load(folder, start, self._identity)
+        if self._recovery is not None:
+            self._recovery.snapshot = saved_snapshot(folder, start)
+        for row in rows:
+            row.pop(STOPPED, None)  # it goes on
+        # a last row off the grid: the uninterrupted run may have none
+        off_grid = rows and rows[-1]["iteration"] % self._every
+        self._last_row = rows.pop() if off_grid else None
+        self.history.add(rows)
+        if "trail" in totals:
+            self._trail.restore(totals.pop("trail"))
+        for name, value in totals.items():
+            setattr(self, name, value)
+
+    @property
+    def x(self) -> PyTree:
+        """The upper variable as it stands, structured like the start."""
+        return self.variables()[0]
+
+    @property
+    def y(self) -> PyTree:
+        """The lower variable as it stands, structured like the start; None where it stays with the clients."""
+        return self.variables()[1]
+
+    def stop(self, reason: str) -> None:
+        """End well, where the run has come to; the first reason counts."""
+        text = isinstance(reason, str) and reason.strip() and len(reason.splitlines()) == 1
+        check(text, f"run.stop(reason) takes a text of one line, not empty; got {reason!r}.")
+        self.stopped = self.stopped or reason.strip()
 
     @property
     def iteration(self) -> int:
@@ -171,31 +202,34 @@ class Run:
     def go(self) -> Result:
         """Run to the end; callbacks hear of the end however it comes."""
         error: BaseException | None = None
-        started = []
         try:
-            for callback in self._callbacks:
-                callback.start(self)
-                started.append(callback)
-            self.lower.tell()
-            if not self.history:
-                self._record([self._row(None)])
-            while (length := self._next_stretch()) > 0:
-                if not self._stretch(length):
-                    break
-                for callback in self._callbacks:
-                    callback.advance(self)
-            if self.history[-1]["iteration"] < self.iteration:
-                self._record([self._row(self._last_info) | self._restored()])
+            self._listeners.start(self)
+            self._iterate()
         except BaseException as failure:
             error = failure
-            raise
-        finally:
-            for callback in started:
-                callback.finish(self, error)
+        error = self._listeners.finish(self, error)
+        if isinstance(error, RunError) and error.result is None:
+            error.result = self._result()
+        if error is not None:
+            raise error
         swing = self._trail.swing()
         if swing is not None and self._last is not None:
             tell(self._execution, self.algorithm, self.carry, swing, self._last)
         return self._result()
+
+    def _iterate(self) -> None:
+        """The first row, stretches up to the goal or until it is stopped, the last row."""
+        self.lower.tell()
+        if not self.history:
+            self._record([self._row(None)])
+        while self.stopped is None and (length := self._next_stretch()) > 0:
+            if not self._stretch(length):
+                break
+            self._listeners.advance(self)
+        if self.history[-1]["iteration"] != self.iteration:
+            self._record([self._row(self._last_info) | self._restored()])
+        if self.stopped is not None:
+            self.history.stop(self.stopped)
 
     # One stretch of iterations --------------------------------------------------------------------------------------
 
@@ -207,7 +241,8 @@ class Run:
             spare = self._budget - self.rounds
             left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
         paced = 1 if self._pace is None else max(1, int(_STRETCH / max(self._pace, 1e-9)))
-        to_row = self._every - self.iteration % self._every if self.metrics else left
+        row_by_row = self.metrics or self._listeners.row_by_row
+        to_row = self._every - self.iteration % self._every if row_by_row else left
         to_snapshot = left if self._recovery is None else self._recovery.until_snapshot(self.iteration)
         return min(left, paced, to_row, to_snapshot, self._execution.longest or left)
 
@@ -228,7 +263,7 @@ class Run:
         if not record.finite:
             return self._go_back(before, after, record) or self._fail(before, after, record)
         self.carry = after if self._recovery is None else self._recovery.note(after)
-        if not any(callback.saves for callback in self._callbacks):
+        if not self._listeners.saves:
             self.keep(after)
         self._pace, self._last = record.seconds / length, record
         if not self._execution.replays and record.seen is not None:
@@ -282,8 +317,7 @@ class Run:
         self._recent.clear()
         self._first = self._healthy = self.carry
         self.history.give_up(self.iteration)
-        for callback in self._callbacks:
-            callback.went_back(self)
+        self._listeners.went_back(self)
         return True
 
     def _took_again(self, back: Back, before: Carry, record: Record) -> bool:
@@ -313,7 +347,7 @@ class Run:
         """Go back to the last finite iteration, say what blew up, and raise with all there is."""
         self.carry = self._last_good(before, record)
         self._account(before.iteration, record)
-        if self.history[-1]["iteration"] < self.iteration:
+        if self.history[-1]["iteration"] != self.iteration:
             self._record([self._row(self._last_info)])
         # the first step may be the one that goes too far: what follows it looks healthy and is not
         healthy = self._first if self._first is not None and after.iteration <= LEAST else self._healthy
@@ -325,8 +359,7 @@ class Run:
 
     def _record(self, rows: list[Row]) -> None:
         self.history.add(rows)
-        for callback in self._callbacks:
-            callback.record(self, rows)
+        self._listeners.record(self, rows)
         if self._refused is not None:
             message, self._refused = str(self._refused), None
             raise RunError(message, self._result())
@@ -375,7 +408,13 @@ class Run:
     def _result(self) -> Result:
         x, y = self.variables()
         own = self.lower.everybody(self.carry)
-        return Result(x, y, self.history, self.protocol, self.carry.state, self.iteration, own)
+        state, stopped = self.carry.state, self.history.stopped
+        return Result(x, y, self.history, self.protocol, state, self.iteration, own, stopped)
+
+
+def _count(name: str, value: Whole | None) -> int | None:
+    """Iterations or rounds, if they are given."""
+    return None if value is None else whole_number(value, 1, _AT_LEAST_ONE.format(name))
 
 
 def _fields(info: PyTree) -> dict[str, PyTree]:

@@ -48,7 +48,7 @@ def solve(
         rounds: communication rounds: the whole iterations that fit are done.
         key: a `jax.random.key`; the same key gives the same run on every engine.
         engine: `Simulation()` (the default) or `Loopback()`, with their `cohort=`.
-        callbacks: `fedbilevel.callbacks`: Progress, CSV, Checkpoint, or your own.
+        callbacks: `fedbilevel.callbacks`: Progress, CSV, Checkpoint, EarlyStopping, ..., or your own (see "Callbacks").
         metrics: name -> fn(x, y) -> scalar, taken at the start, every `evaluate_every` iterations, and at the end.
         evaluate_every: iterations between history rows.
         resume: a folder with a checkpoint of this very run, to go on from.
@@ -62,10 +62,11 @@ def solve(
     Raises:
         InputError: something cannot be used (a sentence says what, and what to do).
         Diverged: the iterates blew up; its `result` holds everything up to the last finite iteration.
+        RunError: something else came to grief, such as a client or a callback; `result` holds what there is.
     """
     run = Run(
-        problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, resume,
-        check,
+        problem=problem, data=data, algorithm=algorithm, x=x, y=y, iterations=iterations, rounds=rounds, key=key,
+        engine=engine, callbacks=callbacks, metrics=metrics, evaluate_every=evaluate_every, resume=resume, sane=check,
     )  # fmt: skip
     return run.go()
 

@@ -183,9 +183,9 @@ def distance(one: PyTree, other: PyTree) -> float:
 
 def _ledger_fits(result: Result) -> tuple[bool, str]:
     protocol, last = result.protocol, result.history[-1]
-    n = last["iteration"]
+    n = result.iteration
     for name in ("rounds", "bytes_down", "bytes_up"):
-        expected, most, seen = getattr(protocol, name), getattr(protocol, f"{name}_most"), last[name]
+        expected, most, seen = getattr(protocol, name), getattr(protocol, f"{name}_most"), int(last[name])
         if not (0 < seen <= n * most) or (expected == most and protocol.kind == "exact" and seen != n * most):
             return False, f"{seen} {name} in {n} iterations, where the protocol says at most {most} each"
     return True, f"{last['rounds']} rounds in {n} iterations"

@@ -1,4 +1,4 @@
 """Callbacks, one file each: what happens beside a run."""
 
-from .base import Callback
+from .base import Callback, Running
 from .shipped import *  # noqa: F403  what ships is what there is, and a type checker reads it in `shipped`

@@ -17,13 +17,15 @@ class CSV(Callback):
     """Writes each history row as it appears, so that a run that fails leaves all there was.
 
     Columns that appear later (a run resumed with other metrics has new ones) come last, and the
-    file is then written again, whole, in one step; so it is where a run goes back. A place where nothing was taken is
-    empty.
+    file is then written again, whole, in one step; so it is where a run goes back, or is stopped. A place where nothing was
+    taken is empty.
 
     Args:
         path: the file; it is replaced at the start (a resumed run writes its restored rows first).
         extra: constant columns to put first, for example `{"algorithm": "aggitd", "seed": 0}`.
     """
+
+    in_bulk = True
 
     def __init__(self, path: str | os.PathLike[str], extra: Mapping[str, str | float | None] | None = None):
         self.path, self.extra = Path(path), dict(extra or {})
@@ -46,6 +48,8 @@ class CSV(Callback):
         self._whole(run)
 
     def finish(self, run: Rows, error: BaseException | None) -> None:
+        if self._file is not None and run.history.columns != self._columns:  # the reason for stopping is new
+            self._whole(run)
         if self._file is not None:
             self._file.close()
 
