@@ -18,6 +18,7 @@ from .problem import Problem, Rows
 from .protocol import Protocol, protocol
 from .result import History, Result
 from .solve import estimate_hypergradient, solve
+from .stepper import Standing, Stepper, stepper
 from .version import __version__
 
 _install()

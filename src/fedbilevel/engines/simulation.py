@@ -177,7 +177,12 @@ class _Simulated(Execution):
         layout = tuple(sorted((path, site.flags) for path, site in self.protocol.sites.items()))
         engine = self.engine
         batch = None if engine.client_batch is None else int(engine.client_batch)
-        return _Static(self.program, self.protocol.cohort, batch, engine.mesh, layout, engine.dropout > 0)
+        rounds = tuple(sorted(path for path, site in self.protocol.sites.items() if site.round))
+        return _Static(self.program, self.protocol.cohort, batch, engine.mesh, layout, engine.dropout > 0, rounds)
+
+    def step(self) -> Step:
+        """One iteration as a function of JAX."""
+        return Step(self.problem, self.data, jnp.asarray(self.engine.dropout, jnp.float32), self._static())
 
     def once(self, algorithm: Algorithm, state: PyTree) -> Pass:
         common = self._static(), self.data, jnp.asarray(self.engine.dropout, jnp.float32)
@@ -195,6 +200,7 @@ class _Static:
     mesh: jax.sharding.Mesh | None
     layout: tuple[tuple[Path, int], ...]
     drops: bool = False
+    rounds: tuple[Path, ...] = ()  # the exchanges that are rounds of their own
 
 
 _States: TypeAlias = tuple[PyTree, PyTree]  # the server's, the clients'
@@ -265,6 +271,58 @@ def _once(
 
     after = jax.lax.cond(go, run, lambda state: state, state)
     return after, all_finite(state) & all_finite(after)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One iteration as a function of JAX, for loops of whoever holds it: (states, rounds) = step(algorithm, states, k, key).
+
+    `states` are the server's and the clients'; `algorithm` has arrays where it has numbers (`protocol.as_leaves`).
+    """
+
+    problem: Problem
+    data: FederatedData
+    dropout: Float[Array, ""]
+    static: _Static
+
+    def __call__(
+        self, algorithm: Algorithm, states: _States, k: Int[Array, ""], key: Key[Array, ""]
+    ) -> tuple[_States, Int[Array, ""]]:
+        return run(_step, self.problem, algorithm, self.static, self.data, states, k, key, self.dropout)
+
+    def compiled(self, function: Callable[..., PyTree], *args: PyTree) -> PyTree:
+        """`function(step, *args)` as one program, which is kept for steps whose problems compute the same."""
+        return run(_held, self.problem, None, function, self.static, self.data, self.dropout, args)
+
+
+def _step(
+    problem: Problem,
+    algorithm: Algorithm,
+    static: _Static,
+    data: FederatedData,
+    states: _States,
+    k: Int[Array, ""],
+    key: Key[Array, ""],
+    dropout: Float[Array, ""],
+) -> tuple[_States, Int[Array, ""]]:
+    own = jax.random.fold_in(key, k)
+    fed = _SimulatedFederation(static, problem, data, algorithm, own, *states, dropout=dropout)
+    state, _ = static.program(algorithm, fed, states[0])
+    counts = fed.counts or {}
+    asked = [counts[path].reshape(-1)[0] for path in static.rounds]
+    return (state, fed.client_state), sum(asked, jnp.zeros((), jnp.int32))
+
+
+def _held(
+    problem: Problem,
+    _: None,
+    function: Callable[..., PyTree],
+    static: _Static,
+    data: FederatedData,
+    dropout: Float[Array, ""],
+    args: tuple[PyTree, ...],
+) -> PyTree:
+    return function(Step(problem, data, dropout, static), *args)
 
 
 def _everybodys(one: PyTree, clients: int) -> PyTree:

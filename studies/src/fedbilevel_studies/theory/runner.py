@@ -15,21 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from fedbilevel.algorithm import Algorithm, State
-from fedbilevel.algorithms import AggITD
-from fedbilevel.data import FederatedData
-from fedbilevel.engines import Simulation
-from fedbilevel.engines.simulation import _SimulatedFederation, _Static
-from fedbilevel.federation import Federation
-from fedbilevel.problem import Problem, strong
-from fedbilevel.protocol import as_leaves, client_state
+from fedbilevel import (
+    AggITD,
+    Algorithm,
+    FederatedData,
+    Federation,
+    Problem,
+    Simulation,
+    Standing,
+    State,
+    Stepper,
+    stepper,
+)
 
 STALLED = 1_000  # iterations without progress after which a race is given up
 
-Program = Callable[[Algorithm, Federation, PyTree], tuple[PyTree, dict[str, Array]]]  # as `Algorithm.step`
+Program = Callable[[Algorithm, Federation, PyTree], tuple[PyTree, PyTree]]  # as `Algorithm.step`
 Stationarity = Callable[[PyTree], Float[Array, ""]]  # x -> |grad Phi(x)|^2
-States = tuple[PyTree, PyTree]  # of the server and of all clients
-Sites = tuple[tuple[int, ...], ...]  # the exchanges of an iteration that are rounds
 Count = Int[Array, ""]
 Lanes = np.ndarray | Sequence[float]  # the values of one setting, a lane each
 
@@ -52,17 +54,10 @@ class Setup:
     cohort: int | None = None
     key: Key[Array, ""] = dataclasses.field(default_factory=lambda: jax.random.key(0))
 
-    def bind(self, algorithm: Algorithm, program: Program) -> tuple[_Static, States, Sites]:
-        """(the static part of the compiled program, state and clients' states before the first iteration, round counts)."""
-        state = algorithm.init(self.x, self.y)
+    def bind(self, algorithm: Algorithm, **program: Program) -> Stepper:
+        """The algorithm's iterations, or those of a `program=` of its own."""
         engine = Simulation(cohort=self.cohort)
-        bound = engine.bind(self.problem, self.data, algorithm, state, self.key, program)
-        sites = bound.protocol.sites
-        layout = tuple(sorted((path, site.flags) for path, site in sites.items()))
-        static = _Static(program, bound.protocol.cohort, None, None, layout)
-        one = client_state(algorithm, state)
-        many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.data.clients, *leaf.shape)), one)
-        return static, (strong(state), many), tuple(sorted(path for path, site in sites.items() if site.round))
+        return stepper(self.problem, self.data, algorithm, self.x, self.y, engine=engine, **program)
 
 
 def stack(algorithm: Algorithm, **leaves: Lanes) -> Algorithm:
@@ -90,59 +85,28 @@ def adjoint(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[State
 
 def estimates(setup: Setup, algorithm: Algorithm, program: Program = hypergradient, **leaves: Lanes) -> np.ndarray:
     """(lanes, dim) what the program estimates, for each of the stacked settings."""
-    static, states, _ = setup.bind(algorithm, program)
-    out = _lanes(static, setup.problem, setup.data, stack(as_leaves(algorithm), **leaves), states, setup.key)
-    return np.asarray(out.x)
+    step = setup.bind(algorithm, program=program)
+    return np.asarray(step.compiled(_lanes, stack(step.algorithm, **leaves), setup.key))
 
 
-@eqx.filter_jit
-def _lanes(
-    static: _Static,
-    problem: Problem,
-    data: FederatedData,
-    algorithms: Algorithm,
-    states: States,
-    key: Key[Array, ""],
-) -> PyTree:
-    def one(algorithm: Algorithm) -> PyTree:
-        fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, 0), *states)
-        return static.program(algorithm, fed, states[0])[0]
-
-    return eqx.filter_vmap(one, in_axes=(_batched(algorithms),))(algorithms)
+def _lanes(step: Stepper, algorithms: Algorithm, key: Key[Array, ""]) -> PyTree:
+    one = lambda algorithm: step(step.start, 0, key, algorithm)[0].state.x
+    return jax.vmap(one, in_axes=(_batched(algorithms),))(algorithms)
 
 
 def draws(setup: Setup, algorithm: Algorithm, program: Program, count: int) -> np.ndarray:
     """(count, dim) what the program estimates, with as many keys: cohorts and random numbers drawn anew for each."""
-    static, states, _ = setup.bind(algorithm, program)
-    which = jnp.arange(count, dtype=jnp.int32)
-    return np.asarray(_draws(static, setup.problem, setup.data, as_leaves(algorithm), states, setup.key, which))
+    step = setup.bind(algorithm, program=program)
+    return np.asarray(step.compiled(_draws, jnp.arange(count, dtype=jnp.int32), setup.key))
 
 
-@eqx.filter_jit
-def _draws(
-    static: _Static,
-    problem: Problem,
-    data: FederatedData,
-    algorithm: Algorithm,
-    states: States,
-    key: Key[Array, ""],
-    which: Int[Array, " draws"],
-) -> PyTree:
-    def one(k: Count) -> PyTree:
-        fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, k), *states)
-        return static.program(algorithm, fed, states[0])[0].x
-
-    return jax.lax.map(one, which, batch_size=500)
+def _draws(step: Stepper, which: Int[Array, " draws"], key: Key[Array, ""]) -> PyTree:
+    return jax.lax.map(lambda k: step(step.start, k, key)[0].state.x, which, batch_size=500)
 
 
 def _batched(algorithms: Algorithm) -> PyTree:
     """in_axes: the first axis of every leaf that has one."""
-    return jax.tree.map(lambda leaf: 0 if eqx.is_array(leaf) and leaf.ndim else None, algorithms)
-
-
-def _step(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[PyTree, dict[str, Array]]:
-    state, _ = algorithm.step(fed, state)
-    return state, {}
+    return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, algorithms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,37 +128,29 @@ def race(setup: Setup, algorithm: Algorithm, tolerance: float, rounds: int, **le
     All lanes take the same number of rounds an iteration: they share the key of what the server draws.
     """
     assert setup.stationarity is not None
-    static, states, counted = setup.bind(algorithm, _step)
-    algorithms = stack(as_leaves(algorithm), **leaves)
-    lanes = len(next(iter(leaves.values())))
-    states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), states)
+    step = setup.bind(algorithm)
     limits = jnp.asarray(tolerance, float), jnp.asarray(rounds, jnp.int32)
-    out = _race(static, counted, setup.stationarity, setup.problem, setup.data, algorithms, states, setup.key, *limits)
+    out = step.compiled(_race, stack(step.algorithm, **leaves), setup.stationarity, setup.key, *limits)
     iterations, used, last, lowest = (np.asarray(part) for part in out)
     reached = last < tolerance
     lane = int(np.argmin(np.where(reached, last, np.inf))) if reached.any() else None
     return Race(lane, int(used), int(iterations), last, float(lowest))
 
 
-# iteration, rounds used, states, |grad Phi|^2 of all lanes, the lowest so far, and what that was at the last mark
-_Loop = tuple[Count, Count, States, Float[Array, " lanes"], Float[Array, ""], Float[Array, ""]]
+# iteration, rounds used, where the lanes stand, |grad Phi|^2 of each, the lowest so far, and what that was at the last mark
+_Loop = tuple[Count, Count, Standing, Float[Array, " lanes"], Float[Array, ""], Float[Array, ""]]
 
 
-@eqx.filter_jit
 def _race(
-    static: _Static,
-    counted: Sites,
-    stationarity: Stationarity,
-    problem: Problem,
-    data: FederatedData,
+    step: Stepper,
     algorithms: Algorithm,
-    states: States,
+    stationarity: Stationarity,
     key: Key[Array, ""],
     tolerance: Float[Array, ""],
     rounds: Count,
 ) -> tuple[Count, Count, Float[Array, " lanes"], Float[Array, ""]]:
-    one = _one_lane(static, counted, problem, data, key)
-    advance = eqx.filter_vmap(one, in_axes=(None, _batched(algorithms), 0), out_axes=(0, None))
+    one = lambda k, algorithm, at: step(at, k, key, algorithm)
+    advance = jax.vmap(one, in_axes=(None, _batched(algorithms), 0), out_axes=(0, None))
 
     def going(loop: _Loop) -> Bool[Array, ""]:
         k, used, _, value, lowest, mark = loop
@@ -202,36 +158,23 @@ def _race(
         return (used < rounds) & ~jnp.any(value < tolerance) & jnp.any(value < 1e12) & ~stalled  # NaN: blown up
 
     def body(loop: _Loop) -> _Loop:
-        k, used, states, value, lowest, mark = loop
+        k, used, at, value, lowest, mark = loop
         mark = jnp.where(k % STALLED == 0, lowest, mark)
-        states, more = advance(k, algorithms, states)
-        value = jax.vmap(stationarity)(states[0].x)
-        return k + 1, used + more, states, value, jnp.fmin(lowest, jnp.nanmin(value)), mark
+        at, more = advance(k, algorithms, at)
+        value = jax.vmap(stationarity)(at.state.x)
+        return k + 1, used + more, at, value, jnp.fmin(lowest, jnp.nanmin(value)), mark
 
-    zero, start = jnp.zeros((), jnp.int32), jax.vmap(stationarity)(states[0].x)
-    loop = (zero, zero, states, start, jnp.min(start), jnp.asarray(jnp.inf, start.dtype))
+    at = _side_by_side(step.start, algorithms)
+    zero, start = jnp.zeros((), jnp.int32), jax.vmap(stationarity)(at.state.x)
+    loop = (zero, zero, at, start, jnp.min(start), jnp.asarray(jnp.inf, start.dtype))
     k, used, _, value, lowest, _ = jax.lax.while_loop(going, body, loop)
     return k, used, value, lowest
 
 
-def _one_lane(
-    static: _Static, counted: Sites, problem: Problem, data: FederatedData, key: Key[Array, ""]
-) -> Callable[[Count, Algorithm, States], tuple[States, Count]]:
-    keyed = _one_keyed(static, counted, problem, data)
-    return lambda k, algorithm, states: keyed(k, algorithm, states, key)
-
-
-def _one_keyed(
-    static: _Static, counted: Sites, problem: Problem, data: FederatedData
-) -> Callable[[Count, Algorithm, States, Key[Array, ""]], tuple[States, Count]]:
-    def one(k: Count, algorithm: Algorithm, states: States, key: Key[Array, ""]) -> tuple[States, Count]:
-        fed = _SimulatedFederation(static, problem, data, algorithm, jax.random.fold_in(key, k), *states)
-        state, _ = static.program(algorithm, fed, states[0])
-        counts = fed.counts or {}
-        used = sum((counts[path][0] for path in counted), jnp.zeros((), jnp.int32))
-        return (state, fed.client_state), used
-
-    return one
+def _side_by_side(start: Standing, algorithms: Algorithm) -> Standing:
+    """The start, once for each lane."""
+    lanes = next(leaf.shape[0] for leaf in jax.tree.leaves(algorithms) if leaf.ndim)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), start)
 
 
 def curves(
@@ -247,51 +190,41 @@ def curves(
     `keys`, one for each lane, in place of the setup's for all; rounds are then the mean over the lanes.
     """
     assert setup.stationarity is not None
-    static, states, counted = setup.bind(algorithm, _step)
-    algorithms = stack(as_leaves(algorithm), **leaves)
-    lanes = len(next(iter(leaves.values())))
-    states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), states)
+    step = setup.bind(algorithm)
     each = jnp.asarray(max(1, iterations // blocks), jnp.int32)
-    used, value = _curves(
-        static, counted, setup.stationarity, blocks, setup.problem, setup.data, algorithms, states,
-        setup.key if keys is None else keys, each,
-    )  # fmt: skip
+    given = stack(step.algorithm, **leaves), setup.stationarity, setup.key if keys is None else keys, each
+    used, value = step.compiled(_curves, blocks, *given)
     used = np.asarray(used)
     return used if used.ndim == 1 else used.mean(1), np.asarray(value).T
 
 
-# iteration, rounds used (of each lane, where each has a key of its own), states; and |grad Phi|^2 summed over turns
-_Place = tuple[Count, Int[Array, " ..."], States]
-_Turns = tuple[Count, Int[Array, " ..."], States, Float[Array, " lanes"]]
+# iteration, rounds used (of each lane, where each has a key of its own), where they stand; |grad Phi|^2 summed over turns
+_Place = tuple[Count, Int[Array, " ..."], Standing]
+_Turns = tuple[Count, Int[Array, " ..."], Standing, Float[Array, " lanes"]]
 
 
-@eqx.filter_jit
 def _curves(
-    static: _Static,
-    counted: Sites,
-    stationarity: Stationarity,
+    step: Stepper,
     blocks: int,
-    problem: Problem,
-    data: FederatedData,
     algorithms: Algorithm,
-    states: States,
+    stationarity: Stationarity,
     key: Key[Array, " ..."],
     each: Count,
 ) -> tuple[Int[Array, "blocks ..."], Float[Array, "blocks lanes"]]:
-    one, keyed = _one_keyed(static, counted, problem, data), key.ndim > 0
-    axes = (None, _batched(algorithms), 0, 0 if keyed else None)
-    advance = eqx.filter_vmap(one, in_axes=axes, out_axes=(0, 0 if keyed else None))
-    nothing = jnp.zeros(key.shape, jnp.int32)
+    keyed = 0 if key.ndim else None
+    one = lambda k, algorithm, at, key: step(at, k, key, algorithm)
+    advance = jax.vmap(one, in_axes=(None, _batched(algorithms), 0, keyed), out_axes=(0, keyed))
 
     def turn(i: Count, loop: _Turns) -> _Turns:
-        k, used, states, total = loop
-        states, more = advance(k, algorithms, states, key)
-        return k + 1, used + more, states, total + jax.vmap(stationarity)(states[0].x)
+        k, used, at, total = loop
+        at, more = advance(k, algorithms, at, key)
+        return k + 1, used + more, at, total + jax.vmap(stationarity)(at.state.x)
 
     def block(loop: _Place, _: None) -> tuple[_Place, tuple[Int[Array, " ..."], Float[Array, " lanes"]]]:
-        k, used, states = loop
-        start = (k, used, states, jnp.zeros_like(jax.vmap(stationarity)(states[0].x)))
-        k, used, states, total = jax.lax.fori_loop(0, each, turn, start)
-        return (k, used, states), (used, total / each.astype(total.dtype))
+        k, used, at = loop
+        start = (k, used, at, jnp.zeros_like(jax.vmap(stationarity)(at.state.x)))
+        k, used, at, total = jax.lax.fori_loop(0, each, turn, start)
+        return (k, used, at), (used, total / each.astype(total.dtype))
 
-    return jax.lax.scan(block, (jnp.zeros((), jnp.int32), nothing, states), None, length=blocks)[1]
+    start = jnp.zeros((), jnp.int32), jnp.zeros(key.shape, jnp.int32), _side_by_side(step.start, algorithms)
+    return jax.lax.scan(block, start, None, length=blocks)[1]
