@@ -108,21 +108,6 @@ def test_a_metric_that_falls_is_measured_at_the_loosest_end():
 
 
 @pytest.mark.parametrize(
-    ("values", "index"),
-    [
-        ([0, 1, 1, 1, 0], 4),
-        ([0, 1, 0, 1, 0, 0, 1, 0], None),
-        ([0, 1, 0, 1, 0, 1, 1], 5),
-        ([1, 1, 1], 2),
-        ([0, 0, 1], None),
-        ([0, np.nan, 1, 1, 1, 1, 1], 6),
-    ],
-)
-def test_a_level_counts_when_the_median_of_five_evaluations_is_there(values, index):
-    assert report.first_reached(values, 1) == index
-
-
-@pytest.mark.parametrize(
     ("text", "seconds"), [("200ms", 0.2), ("0.2s", 0.2), ("2 s", 2), (".5s", 0.5), ("1min", 60), ("0s", 0)]
 )
 def test_times(text, seconds):

@@ -31,7 +31,8 @@ import numpy as np
 import pandas
 
 from ..errors import InputError, check
-from ..results.report import Values, direction, first_reached, metrics_of, running_median
+from ..results.curves import Values, direction, first_reached, running_median
+from ..results.report import metrics_of
 from .network import Network, duration
 
 ACCURACY = "test_accuracy"
@@ -119,7 +120,7 @@ def predict(
 ) -> Prediction:
     """Predict the time of every algorithm of a history on every network.
 
-    A level is reached at the first evaluation at which the median of the last five is there (`report.first_reached`). Of
+    A level is reached at the first evaluation at which the median of the last five is there (`results.first_reached`). Of
     several seeds the one with the median time counts, or the mean of the two in the middle; never, if too few get there.
 
     Args:

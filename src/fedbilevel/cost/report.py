@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..results.report import Text, pipe_table
+from ..results.text import Text, pipe_table
 from .model import ACCURACY, PARTS, Prediction, advice
 from .network import duration, span
 

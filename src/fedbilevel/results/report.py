@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import pandas
 from rich.console import Console
 
 from ..errors import InputError, check
+from .text import Text, pipe_table
 
 Cell = str | float | np.number | None  # of a table
-Values = np.ndarray | pandas.Series | Sequence[float]  # of one run, in order
-Text = tuple[list[str], list[list[str]]]  # headings, and the cells of each row
 Look = dict[str, Any]  # how a curve looks, in the words of matplotlib
 LEVELS = (0.80, 0.85, 0.88, 0.90)  # test accuracies whose first round the summary names
 AXES = {"rounds": "communication rounds", "megabytes": "payload, MB (down and up)", "seconds": "seconds of computation"}
@@ -82,28 +80,6 @@ def first_round(runs: pandas.DataFrame, level: float) -> float:
     return float(np.median([np.inf if np.isnan(r) else r for r in reached])) if reached else np.nan
 
 
-def first_reached(values: Values, level: float, window: int = 5) -> int | None:
-    """Index of the first evaluation at which the median of the last `window` ones is at the level; None for never.
-
-    One run's values in order; of a metric that falls, pass -values and -level. A run with fewer evaluations than `window` is
-    judged by all of them, at its end.
-    """
-    medians = running_median(values, window)
-    reached = np.flatnonzero(medians >= level)
-    return int(reached[0]) + len(values) - len(medians) if reached.size else None
-
-
-def direction(metric: str) -> int:
-    """1 for a metric that is to rise, -1 for one that is to fall."""
-    return 1 if metric.endswith("accuracy") else -1
-
-
-def running_median(values: Values, window: int = 5) -> np.ndarray:
-    """Medians of each `window` consecutive values, or of all if there are fewer."""
-    values = np.asarray(values, float)
-    return np.median(np.lib.stride_tricks.sliding_window_view(values, min(window, len(values))), axis=-1)
-
-
 def write(folder: Path, frame: pandas.DataFrame) -> list[Path]:
     """summary.csv, summary.md and the figures of a history; returns the files."""
     summary = summarise(frame)
@@ -124,12 +100,6 @@ def cells(summary: pandas.DataFrame) -> Text:
 def markdown(summary: pandas.DataFrame) -> str:
     """The summary as a Markdown table."""
     return pipe_table(*cells(summary))
-
-
-def pipe_table(head: list[str], rows: list[list[str]]) -> str:
-    """Text cells as a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def show(summary: pandas.DataFrame, console: Console) -> None:

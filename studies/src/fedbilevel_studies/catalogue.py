@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fedbilevel.settings import Setting
 from fedbilevel.tasks import Options
-from fedbilevel.tasks.base import DataDir
 
 from . import summary
 from .family import PARTS, QUICK
+from .kinds import DataDir, Setting
 from .study import Contender, Study
 
 SEEDS, GRID_SEEDS = (0, 1, 2, 3, 4), (10,)
@@ -242,7 +241,8 @@ def reproduce(name: str, folder: Path, *, small: bool, data_dir: DataDir, checke
     Raises:
         InputError: an unknown name, a folder of another study, or a data set that is missing.
     """
-    from fedbilevel.errors import InputError, unknown_name
+    from fedbilevel import InputError
+    from fedbilevel.errors import unknown_name
 
     from . import stages, tables
     from .theory import THEORY

@@ -13,9 +13,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from fedbilevel.settings import Setting
 from fedbilevel.tasks import Options
 
+from .kinds import Setting
 from .study import Contender, Study
 
 GRID_SEEDS, BEYOND = (10,), 6

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from fedbilevel.algorithm import Algorithm, Truncation
-from fedbilevel.data import FederatedData
-from fedbilevel.engines import Loopback
-from fedbilevel.problem import Problem, Rows
+from fedbilevel import Algorithm, FederatedData, Loopback, Problem, Rows, Truncation, solve
+from fedbilevel.callbacks import Callback, Running
 
 ORACLES = ("inner_gradient", "inner_gradient_x", "hessian_vector", "cross_vector", "outer_gradients")
 
@@ -72,11 +70,21 @@ def _count(algorithm: Algorithm, clients: int, cohort: int) -> dict[str, int]:
     loss = lambda x, y, row: jnp.sum(x) * jnp.sum(y) * jnp.sum(row)
     problem = _Counting(loss, loss)
     rows = [jnp.ones((2, 1))] * clients
-    data = FederatedData.stack(rows, rows)
-    state = algorithm.init(jnp.ones((1,)), jnp.ones((1,)))
-    execution = Loopback(cohort=cohort).bind(problem, data, algorithm, state, jax.random.key(0))
-    start = execution.start(algorithm, state)
-    problem.calls.clear()
+    given = problem, FederatedData.stack(rows, rows), algorithm, jnp.ones((1,)), jnp.ones((1,)), 1
+    tally = _Tally(problem.calls)
     with jax.disable_jit():
-        execution.advance(algorithm, start, 1, float("inf"))
-    return {name: problem.calls.count(name) for name in ORACLES}
+        solve(*given, key=jax.random.key(0), engine=Loopback(cohort=cohort), callbacks=[tally], check=False)
+    return {name: tally.found.count(name) for name in ORACLES}
+
+
+class _Tally(Callback):
+    """What was called from the first iteration's begin to its end: none of the calls that derive the protocol."""
+
+    def __init__(self, calls: list[str]):
+        self.calls, self.found = calls, []
+
+    def start(self, run: Running) -> None:
+        self.calls.clear()
+
+    def advance(self, run: Running) -> None:
+        self.found = list(self.calls)

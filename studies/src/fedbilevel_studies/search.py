@@ -15,21 +15,20 @@ as many more are looked at: else a contender whose soonest points are unstable w
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas
+import tomlkit
 
-from fedbilevel.callbacks.progress import Meter
+from fedbilevel.callbacks import Meter
 from fedbilevel.memory import release
-from fedbilevel.results.report import Cell, direction, first_reached, running_median
-from fedbilevel.settings import Setting
-from fedbilevel.tasks.base import DataDir
-from fedbilevel.tune.grid import Curve, sweep
+from fedbilevel.results import direction, first_reached, running_median
+from fedbilevel.tune import Curve, sweep
 
+from .kinds import Cell, DataDir, Setting
 from .study import Contender, Study
 
 Telling = Callable[[str], None]
@@ -195,8 +194,4 @@ def judge(study: Study, rounds: np.ndarray, values: np.ndarray, budget: int) -> 
 
 def write_settings(file: Path, best: Chosen) -> None:
     """What the grid chose, as TOML, a section a contender."""
-    text = "".join(  # numbers, words and truth values are written alike in JSON and TOML
-        f"[{json.dumps(label)}]\n" + "".join(f"{name} = {json.dumps(v)}\n" for name, v in chosen.items()) + "\n"
-        for label, chosen in best.items()
-    )
-    file.write_text(text)
+    file.write_text(tomlkit.dumps(best))

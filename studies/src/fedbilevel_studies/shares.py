@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
@@ -11,13 +13,8 @@ import jax
 import optax.tree
 from jaxtyping import Array, Float, PyTree
 
-from fedbilevel.algorithm import Algorithm, State
-from fedbilevel.callbacks import Callback
-from fedbilevel.callbacks.base import Running
-from fedbilevel.engines import Simulation
-from fedbilevel.engines.base import Carry, Execution
-from fedbilevel.problem import Loss
-from fedbilevel.solve import estimate
+from fedbilevel import Algorithm, Diverged, Estimator, Simulation, estimator
+from fedbilevel.callbacks import Callback, Running
 from fedbilevel.tasks import Task
 
 
@@ -37,7 +34,7 @@ class Shares(Callback):
     def __init__(self, file: Path, task: Task, engine: Simulation, label: str, seed: int, every: int):
         self.file, self.task, self.engine, self.every = file, task, engine, every
         self.named = {"algorithm": label, "seed": seed}
-        self._runs: list[Execution] | None = None
+        self._both: tuple[Estimator, Estimator] | None = None  # of the whole, and of its implicit part
         self._next = 0
 
     def start(self, run: Running) -> None:
@@ -57,28 +54,21 @@ class Shares(Callback):
             csv.writer(file).writerow(cells)
 
     def _parts(self, run: Running) -> tuple[float, float]:
-        if self._runs is None:
+        if self._both is None:
             problem = self.task.problem
-            blind = dataclasses.replace(problem, outer=_Blind(problem.outer))
-            state = State(run.carry.state.x, run.carry.state.y)
-            self._runs = [
-                self.engine.bind(each, self.task.data, run.algorithm, state, self.task.key, estimate)
-                for each in (problem, blind)
-            ]
-        start = run.carry.state
-        found = []
-        for execution in self._runs:
-            at = Carry(State(start.x, start.y), execution.start(run.algorithm, State(start.x, start.y)).client_state, 0)
-            carry, _ = execution.advance(run.algorithm, at, 1, float("inf"))
-            found.append(carry.state.x)
-        whole, implicit = found
+            bound = lambda each: estimator(each, self.task.data, run.algorithm, run.x, run.y, engine=self.engine)
+            self._both = bound(problem), bound(dataclasses.replace(problem, outer=_Blind(problem.outer)))
+        try:
+            whole, implicit = (estimate(run.x, run.y, self.task.key)[0] for estimate in self._both)
+        except Diverged:
+            return math.nan, math.nan
         return float(optax.tree.norm(implicit)), float(optax.tree.norm(optax.tree.sub(whole, implicit)))
 
 
 class _Blind(eqx.Module):
     """An outer loss that takes x for a constant."""
 
-    loss: Loss
+    loss: Callable[..., Float[Array, ""]]
 
     def __call__(self, x: PyTree, *rest: PyTree) -> Float[Array, ""]:
         return self.loss(jax.lax.stop_gradient(x), *rest)

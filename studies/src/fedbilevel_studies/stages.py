@@ -7,14 +7,12 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedbilevel.algorithm import Algorithm
+from fedbilevel import Algorithm, Diverged, solve
 from fedbilevel.callbacks import CSV, Callback, Checkpoint, Progress
-from fedbilevel.errors import Diverged, check
-from fedbilevel.given import JSON
+from fedbilevel.errors import check
 from fedbilevel.memory import release
-from fedbilevel.solve import solve
-from fedbilevel.tasks.base import DataDir
 
+from .kinds import JSON, DataDir
 from .oracles import oracle_calls
 from .search import Chosen, Telling, search, write_settings
 from .shares import Shares, estimates

@@ -15,13 +15,12 @@ import json
 from collections.abc import Mapping
 from typing import Literal
 
-from fedbilevel.algorithm import Algorithm
-from fedbilevel.engines import Simulation
-from fedbilevel.given import JSON
-from fedbilevel.settings import Setting, algorithm_class
+from fedbilevel import Algorithm, Simulation
+from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.tasks import TASKS, Options, Task
-from fedbilevel.tasks.base import DataDir
-from fedbilevel.tune.grid import points
+from fedbilevel.tune import points
+
+from .kinds import JSON, DataDir, Setting
 
 _STILL = 1e-30  # the outer step of a reference line that leaves x where it is
 
@@ -51,7 +50,7 @@ class Contender:
     def build(self, chosen: Mapping[str, Setting]) -> Algorithm:
         """The algorithm with these step sizes, and the variant's settings."""
         still = {"outer_lr": _STILL} if self.kind == "frozen" else {}
-        return algorithm_class(self.algorithm)(**{**self.settings, **chosen, **still})
+        return ALGORITHMS[self.algorithm](**{**self.settings, **chosen, **still})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Study:
     def rates(self, contender: Contender) -> dict[str, tuple[float, ...]]:
         """The contender's grid: the study's or its own, but for what it leaves alone or does not have."""
         idle = {"outer_lr", "hessian_lr"} if contender.kind == "frozen" else set()
-        has = {field.name for field in dataclasses.fields(algorithm_class(contender.algorithm))}
+        has = {field.name for field in dataclasses.fields(ALGORITHMS[contender.algorithm])}
         tried = {**self.grid, **contender.grid}
         return {name: tried[name] for name in tried if name in has - idle - set(contender.settings)}
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas
 
-from fedbilevel.results.report import Text
-
 from .family import PARTS
+from .kinds import Text
 from .study import Study
 from .tables import level_name, never, number, write_table
 

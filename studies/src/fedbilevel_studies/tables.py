@@ -12,8 +12,9 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedbilevel.results.report import Cell, Look, Text, direction, first_reached, pipe_table, running_median
+from fedbilevel.results import direction, first_reached, pipe_table, running_median
 
+from .kinds import Cell, Look, Text
 from .search import as_number
 from .study import Study
 
@@ -211,11 +212,10 @@ def write_table(folder: Path, name: str, table: pandas.DataFrame, text: Text) ->
 
 def latex(head: list[str], rows: list[list[str]]) -> str:
     """Text cells as a LaTeX tabular."""
-    escape = lambda cell: "".join("\\" + c if c in "%&_#$" else c for c in cell)
-    line = lambda cells: " & ".join(map(escape, cells)) + r" \\"
-    columns = "l" + "r" * (len(head) - 1)
-    body = [r"\begin{tabular}{" + columns + "}", r"\hline", line(head), r"\hline", *map(line, rows), r"\hline"]
-    return "\n".join([*body, r"\end{tabular}", ""])
+    table = pandas.DataFrame(rows, columns=pandas.Index(head), dtype=str).style.hide(axis="index")
+    lines = [{"selector": name, "props": ":hline;"} for name in ("toprule", "midrule", "bottomrule")]
+    styled = table.format(escape="latex").format_index(escape="latex", axis="columns").set_table_styles(lines)  # pyright: ignore
+    return styled.to_latex(column_format="l" + "r" * (len(head) - 1))
 
 
 def _metrics(study: Study, frame: pandas.DataFrame) -> list[str]:

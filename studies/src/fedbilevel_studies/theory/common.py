@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +14,10 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedbilevel.errors import RunError
-from fedbilevel.given import JSON
-from fedbilevel.results.report import Cell, Look, pipe_table
-from fedbilevel.version import __version__
+from fedbilevel import RunError
+from fedbilevel.results import pipe_table
+
+from ..kinds import JSON, Cell, Look
 
 EXACT = 1e-9  # how far, relatively, a deterministic point may be from its formula
 ROUNDING = 1e-13  # and how far besides, of the size of the vectors that were subtracted
@@ -30,7 +31,7 @@ def table(folder: Path, name: str, settings: Mapping[str, JSON], rows: Callable[
     """NAME.csv as a DataFrame, if NAME.json says that it was made with these settings; else of `rows()`, written there."""
     folder.mkdir(parents=True, exist_ok=True)
     file, beside = folder / f"{name}.csv", folder / f"{name}.json"
-    wanted = json.dumps({"study": name, "version": __version__, **settings}, indent=2) + "\n"
+    wanted = json.dumps({"study": name, "version": version("fedbilevel"), **settings}, indent=2) + "\n"
     if not (file.is_file() and beside.is_file() and beside.read_text() == wanted):
         beside.unlink(missing_ok=True)  # so that an interrupted run leaves nothing that looks finished
         pandas.DataFrame(rows()).to_csv(file, index=False)

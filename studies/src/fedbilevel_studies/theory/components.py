@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,7 @@ import numpy as np
 import pandas
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from fedbilevel.algorithm import Algorithm, State
-from fedbilevel.algorithms import AggITD
-from fedbilevel.federation import Combine, Federation
-from fedbilevel.protocol import protocol
+from fedbilevel import AggITD, Algorithm, Federation, State, protocol
 
 from . import common, problems, runner
 from .family import PROBLEM, Family, family
@@ -137,7 +135,7 @@ class _OneCohort(Federation):
         self,
         method: Callable[..., PyTree],
         message: tuple[PyTree, ...],
-        combine: Combine,
+        combine: Literal["mean", "maximum"],
         replies: PyTree,
         cohort: Int[Array, " cohort"] | None,
         beside: bool,

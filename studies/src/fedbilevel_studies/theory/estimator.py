@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas
 
-from fedbilevel.algorithms import AggITD
-from fedbilevel.errors import RunError
+from fedbilevel import AggITD, RunError
 
 from . import common, runner
 from .family import DY, PROBLEM, Family, family, power

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fedbilevel.data import FederatedData
-from fedbilevel.problem import Problem
-from fedbilevel.tasks.base import Row
+from fedbilevel import FederatedData, Problem
+
+from ..kinds import Row
 
 DX, DY = 4, 6
 CURVATURE = 0.01  # c

@@ -8,6 +8,7 @@ ridge      x = log penalties of six features; clients differ in the scales of th
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import equinox as eqx
 import jax
@@ -15,20 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fedbilevel import reference
-from fedbilevel.data import FederatedData
-from fedbilevel.problem import Problem
-from fedbilevel.tasks.ridge import BIAS_PENALTY, inner_loss, outer_loss
+from fedbilevel import FederatedData, Problem, reference
 
+from ..kinds import Row
 from . import family as quadratics
 from .runner import Setup
 
 FEATURES = 6
+BIAS_PENALTY = 0.01
 SHRUNK = 0.6  # validation rows follow weights this much smaller, so that every best penalty is finite
 NEAR = 3.0
 INNER = (0.5, 1.0, 1.5, 1.9)  # inner_lr * local_steps, in units of 1 / L of g; and hessian_lr
 OUTER = (*(2.0**-k for k in range(7, -1, -1)), 1.9)  # outer_lr, in units of 1 / L of Phi
 
+Weights = Mapping[str, Array]  # weight (features, 1), bias (1,)
 Penalties = Float[Array, " features"]
 Moments = tuple[Float[Array, "lower lower"], Float[Array, " lower"]]  # of the rows, and with their targets
 
@@ -56,6 +57,17 @@ def quadratic(clients: int = 8, spread: float = 1.0, cohort: int | None = None) 
     stationarity = Affine(*map(jnp.asarray, f.upper()))
     start = jnp.asarray(f.x), jnp.asarray(f.y)
     return Setup(quadratics.PROBLEM, f.data(), *start, stationarity, (1.0, 1.0), cohort)
+
+
+def outer_loss(x: Penalties, y: Weights, row: Row) -> Float[Array, ""]:
+    """Half the squared error of one row, as in the task `ridge`."""
+    return 0.5 * jnp.sum((row["a"] @ y["weight"] + y["bias"] - row["target"]) ** 2)
+
+
+def inner_loss(x: Penalties, y: Weights, row: Row) -> Float[Array, ""]:
+    """And the penalties."""
+    penalty = jnp.sum(jnp.exp(x)[:, None] * y["weight"] ** 2) + BIAS_PENALTY * jnp.sum(y["bias"] ** 2)
+    return outer_loss(x, y, row) + 0.5 * penalty
 
 
 class Ridge(eqx.Module):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas
 
-from fedbilevel.algorithms import AggITD, FedNest
+from fedbilevel import AggITD, FedNest
 
 from . import common, problems, runner
 from .family import DX, DY, Family, family, power

@@ -18,12 +18,9 @@ import jax
 import numpy as np
 import pandas
 
-from fedbilevel.algorithm import Algorithm
-from fedbilevel.algorithms import AggITD, FedNest, Lockstep
-from fedbilevel.given import JSON
-from fedbilevel.protocol import protocol
-from fedbilevel.settings import Setting
+from fedbilevel import AggITD, Algorithm, FedNest, Lockstep, protocol
 
+from ..kinds import JSON, Setting
 from . import common, problems, runner
 
 LEVEL, BUDGET, RANDOM_BUDGET, TURNS = 1e-8, 100_000, 20_000, (1, 2, 5, 10, 20, 40, 60, 80)

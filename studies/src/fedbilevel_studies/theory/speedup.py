@@ -22,11 +22,10 @@ import jax
 import numpy as np
 import pandas
 
+from fedbilevel import Simulation, protocol
 from fedbilevel.algorithms import ALGORITHMS
-from fedbilevel.engines import Simulation
-from fedbilevel.protocol import protocol
-from fedbilevel.settings import Setting
 
+from ..kinds import Setting
 from . import common, problems, runner
 from .family import DX, DY, Family, family
 from .stationarity import FULL, LOCAL

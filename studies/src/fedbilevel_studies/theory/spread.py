@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas
 
-from fedbilevel.algorithms import AggITD, FedNest, LFedNest
+from fedbilevel import AggITD, FedNest, LFedNest
 
 from . import common, runner
 from .family import CURVATURE, DY, PROBLEM, Family, family, power

@@ -13,11 +13,10 @@ import jax
 import numpy as np
 import pandas
 
-from fedbilevel.algorithm import Algorithm
+from fedbilevel import Algorithm, protocol
 from fedbilevel.algorithms import ALGORITHMS
-from fedbilevel.protocol import protocol
-from fedbilevel.settings import Setting
 
+from ..kinds import Setting
 from ..oracles import oracle_calls
 from . import common, problems, runner
 

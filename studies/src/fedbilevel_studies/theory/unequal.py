@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas
 
-from fedbilevel.algorithms import ShroFBO, SimFBO
-from fedbilevel.solve import solve
+from fedbilevel import ShroFBO, SimFBO, solve
 
 from . import common
 from .family import CURVATURE, DX, DY, PROBLEM, Family, family, power
