@@ -121,7 +121,7 @@ fedbilevel compare
 def public_names() -> set[str]:
     """What `import fedbilevel as fb` offers."""
     tree = ast.parse((SOURCE / "__init__.py").read_text())
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
     shipped = [importlib.import_module(f"fedbilevel.{node.module}") for node in imports if node.names[0].name == "*"]
     all_of = {name for module in shipped for name, kind in vars(module).items() if isinstance(kind, type)}
     imported = [alias for node in imports for alias in node.names]

@@ -3,22 +3,30 @@
 `import fedbilevel as fb`, then `fb.Problem`, `fb.FederatedData`, an algorithm such as `fb.AggITD`, and `fb.solve`.
 """
 
-from . import algorithms, callbacks, datasets, engines, errors, partition, reference, tasks, testing, tune
-from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
-from .algorithms.shipped import *  # noqa: F403  AggITD and all the others
-from .app import App
-from .data import FederatedData
-from .engines import Faults
-from .engines.shipped import *  # noqa: F403  Simulation and the others
+from typing import TYPE_CHECKING
+
 from .errors import ClientError, Diverged, InputError, RunError
-from .estimator import Estimator, estimator
-from .federation import Client, Federation, Reply, When
+from .lazy import loading as _loading
 from .moved import install as _install
-from .problem import Problem, Rows
-from .protocol import Protocol, protocol
-from .result import History, Result
-from .solve import estimate_hypergradient, solve
-from .stepper import Standing, Stepper, stepper
 from .version import __version__
+
+if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is first asked for
+    from . import algorithms, callbacks, datasets, engines, errors, partition, reference, tasks, testing, tune
+    from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
+    from .algorithms.shipped import *  # noqa: F403  AggITD and all the others
+    from .app import App
+    from .data import FederatedData
+    from .engines import Faults
+    from .engines.shipped import *  # noqa: F403  Simulation and the others
+    from .estimator import Estimator, estimator
+    from .federation import Client, Federation, Reply, When
+    from .problem import Problem, Rows
+    from .protocol import Protocol, protocol
+    from .result import History, Result
+    from .solve import estimate_hypergradient, solve
+    from .stepper import Standing, Stepper, stepper
+else:
+    _OFFERED, __getattr__, __dir__ = _loading(__name__, __file__)
+    __all__ = ["ClientError", "Diverged", "InputError", "RunError", *_OFFERED]
 
 _install()

@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from .errors import calls_up
+from .lazy import hides
 
 MOVED = {
     "fedbilevel.exchanges": "fedbilevel.protocol.table",
@@ -73,9 +74,13 @@ class _Package(ModuleType):
         return module
 
     def __setattr__(self, name: str, value: object) -> None:
+        """The import system sets a module that it has loaded: not in the place of what is offered under that name."""
         moved = f"{self.__name__}.{name}" in MOVED
-        if not (moved and name in vars(self)):  # the import system sets a module that it has loaded
+        loaded = isinstance(value, ModuleType)
+        if not (moved and name in vars(self)) and not (loaded and hides(self, name)):
             super().__setattr__(name, value)
+        if loaded:
+            _adopt()
 
 
 class _Old(MetaPathFinder, Loader):
@@ -116,8 +121,12 @@ def install() -> None:
     """Have old paths imported, and found as attributes of their packages."""
     if not any(isinstance(finder, _Old) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Old())  # first: the package of an old path may be one that has moved
+    _adopt()
+
+
+def _adopt() -> None:
+    """Have what is loaded by now find what has moved from it."""
     for old in (*MOVED, *NAMES):
-        if package := sys.modules.get(
-            old.rpartition(".")[0]
-        ):  # one that is loaded only when asked for has no attributes
+        package = sys.modules.get(old.rpartition(".")[0])
+        if package is not None and not isinstance(package, _Package):
             package.__class__ = _Package
