@@ -138,6 +138,12 @@ class App:
         rows = [self.rows(site) for site in sites]
         return FederatedData.stack([inner for inner, _ in rows], [outer for _, outer in rows], self.weights, sites)
 
+    def task(self, sites: list[str], seed: int | None = None) -> Task:
+        """The problem on all sites' sample data, for one seed; None: the app's own."""
+        x, y = self.begin()
+        key = self.key if seed is None else jax.random.key(seed)
+        return Task(self.name, "app", self.problem, self.data(sites), x, y, self.metrics, key)
+
     def check_sites(self, sites: int) -> None:
         """Refuse a cohort or a number of replies that so many sites cannot give."""
         self.faults.check_cohort(check_cohort(self.cohort, sites))

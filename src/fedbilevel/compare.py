@@ -1,32 +1,92 @@
-"""A run or comparison that leaves a folder behind: configuration, history, summary, figures.
+"""A run or a comparison: algorithms and seeds on one source, each run kept in a folder.
 
-The folder holds config.json, history.csv (a row per evaluation), summary.csv and summary.md (a row per algorithm), and
-plots. A comparison goes through its (algorithm, seed) pairs in order and keeps each finished one, so that an interrupted
-one goes on where it stopped.
+A comparison goes through its (algorithm, seed) pairs in order and keeps each finished one, so that an interrupted one goes
+on where it stopped. `results/folder.py` says what the folder holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
-from .algorithm import Algorithm
-from .callbacks import CSV, Callback, Checkpoint, Progress
+from .algorithm import Algorithm, Setting
+from .callbacks import Callback, Progress
 from .cohorts import check_cohort
+from .description import Description
 from .engines import ENGINES
 from .engines.base import Engine
-from .errors import Diverged, InputError, RunError, check, unknown_name
+from .engines.faults import Faults
+from .errors import Diverged, RunError, unknown_name, warn
 from .given import JSON
-from .identity import differences
+from .identity import said
 from .result import History, Result
-from .settings import Setting, algorithm_class, best
-from .solve import solve
+from .results import folder as folders
+from .results.keep import keep
+from .settings import UNTUNED, Chosen, chosen, told_apart
 from .tasks import TASKS, Options, Task
+from .tasks.base import Kind
+
+
+@typing.runtime_checkable
+class Source(typing.Protocol):
+    """What algorithms run on: a task that ships with the library, or an application's sample data."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def faults(self) -> Faults | None: ...  # for engines where clients can fail
+
+    @property
+    def callbacks(self) -> Sequence[Callback] | Callable[[], Sequence[Callback]]: ...
+
+    def build(self, seed: int) -> Task: ...
+
+    def choose(self, algorithm: str, given: Mapping[str, Setting]) -> Chosen: ...
+
+    def config(self) -> dict[str, JSON]: ...  # for config.json: what it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Shipped:
+    """A task that ships with the library.
+
+    Attributes:
+        name, options: the task's name, and how to build it (its seed apart).
+    """
+
+    name: str
+    options: Options
+    faults: Faults | None = None
+    callbacks: Sequence[Callback] = ()
+
+    def build(self, seed: int) -> Task:
+        """The task for one seed."""
+        return self._kind(dataclasses.replace(self.options, seed=seed))
+
+    def choose(self, algorithm: str, given: Mapping[str, Setting]) -> Chosen:
+        """An algorithm with the best known settings, overridden by the user's."""
+        return chosen(algorithm, (self.name, self._dataset), given)
+
+    def config(self) -> dict[str, JSON]:
+        """The task's name and options, but for the seed and where its files lie."""
+        options = {k: v for k, v in dataclasses.asdict(self.options).items() if k not in ("seed", "data_dir")}
+        return {"task": self.name, "options": options | {"dataset": self._dataset}}
+
+    @property
+    def _kind(self) -> Kind:
+        if self.name not in TASKS:
+            raise unknown_name("task", self.name, TASKS)
+        return TASKS[self.name]
+
+    @property
+    def _dataset(self) -> str:
+        return self.options.dataset or self._kind.datasets[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +94,16 @@ class Plan:
     """What to run.
 
     Attributes:
-        task, options: the task's name and how to build it (its seed is the first one).
-        algorithms: name -> settings given by the user, beyond the checked-in best ones.
+        source: on what.
+        algorithms: name -> settings given by the user.
         seeds: the seeds to run each algorithm with.
         iterations, rounds: one of the two.
         cohort, engine, evaluate_every, precision: how to run.
         check: whether the problem is looked at first.
+        alone: whether its one run lies in the folder itself, as an application's does.
     """
 
-    task: str
-    options: Options
+    source: Source
     algorithms: dict[str, dict[str, Setting]]
     seeds: tuple[int, ...]
     iterations: int | None = None
@@ -53,90 +113,66 @@ class Plan:
     evaluate_every: int = 1
     precision: int = 32
     check: bool = True
+    alone: bool = False
 
-    def build_task(self, seed: int) -> Task:
-        """The task for one seed."""
-        if self.task not in TASKS:
-            raise unknown_name("task", self.task, TASKS)
-        return TASKS[self.task](dataclasses.replace(self.options, seed=seed))
+    def choose(self, name: str) -> Chosen:
+        """An algorithm with its settings, and where its step sizes come from."""
+        return self.source.choose(name, self.algorithms[name])
 
-    def build_algorithm(self, name: str, dataset: str) -> Algorithm:
-        """An algorithm with its best settings, overridden by the user's."""
-        kind = algorithm_class(name)
-        return kind(**{**best(self.task, dataset, name), **self.algorithms[name]})
+    @property
+    def steps(self) -> dict[str, str]:
+        """Where each algorithm's step sizes come from."""
+        return {name: self.choose(name).steps for name in self.algorithms}
 
     def build_engine(self) -> Engine:
         """The engine."""
         if self.engine not in ENGINES:
             raise unknown_name("engine", self.engine, ENGINES)
-        return ENGINES[self.engine](**{"cohort": self.cohort})
+        kind, faults = ENGINES[self.engine], self.source.faults
+        fail = {"faults": faults} if faults is not None and hasattr(kind, "faults") else {}
+        return kind(**{"cohort": self.cohort, **fail})
 
-    def to_dict(self, clients: int) -> dict[str, JSON]:
-        """For config.json: every setting that decides the numbers, the algorithms' fields in full.
+    def describe(self, task: Task, name: str, seed: int) -> Description:
+        """One of its runs."""
+        return task.describe(
+            self.choose(name).algorithm, iterations=self.iterations, rounds=self.rounds, engine=self.build_engine(),
+            evaluate_every=self.evaluate_every, check=self.check, callbacks=self.source.callbacks,
+            name=self.source.name if self.alone else f"{name}, seed {seed}",
+        )  # fmt: skip
 
-        `clients` is how many the task has; with the cohort it says how many an exchange asks.
+    def place(self, folder: Path, name: str, seed: int) -> Path:
+        """Where one of its runs is kept."""
+        return folder if self.alone else folder / folders.RUNS / f"{name}-{seed}"
+
+    def config(self, clients: int) -> dict[str, JSON]:
+        """For config.json: every setting that decides the numbers, the algorithms' fields in full, and whose steps they are.
+
+        `clients` is how many there are; with the cohort it says how many an exchange asks.
         """
-        plain = dataclasses.asdict(self)
-        del plain["check"]  # it decides no number
-        dataset = self.options.dataset or TASKS[self.task].datasets[0]
-        plain["options"] = {k: v for k, v in plain["options"].items() if k not in ("seed", "data_dir")} | {
-            "dataset": dataset
+        how = ("iterations", "rounds", "cohort", "engine", "evaluate_every", "precision")
+        return {
+            **self.source.config(),
+            "algorithms": {name: describe(self.choose(name).algorithm) for name in self.algorithms},
+            "steps": {**self.steps},
+            "seeds": list(self.seeds),
+            **{name: getattr(self, name) for name in how},
+            "clients_an_exchange": check_cohort(self.cohort, clients),
         }
-        plain["algorithms"] = {name: describe(self.build_algorithm(name, dataset)) for name in self.algorithms}
-        plain["seeds"] = list(self.seeds)
-        plain["clients_an_exchange"] = check_cohort(self.cohort, clients)
-        return plain
+
+    def open(self, out: str | os.PathLike[str], clients: int, resume: bool, overwrite: bool) -> Path:
+        """The folder for its results, with config.json; `clients` is how many there are.
+
+        Raises:
+            InputError: as `results.folder.opened`.
+        """
+        return folders.opened(out, self.config(clients), resume=resume, overwrite=overwrite, alone=self.alone)
 
 
 def describe(algorithm: Algorithm) -> dict[str, JSON]:
     """An algorithm's fields as plain values."""
+    plain = lambda value: value if value is None or isinstance(value, bool | int | float | str) else said(value)
     fields = {f.name: getattr(algorithm, f.name) for f in dataclasses.fields(algorithm)}
-    return {k: (v.value if v.mode == "fixed" else v.mode) if k == "truncation" else v for k, v in fields.items()}
-
-
-def prepare(out: str | os.PathLike[str], plan: Plan, clients: int, resume: bool, overwrite: bool) -> Path:
-    """The output folder, with its config.json; `clients` is how many the task has.
-
-    Raises:
-        InputError: the folder is in use and neither `resume` nor `overwrite` is set, or `resume` finds another run.
-    """
-    folder = Path(out)
-    config = json.loads(json.dumps(plan.to_dict(clients)))
-    file = folder / "config.json"
-    check(not folder.exists() or folder.is_dir(), f"{folder} is a file: name a folder for the results.")
-    if resume:
-        check(file.is_file(), f"{folder} holds no run to resume: leave --resume out, or name the run's folder.")
-        try:
-            saved = json.loads(file.read_text())
-        except ValueError:
-            raise InputError(f"{file} cannot be read: start again without --resume, with --overwrite.") from None
-        free = ("iterations", "rounds", "seeds", "clients_an_exchange")  # the last follows from the others
-        kept = lambda plain: {k: v for k, v in _flat(plain).items() if k not in free}
-        other = differences(kept(saved), kept(config))
-        check(not other, f"{folder} holds another run: {other}. Use the same settings, or another folder.")
-    elif folder.exists() and any(folder.iterdir()):
-        check(overwrite, f"{folder} is not empty: name another folder, or add --resume to go on, or --overwrite.")
-        check(file.is_file(), f"{folder} is not empty and holds no results of ours: name another folder.")
-        clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(config, indent=2) + "\n")
-    return folder
-
-
-def _flat(tree: Mapping[str, JSON], prefix: str = "") -> dict[str, JSON]:
-    """Nested settings under dotted names."""
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier run left, and nothing else."""
-    tables = ("history.csv", "summary.csv", "summary.md", "cost.csv", "cost.md")
-    for pattern in ("config.json", *tables, "*.png", "runs/*/*", "runs/*", "runs"):
-        for path in folder.glob(pattern):
-            path.rmdir() if path.is_dir() else path.unlink()
+    return {k: (v.value if v.mode == "fixed" else v.mode) if k == "truncation" else plain(v) for k, v in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,32 +188,29 @@ class Outcome:
 
 def run_all(plan: Plan, folder: Path | None, resume: bool, quiet: bool = False) -> list[Outcome]:
     """Run every (algorithm, seed) of the plan; one that blows up is kept as far as it came, and the others still run."""
-    outcomes = []
+    outcomes, labels = [], told_apart(plan.steps)
+    for name in (name for name, label in labels.items() if label != name):
+        warn(f"{name} runs at its {UNTUNED} beside algorithms whose step sizes were chosen: tables and figures say so.")
     with jax.enable_x64(plan.precision == 64):
         for seed in plan.seeds:
-            task = plan.build_task(seed)
+            task = plan.source.build(seed)
             for name in plan.algorithms:
                 try:
                     outcomes.append(_one(plan, task, name, seed, folder, resume, quiet))
                 finally:  # also after Ctrl-C: what there is so far can be looked at
-                    if folder is not None:
+                    if folder is not None and not plan.alone:
                         gather(plan, folder)
     return outcomes
 
 
 def _one(plan: Plan, task: Task, name: str, seed: int, folder: Path | None, resume: bool, quiet: bool) -> Outcome:
-    callbacks: list[Callback] = [] if quiet else [Progress(f"{name}, seed {seed}")]
-    place = None
-    if folder is not None:
-        place = folder / "runs" / f"{name}-{seed}"
-        callbacks += [CSV(place / "history.csv", {"algorithm": name, "seed": seed}), Checkpoint(place)]
-    going_on = place if place is not None and resume and (place / "checkpoint.eqx").exists() else None
+    run = plan.describe(task, name, seed)
     try:
-        result = solve(
-            task.problem, task.data, plan.build_algorithm(name, task.dataset), task.x, task.y, plan.iterations,
-            rounds=plan.rounds, key=task.key, engine=plan.build_engine(), callbacks=callbacks, metrics=task.metrics,
-            evaluate_every=plan.evaluate_every, resume=going_on, check=plan.check,
-        )  # fmt: skip
+        if folder is None:
+            result = run.run(callbacks=[] if quiet else [Progress(run.name)])
+        else:
+            columns = None if plan.alone else {"algorithm": name, "seed": seed}
+            result = keep(run, plan.place(folder, name, seed), resume=resume, columns=columns, quiet=quiet)
     except Diverged as failure:
         history = failure.result.history if failure.result is not None else History()
         return Outcome(name, seed, history, str(failure), failure.result)
@@ -190,12 +223,12 @@ def gather(plan: Plan, folder: Path) -> None:
     """Put the histories of all runs so far, finished or not, into history.csv, in one step."""
     import pandas
 
-    files = [folder / "runs" / f"{name}-{seed}" / "history.csv" for seed in plan.seeds for name in plan.algorithms]
+    files = [plan.place(folder, name, seed) / folders.HISTORY for seed in plan.seeds for name in plan.algorithms]
     frames = [pandas.read_csv(file, dtype=str) for file in files if file.is_file() and file.stat().st_size]
     if frames:
         beside = folder / "history.new"
         pandas.concat(frames, ignore_index=True).to_csv(beside, index=False)
-        os.replace(beside, folder / "history.csv")
+        os.replace(beside, folder / folders.HISTORY)
 
 
 def table(outcomes: list[Outcome]):

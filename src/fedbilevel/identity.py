@@ -61,7 +61,7 @@ class Identity:
         algorithm, execution, data, x, y = self._algorithm, self._execution, self._data, self._x, self._y
         return {
             "algorithm": type(algorithm).__name__,
-            **{f.name: _said(getattr(algorithm, f.name)) for f in dataclasses.fields(algorithm)},
+            **{f.name: said(getattr(algorithm, f.name)) for f in dataclasses.fields(algorithm)},
             "cohort": execution.protocol.cohort,
             "dropout": float(getattr(execution.engine, "dropout", 0.0)),
             "evaluate_every": self._every,
@@ -123,7 +123,7 @@ def differences(saved: Mapping[str, JSON], now: Mapping[str, JSON]) -> str:
 _OPTAX = "optax "
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
     """A field of an algorithm in words, the same in every process."""
     if isinstance(value, optax.GradientTransformation) and isinstance(value.update, Settled):
         return _OPTAX + value.update.digest[:16]

@@ -24,6 +24,7 @@ _BESIDE = (
     STOPPED,
     "median_round_seconds",
     "rounds_with_failures",
+    "step_sizes",
 )  # in tables with them
 
 

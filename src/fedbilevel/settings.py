@@ -1,16 +1,32 @@
-"""Step sizes and other settings of algorithms: checked-in best ones, and `name=value` words parsed by a field's type."""
+"""Settings of algorithms: the best known ones, and `name=value` words parsed by a field's type; where steps come from."""
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
-from importlib import resources
+from collections.abc import Mapping
 
-from .algorithm import Algorithm
+from . import store
+from .algorithm import Algorithm, Setting
 from .algorithms import ALGORITHMS
 from .errors import InputError, check, unknown_name
 
-Setting = bool | int | float | str | None  # as files and the command line write one
+STEPS = ("inner_lr", "hessian_lr", "outer_lr")  # the three step sizes, of which an algorithm has those that it needs
+UNTUNED = "class defaults"  # of step sizes that nobody has chosen
+_SOURCES = {"library": "stored", "search": "stored by search"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """An algorithm with its settings.
+
+    Attributes:
+        algorithm: it.
+        steps: where its step sizes come from, in words: "given", "stored", "stored by search", "class defaults", "the
+            app's own"; with what was given beside, as in "stored, outer_lr given".
+    """
+
+    algorithm: Algorithm
+    steps: str
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
@@ -20,32 +36,80 @@ def algorithm_class(name: str) -> type[Algorithm]:
     return ALGORITHMS[name]
 
 
+def name_of(kind: type[Algorithm]) -> str:
+    """An algorithm's name on the command line; that of its class where it is none of ours."""
+    named = (name for name, ours in ALGORITHMS.items() if ours is kind)
+    return next(named, kind.__name__.lower())
+
+
 def best(task: str, dataset: str, algorithm: str) -> dict[str, Setting]:
-    """The checked-in best settings of (task, data set, algorithm); {} where none are checked in."""
-    text = resources.files("fedbilevel").joinpath("settings.toml").read_text()
-    return dict(tomllib.loads(text).get(task, {}).get(dataset, {}).get(algorithm, {}))
+    """The best known settings of (task, data set, algorithm); {} where there are none."""
+    entry = store.known(task, dataset, algorithm)
+    return {} if entry is None else dict(entry.settings)
 
 
-def parse(words: list[str], algorithms: list[str]) -> dict[str, dict[str, Setting]]:
+def chosen(
+    name: str, where: tuple[str, str], given: Mapping[str, Setting], shared: Mapping[str, Setting] | None = None
+) -> Chosen:
+    """An algorithm as it runs: its class's defaults, what it shares with another, the best known settings, what is given.
+
+    Args:
+        name: of the algorithm, on the command line.
+        where: the task and the data set, by which best known settings are kept.
+        given: the user's own settings.
+        shared: settings that count where none are kept.
+
+    Raises:
+        InputError: there is no such algorithm, or the store holds a setting that it does not have.
+    """
+    kind, entry = algorithm_class(name), store.known(*where, name)
+    base = dict(shared or {}) if entry is None else dict(entry.settings)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for setting in sorted(set(base) - fields):
+        raise InputError(f"the store of step sizes has {setting}={base[setting]!r} for {name}, which has no such setting.")
+    source = UNTUNED if entry is None else _SOURCES[entry.source]
+    return Chosen(kind(**{**base, **given}), whence(kind, source, given))
+
+
+def whence(kind: type[Algorithm], source: str, given: Mapping[str, Setting]) -> str:
+    """Where an algorithm's step sizes come from, in words."""
+    has = [name for name in STEPS if name in {field.name for field in dataclasses.fields(kind)}]
+    own = [name for name in has if name in given]
+    if own and own == has:
+        return "given"
+    return ", ".join([source, f"{' and '.join(own)} given"]) if own else source
+
+
+def told_apart(steps: Mapping[str, str]) -> dict[str, str]:
+    """What to call each algorithm: where some have chosen step sizes and others their class's defaults, these say so."""
+    untuned = [name for name, whence in steps.items() if whence.startswith(UNTUNED)]
+    mixed = 0 < len(untuned) < len(steps)
+    return {name: f"{name} ({UNTUNED})" if mixed and name in untuned else name for name in steps}
+
+
+def parse(words: list[str], kinds: Mapping[str, type[Algorithm]]) -> dict[str, dict[str, Setting]]:
     """`["inner_rounds=5", "fednest.hessian_lr=.01"]` -> settings per algorithm.
 
     A name without an algorithm goes to every algorithm that has the field; at least one must.
 
+    Args:
+        kinds: the algorithms of the run, by their names in it.
+
     Raises:
         InputError: a word that is not name=value, a name no algorithm has (with the nearest), a value of another type.
     """
-    settings: dict[str, dict[str, Setting]] = {name: {} for name in algorithms}
-    known = {name: {f.name: f for f in dataclasses.fields(algorithm_class(name))} for name in algorithms}
+    settings: dict[str, dict[str, Setting]] = {name: {} for name in kinds}
+    known = {name: {f.name: f for f in dataclasses.fields(kind)} for name, kind in kinds.items()}
     for word in words:
         name, equals, text = word.partition("=")
         check(equals and name, f"--set takes name=value, as in inner_rounds=5; got {word!r}.")
         owner, dot, field = name.rpartition(".")
-        if dot and owner not in algorithms:
-            raise unknown_name("algorithm in this run called", owner, algorithms)
-        takers = [owner] if dot else [a for a in algorithms if field in known[a]]
+        if dot and owner not in kinds:
+            raise unknown_name("algorithm in this run called", owner, kinds)
+        takers = [owner] if dot else [a for a in kinds if field in known[a]]
         if not takers or field not in known[takers[0]]:
             raise unknown_name(
-                f"setting of {owner or ', '.join(algorithms)}", field, {f for a in algorithms for f in known[a]}
+                f"setting of {owner or ', '.join(kinds)}", field, {f for a in kinds for f in known[a]}
             )
         for taker in takers:
             settings[taker][field] = _value(known[taker][field], text)

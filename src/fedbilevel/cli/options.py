@@ -23,7 +23,6 @@ class Command(typer.core.TyperCommand):
     context_class = typer.Context
 
 
-Task = Annotated[str, typer.Argument(help="A task, as in ridge or hyper-representation (see `list`).")]
 TaskOrApp = Annotated[str, typer.Argument(help="A task (see `list`), or the Python file of an application of yours.")]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Data set; the task's default is embedded.")]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder that holds the data set's files.")]

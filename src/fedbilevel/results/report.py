@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pandas
 from rich.console import Console
 
 from ..errors import InputError, check
+from ..settings import told_apart
+from .folder import configuration
 from .text import Text, pipe_table
 
 Cell = str | float | np.number | None  # of a table
@@ -37,7 +40,7 @@ def read(folder: str | Path) -> pandas.DataFrame:
     except Exception as error:  # whatever pandas finds wrong with it
         raise InputError(f"{file} cannot be read as a table ({type(error).__name__}).") from error
     if not {"algorithm", "seed"} & set(frame.columns):  # an app's own folder: one run
-        frame.insert(0, "algorithm", Path(folder).resolve().name)
+        frame.insert(0, "algorithm", next(iter(steps_of(folder)), Path(folder).resolve().name))
         frame.insert(1, "seed", 0)
     missing = [c for c in FIXED if c not in frame.columns]
     check(not missing, f"{file} has no column {', '.join(missing)}: it is no history of ours.")
@@ -52,8 +55,12 @@ def metrics_of(frame: pandas.DataFrame) -> list[str]:
     return [c for c in frame.columns if c not in (*FIXED, *DIAGNOSTICS, *DERIVED)]
 
 
-def summarise(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """A row per algorithm: what it spent, where its metrics ended, and the first rounds at which accuracies were reached."""
+def summarise(frame: pandas.DataFrame, steps: Mapping[str, str] | None = None) -> pandas.DataFrame:
+    """A row per algorithm: what it spent, where its metrics ended, and the first rounds at which accuracies were reached.
+
+    Args:
+        steps: where each algorithm's step sizes come from, for a column of that name.
+    """
     rows = []
     for name, runs in frame.groupby("algorithm", sort=False):
         last = runs.loc[runs.groupby("seed")["iteration"].idxmax()]
@@ -70,6 +77,8 @@ def summarise(frame: pandas.DataFrame) -> pandas.DataFrame:
             row |= {f"rounds_to_{level:.0%}": first_round(runs, level) for level in LEVELS}
         row["megabytes_down"], row["megabytes_up"] = last["bytes_down"].mean() / 1e6, last["bytes_up"].mean() / 1e6
         row["seconds"] = last["seconds"].mean()
+        if steps:
+            row["step_sizes"] = steps.get(str(name), "")
         rows.append(row)
     return pandas.DataFrame(rows)
 
@@ -80,12 +89,22 @@ def first_round(runs: pandas.DataFrame, level: float) -> float:
     return float(np.median([np.inf if np.isnan(r) else r for r in reached])) if reached else np.nan
 
 
+def steps_of(folder: str | Path) -> dict[str, str]:
+    """Where the step sizes of a folder's algorithms come from, as its config.json says; {} where it does not."""
+    try:
+        told = configuration(folder).get("steps")
+    except InputError:  # its history can still be drawn
+        told = None
+    return {str(name): str(whence) for name, whence in told.items()} if isinstance(told, dict) else {}
+
+
 def write(folder: Path, frame: pandas.DataFrame) -> list[Path]:
-    """summary.csv, summary.md and the figures of a history; returns the files."""
-    summary = summarise(frame)
+    """summary.csv, summary.md and the figures of a history in its folder; returns the files."""
+    steps = steps_of(folder)
+    summary = summarise(frame, steps)
     summary.to_csv(folder / "summary.csv", index=False)
     (folder / "summary.md").write_text(markdown(summary))
-    return [folder / "summary.csv", folder / "summary.md", *draw(folder, frame)]
+    return [folder / "summary.csv", folder / "summary.md", *draw(folder, frame, told_apart(steps))]
 
 
 def cells(summary: pandas.DataFrame) -> Text:
@@ -102,27 +121,31 @@ def markdown(summary: pandas.DataFrame) -> str:
     return pipe_table(*cells(summary))
 
 
-def show(summary: pandas.DataFrame, console: Console) -> None:
-    """The summary as a table in the terminal: a column per algorithm."""
+def show(summary: pandas.DataFrame, console: Console, labels: Mapping[str, str] | None = None) -> None:
+    """The summary as a table in the terminal: a column per algorithm, headed by its label where it has one."""
     from rich.table import Table
 
     head, rows = cells(summary)
-    grid = Table("", *[row[0] for row in rows], title="At the end")
+    grid = Table("", *[(labels or {}).get(row[0], row[0]) for row in rows], title="At the end")
     for i in range(1, len(head)):
         grid.add_row(head[i], *[row[i] for row in rows])
     console.print(grid)
 
 
-def draw(folder: Path, frame: pandas.DataFrame) -> list[Path]:
-    """One figure per metric: against rounds, bytes and seconds; mean and range over seeds."""
+def draw(folder: Path, frame: pandas.DataFrame, labels: Mapping[str, str] | None = None) -> list[Path]:
+    """One figure per metric: against rounds, bytes and seconds; mean and range over seeds.
+
+    Args:
+        labels: what the legend calls an algorithm, where that is not its name.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     frame = frame.assign(megabytes=(frame["bytes_down"] + frame["bytes_up"]) / 1e6)
-    return [_figure_of(folder / f"{metric}.png", frame, metric) for metric in metrics_of(frame)]
+    return [_figure_of(folder / f"{metric}.png", frame, metric, labels or {}) for metric in metrics_of(frame)]
 
 
-def _figure_of(path: Path, frame: pandas.DataFrame, metric: str) -> Path:
+def _figure_of(path: Path, frame: pandas.DataFrame, metric: str, labels: Mapping[str, str]) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -131,7 +154,7 @@ def _figure_of(path: Path, frame: pandas.DataFrame, metric: str) -> Path:
             grid, curves = curves_of(runs, axis, metric)
             mean = curves.mean(axis=0)
             line = panel.plot(
-                grid, mean, label=str(name), color=f"C{colour}", linewidth=1.6, marker="o" if len(grid) == 1 else None
+                grid, mean, label=labels.get(str(name), str(name)), color=f"C{colour}", linewidth=1.6, marker="o" if len(grid) == 1 else None
             )[0]
             if len(curves) > 1:
                 panel.fill_between(

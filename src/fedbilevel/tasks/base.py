@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict, Unpack
 
 import jax
@@ -14,17 +14,35 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from ..algorithm import Algorithm
+from ..callbacks.base import Callback
 from ..data import FederatedData
 from ..datasets import DATASETS, Dataset, Facts, load
+from ..description import Description
+from ..engines.base import Engine
 from ..errors import check, unknown_name
+from ..given import Whole
+from ..metrics import Metric
 from ..partition import Parts, partition
 from ..problem import Loss, Problem
 
 DataDir = str | os.PathLike[str] | None
-Metric = Callable[[PyTree, PyTree], ArrayLike]  # (x, y) -> scalar
 Row = Mapping[str, Array]  # one row of a client's, its parts by name
 Labels = Int[Array, " rows"]
 Predict = Callable[[PyTree, PyTree, Float[Array, "rows inputs"]], Float[Array, "rows classes"]]
+
+
+class How(TypedDict, total=False):
+    """How a task is run, by the names of `Description`."""
+
+    iterations: Whole | None
+    rounds: Whole | None
+    engine: Engine | None
+    evaluate_every: Whole
+    callbacks: Sequence[Callback] | Callable[[], Sequence[Callback]]
+    check: bool
+    precision: int | None
+    name: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +64,18 @@ class Task:
     y: PyTree
     metrics: Mapping[str, Metric]
     key: Key[Array, ""]
+
+    def describe(self, algorithm: Algorithm, **how: Unpack[How]) -> Description:
+        """A run on it, described: `task.describe(algorithm, rounds=300).run()`.
+
+        Args:
+            how: what `Description` takes beside problem, data, start, key and metrics: iterations or rounds, engine,
+                evaluate_every, callbacks, check, precision, name.
+        """
+        return Description(
+            problem=self.problem, algorithm=algorithm, data=self.data, start=(self.x, self.y), key=self.key,
+            metrics=self.metrics, **{"name": self.name, **how},
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,60 @@
+"""Running a plan: its folder, its table, its figures, and how the command ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+from ..compare import Outcome, Plan, run_all, table
+from ..errors import InputError, check
+from ..results.folder import clear
+
+
+def execute(plan: Plan, out: str | None, resume: bool, overwrite: bool, as_json: bool) -> None:
+    """Run a plan, write its folder, print its table; exit with 1 if a run failed."""
+    from rich.console import Console
+
+    from ..results import report
+
+    check(out is not None or not (resume or overwrite), "--resume and --overwrite go with --out.")
+    outcomes, folder = started(plan, out, resume, overwrite)
+    frame = table(outcomes)
+    summary = report.summarise(frame, plan.steps)
+    files = [] if folder is None else report.write(folder, frame)
+    if as_json:
+        print(report.to_json(summary))
+    else:
+        report.show(summary, Console(), report.told_apart(plan.steps))
+        if folder is not None:
+            print(f"Written to {folder}: config.json, history.csv, {', '.join(file.name for file in files)}")
+    said(outcomes, as_json)
+
+
+def started(plan: Plan, out: str | None, resume: bool, overwrite: bool) -> tuple[list[Outcome], Path | None]:
+    """Run a plan in its folder; a plan that cannot run leaves nothing there."""
+    first = plan.source.build(plan.seeds[0])  # refuses a bad task, data set or partition before anything is written
+    for name in plan.algorithms:
+        plan.choose(name)
+    folder = None if out is None else plan.open(out, first.data.clients, resume, overwrite)
+    try:
+        return run_all(plan, folder, resume), folder
+    except InputError:
+        if folder is not None and not resume:
+            clear(folder)  # nothing ran: leave nothing that the corrected command would stumble over
+        raise
+
+
+def said(outcomes: list[Outcome], as_json: bool) -> None:
+    """Last lines: what stopped a run, on stdout unless that is JSON; and what failed, with exit code 1."""
+    for outcome in outcomes:
+        reason = getattr(outcome.result, "stopped", None)
+        if reason is not None and outcome.failure is None:
+            of = f" ({outcome.algorithm}, seed {outcome.seed})" if len(outcomes) > 1 else ""
+            print(f"stopped: {reason}{of}", file=sys.stderr if as_json else sys.stdout)
+    failures = [outcome for outcome in outcomes if outcome.failure]
+    for outcome in failures:
+        print(f"failed: {outcome.algorithm}, seed {outcome.seed}: {outcome.failure}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)

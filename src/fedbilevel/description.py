@@ -1,0 +1,96 @@
+"""One run, described once: what tasks, applications, comparisons, studies and the server of a network start."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from jaxtyping import PyTree
+
+from .algorithm import Algorithm
+from .callbacks.base import Callback
+from .data import FederatedData
+from .engines.base import Engine
+from .engines.simulation import Simulation
+from .given import Whole
+from .keys import KeyLike
+from .metrics import Metric
+from .problem import Problem
+from .protocol import Protocol, protocol
+from .result import Result
+from .solve import solve
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """All that one run is: what `fb.solve` takes, and what to call it.
+
+    Args:
+        problem, algorithm: the losses, and how to solve them.
+        data: the clients' rows; or a loader, () -> them, called when they are needed.
+        start: (x, y), where to start; or a function, () -> them.
+        key: the run's random key.
+        iterations: outer iterations; or instead
+        rounds: communication rounds.
+        engine: how it is run; None: `Simulation()`.
+        metrics: name -> fn(x, y) -> scalar.
+        evaluate_every: iterations between rows of the history.
+        callbacks: a list of them; or a function, () -> a list, so that each run has fresh ones.
+        check: whether the problem is looked at first, as by `solve(check=)`.
+        precision: 32 or 64 bits; None: as the process is set.
+        name: what it is called in progress.
+    """
+
+    problem: Problem
+    algorithm: Algorithm
+    data: FederatedData | Callable[[], FederatedData]
+    start: tuple[PyTree, PyTree] | Callable[[], tuple[PyTree, PyTree]]
+    key: KeyLike
+    iterations: Whole | None = None
+    rounds: Whole | None = None
+    engine: Engine | None = None
+    metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    evaluate_every: Whole = 1
+    callbacks: Sequence[Callback] | Callable[[], Sequence[Callback]] = ()
+    check: bool = True
+    precision: int | None = None
+    name: str = "run"
+
+    def run(
+        self, *, callbacks: Sequence[Callback] = (), resume: str | os.PathLike[str] | None = None
+    ) -> Result:
+        """Run it.
+
+        Args:
+            callbacks: more of them, heard before its own.
+            resume: a folder with a checkpoint of this very run, to go on from.
+
+        Raises:
+            InputError, Diverged, RunError: as `solve`.
+        """
+        own = self.callbacks() if callable(self.callbacks) else self.callbacks
+        with self._bits():
+            data, (x, y) = self._rows(), self._begin()
+            return solve(
+                self.problem, data, self.algorithm, x, y, self.iterations, rounds=self.rounds, key=self.key,
+                engine=self.engine, callbacks=[*callbacks, *own], metrics=self.metrics,
+                evaluate_every=self.evaluate_every, resume=resume, check=self.check,
+            )  # fmt: skip
+
+    def protocol(self) -> Protocol:
+        """What one of its iterations exchanges."""
+        with self._bits():
+            x, y = self._begin()
+            return protocol(self.algorithm, self.problem, self._rows(), x, y, self.engine or Simulation())
+
+    def _rows(self) -> FederatedData:
+        return self.data() if callable(self.data) else self.data
+
+    def _begin(self) -> tuple[PyTree, PyTree]:
+        return self.start() if callable(self.start) else self.start
+
+    def _bits(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.precision is None else jax.enable_x64(self.precision == 64)

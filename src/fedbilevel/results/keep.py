@@ -1,0 +1,58 @@
+"""A run kept in a folder of its own: its rows, its checkpoint, its variables, and what became of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..callbacks import CSV, Callback, Checkpoint, Progress
+from ..description import Description
+from ..errors import RunError
+from ..given import JSON
+from ..result import Result, save_variables
+from .folder import CHECKPOINT, HISTORY, OUTCOME, VARIABLES
+
+
+def keep(
+    description: Description, place: Path, *, resume: bool = False, columns: Mapping[str, str | int] | None = None,
+    quiet: bool = False, every: float = 30.0, callbacks: Sequence[Callback] = (),
+) -> Result:  # fmt: skip
+    """Run it, and leave history.csv, checkpoint.eqx, variables.npz and outcome.json in the folder, however it ends.
+
+    Args:
+        place: the folder; what is there is gone on with or replaced.
+        resume: go on from the checkpoint in it, if there is one.
+        columns: constant columns of history.csv, put first.
+        quiet: whether no progress is shown.
+        every: seconds between checkpoints.
+        callbacks: more of them, heard before the description's own.
+
+    Raises:
+        InputError, Diverged, RunError: as `solve`.
+    """
+    ours: list[Callback] = [CSV(place / HISTORY, columns), Checkpoint(place, every)]
+    ours += [] if quiet else [Progress(description.name)]
+    going_on = place if resume and (place / CHECKPOINT).is_file() else None
+    try:
+        result = description.run(callbacks=[*ours, *callbacks], resume=going_on)
+    except RunError as failure:
+        if failure.result is not None:
+            save_variables(failure.result, place / VARIABLES)
+        tell(place, {"status": "failed", "sentence": str(failure)})
+        raise
+    save_variables(result, place / VARIABLES)
+    tell(place, ended(result))
+    return result
+
+
+def ended(result: Result) -> dict[str, JSON]:
+    """How a run that ended well did, for outcome.json."""
+    stopped = getattr(result, "stopped", None)
+    return {"status": "done", "iterations": result.iteration} | ({} if stopped is None else {"stopped": stopped})
+
+
+def tell(folder: Path, outcome: Mapping[str, JSON]) -> None:
+    """Write what became of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OUTCOME).write_text(json.dumps(outcome, indent=2) + "\n")

@@ -1,0 +1,77 @@
+"""An application on sample data, in one process: what can be run, compared and tuned before anything is deployed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from .algorithm import Algorithm, Setting
+from .app import App
+from .callbacks.base import Callback
+from .compare import Source
+from .engines.faults import Faults
+from .given import JSON
+from .settings import Chosen, algorithm_class, chosen, name_of, whence
+from .tasks import Task
+
+OWN = "the app's own"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled(Source):
+    """An application whose `load` is called for every site here.
+
+    Attributes:
+        app: the application.
+        sites: their names.
+    """
+
+    app: App
+    sites: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What its results are filed under."""
+        return self.app.name
+
+    @property
+    def faults(self) -> Faults:
+        """What happens when sites fail."""
+        return self.app.faults
+
+    @property
+    def callbacks(self) -> Sequence[Callback] | Callable[[], Sequence[Callback]]:
+        """The application's own."""
+        return getattr(self.app, "callbacks", ())
+
+    def build(self, seed: int) -> Task:
+        """All sites' rows side by side, for one seed of cohorts and minibatches."""
+        return self.app.task(list(self.sites), seed)
+
+    def kinds(self, names: Sequence[str]) -> dict[str, type[Algorithm]]:
+        """Algorithms by name; the application's own may be none of ours.
+
+        Raises:
+            InputError: there is no such algorithm.
+        """
+        own = type(self.app.algorithm)
+        return {name: own if name == name_of(own) else algorithm_class(name) for name in names}
+
+    def choose(self, algorithm: str, given: Mapping[str, Setting]) -> Chosen:
+        """The application's own algorithm as it is; another with the same counts of work, and the best known steps."""
+        own = self.app.algorithm
+        if algorithm == name_of(type(own)):
+            changed = dataclasses.replace(own, **given) if given else own
+            return Chosen(changed, whence(type(own), OWN, given))
+        return chosen(algorithm, (self.name, "app"), given, _work(own, algorithm_class(algorithm)))
+
+    def config(self) -> dict[str, JSON]:
+        """The application's name and its sites."""
+        return {"app": self.name, "clients": len(self.sites)}
+
+
+def _work(own: Algorithm, kind: type[Algorithm]) -> dict[str, Setting]:
+    """How often things are done and how many rows are drawn, where both algorithms say it."""
+    counts = lambda it: {f.name for f in dataclasses.fields(it) if f.metadata.get("role") == "count"}
+    both = {name: getattr(own, name) for name in sorted(counts(own) & counts(kind))}
+    return {name: value for name, value in both.items() if value is not None}
