@@ -55,8 +55,11 @@ def test_it_goes_on_where_it_stopped(fedbilevel, file, tmp_path):
     ("words", "sentence"),
     [
         (("--dataset", "mnist"), "--dataset is for tasks"),
-        (("--algorithm", "aggitd"), "--algorithm is for tasks"),
-        (("--set", "inner_lr=1"), "--set is for tasks"),
+        (("--precision", 32), "--precision is for tasks"),
+        (("--algorithm", "agitd"), "did you mean 'aggitd'"),
+        (("--set", "inner_rounds=1"), "there is no setting of lockstep 'inner_rounds'"),
+        (("--algorithm", "aggitd", "--engine", "nvflare"), "--algorithm and --set are for simulation"),
+        (("--set", "inner_lr=1", "--engine", "nvflare"), "--algorithm and --set are for simulation"),
         (("--engine", "warp"), "there is no engine 'warp'"),
         (("--poc",), "--poc goes with --engine nvflare"),
         (("--clients", 0), "--clients is how many sites there are"),

@@ -19,7 +19,7 @@ import fedbilevel as fb
 from fedbilevel import arrays, clock
 from fedbilevel.callbacks import CSV, Callback, Checkpoint
 from fedbilevel.callbacks.checkpoint import FILE
-from fedbilevel.compare import Plan, gather
+from fedbilevel.compare import Plan, Shipped, gather
 from fedbilevel.engines.messaging.transport import START
 from fedbilevel.engines.nvflare.worker import _Inside
 from fedbilevel.result import save_variables
@@ -260,7 +260,7 @@ def test_columns_that_appear_later_rewrite_the_whole_file(tmp_path):
 
 
 def test_histories_with_other_columns_are_gathered_summarised_and_drawn(tmp_path):
-    plan = Plan("quadratic", Options(), {"aggitd": {}, "fednest": {}}, (0,), iterations=2)
+    plan = Plan(Shipped("quadratic", Options()), {"aggitd": {}, "fednest": {}}, (0,), iterations=2)
     for name, metric in (("aggitd", "distance"), ("fednest", "other")):
         place = tmp_path / "runs" / f"{name}-0"
         place.mkdir(parents=True)

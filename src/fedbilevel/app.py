@@ -25,6 +25,8 @@ from .algorithm import Algorithm
 from .bundle import Bundle, Modules, bundle, checked_patterns, declared_files
 from .cohorts import check_cohort
 from .data import FederatedData
+from .description import Description
+from .engines.base import Engine
 from .engines.faults import Faults
 from .errors import InputError, check
 from .given import JSON, Whole, whole_number
@@ -32,6 +34,7 @@ from .metrics import checked_metrics
 from .problem import Problem
 from .rows.one import as_array
 from .rows.values import Columns, Whose, columns_apart, whole
+from .tasks.base import Task
 from .variables import trainable
 
 
@@ -137,6 +140,20 @@ class App:
         """All sites' rows side by side: for a simulation, on sample data."""
         rows = [self.rows(site) for site in sites]
         return FederatedData.stack([inner for inner, _ in rows], [outer for _, outer in rows], self.weights, sites)
+
+    def describe(self, data: FederatedData | list[str], engine: Engine, check: bool | None = None) -> Description:
+        """Its run, described.
+
+        Args:
+            data: the rows; or the sites whose sample data are loaded when it runs.
+            check: whether the problem is looked at first; None: as the app says.
+        """
+        return Description(
+            problem=self.problem, algorithm=self.algorithm, key=self.key, iterations=self.iterations,
+            data=(lambda: self.data(data)) if isinstance(data, list) else data, start=self.begin, rounds=self.rounds,
+            engine=engine, metrics=self.metrics, evaluate_every=self.evaluate_every, name=self.name,
+            check=self.check if check is None else check, precision=self.precision,
+        )  # fmt: skip
 
     def task(self, sites: list[str], seed: int | None = None) -> Task:
         """The problem on all sites' sample data, for one seed; None: the app's own."""

@@ -59,9 +59,7 @@ class Description:
     precision: int | None = None
     name: str = "run"
 
-    def run(
-        self, *, callbacks: Sequence[Callback] = (), resume: str | os.PathLike[str] | None = None
-    ) -> Result:
+    def run(self, *, callbacks: Sequence[Callback] = (), resume: str | os.PathLike[str] | None = None) -> Result:
         """Run it.
 
         Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from .algorithm import Algorithm, Setting
 from .app import App
 from .callbacks.base import Callback
-from .compare import Source
+from .compare import Plan, Source
 from .engines.faults import Faults
 from .given import JSON
 from .settings import Chosen, algorithm_class, chosen, name_of, whence
@@ -64,6 +64,25 @@ class Sampled(Source):
             changed = dataclasses.replace(own, **given) if given else own
             return Chosen(changed, whence(type(own), OWN, given))
         return chosen(algorithm, (self.name, "app"), given, _work(own, algorithm_class(algorithm)))
+
+    def plan(
+        self, engine: str, algorithms: Mapping[str, dict[str, Setting]] | None = None, seeds: int = 1,
+        alone: bool = True,
+    ) -> Plan:  # fmt: skip
+        """What to run: these algorithms, by name with settings beside their own, as the application says.
+
+        Args:
+            algorithms: None: its own.
+            seeds: how many, from its own on.
+            alone: whether its one run lies in the folder itself.
+        """
+        app, number = self.app, lambda value: None if value is None else int(value)
+        several = tuple(range(app.seed, app.seed + seeds))
+        return Plan(
+            self, {name_of(type(app.algorithm)): {}} if algorithms is None else dict(algorithms), several,
+            number(app.iterations), number(app.rounds), number(app.cohort), engine, int(app.evaluate_every),
+            app.precision, app.check, alone,
+        )  # fmt: skip
 
     def config(self) -> dict[str, JSON]:
         """The application's name and its sites."""

@@ -66,7 +66,9 @@ def chosen(
     base = dict(shared or {}) if entry is None else dict(entry.settings)
     fields = {field.name for field in dataclasses.fields(kind)}
     for setting in sorted(set(base) - fields):
-        raise InputError(f"the store of step sizes has {setting}={base[setting]!r} for {name}, which has no such setting.")
+        raise InputError(
+            f"the store of step sizes has {setting}={base[setting]!r} for {name}, which has no such setting."
+        )
     source = UNTUNED if entry is None else _SOURCES[entry.source]
     return Chosen(kind(**{**base, **given}), whence(kind, source, given))
 
@@ -108,9 +110,7 @@ def parse(words: list[str], kinds: Mapping[str, type[Algorithm]]) -> dict[str, d
             raise unknown_name("algorithm in this run called", owner, kinds)
         takers = [owner] if dot else [a for a in kinds if field in known[a]]
         if not takers or field not in known[takers[0]]:
-            raise unknown_name(
-                f"setting of {owner or ', '.join(kinds)}", field, {f for a in kinds for f in known[a]}
-            )
+            raise unknown_name(f"setting of {owner or ', '.join(kinds)}", field, {f for a in kinds for f in known[a]})
         for taker in takers:
             settings[taker][field] = _value(known[taker][field], text)
     return settings

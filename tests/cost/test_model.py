@@ -6,11 +6,12 @@ import numpy as np
 import pandas
 import pytest
 
-from fedbilevel.compare import Plan, clear, prepare
+from fedbilevel.compare import Plan, Shipped
 from fedbilevel.cost.model import advice, clients_an_exchange, predict
 from fedbilevel.cost.network import NETWORKS, RATES, TIMES, Network, amount, duration
 from fedbilevel.errors import InputError
 from fedbilevel.results import report
+from fedbilevel.results.folder import clear
 from fedbilevel.tasks import Options
 
 CLIENTS = 4
@@ -230,8 +231,8 @@ def test_clients_an_exchange_of_older_folders(folder):
 
 def test_a_run_records_how_many_clients_an_exchange_asks(tmp_path):
     def said(cohort, clients, resume=False, overwrite=False):
-        plan = Plan("quadratic", Options(), {"aggitd": {}}, (0,), rounds=100, cohort=cohort)
-        return clients_an_exchange(prepare(tmp_path / "out", plan, clients, resume, overwrite))
+        plan = Plan(Shipped("quadratic", Options()), {"aggitd": {}}, (0,), rounds=100, cohort=cohort)
+        return clients_an_exchange(plan.open(tmp_path / "out", clients, resume, overwrite))
 
     assert said(None, 5) == 5
     assert said(3, 5, overwrite=True) == 3

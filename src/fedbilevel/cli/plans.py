@@ -9,7 +9,6 @@ import typer
 from ..compare import Plan, Shipped
 from ..engines import ENGINES
 from ..errors import check, unknown_name
-from ..given import Whole
 from ..settings import algorithm_class, name_of, parse
 from ..tasks import TASKS, Options
 
@@ -56,9 +55,7 @@ def plan_of(
     Raises:
         InputError: a word means nothing, or does not go with the others.
     """
-    check(
-        words.get("iterations") is None or words.get("rounds") is None, "give --iterations or --rounds, not both."
-    )
+    check(words.get("iterations") is None or words.get("rounds") is None, "give --iterations or --rounds, not both.")
     if is_app(task):
         _only_for_tasks(context)
         return _of_app(task, algorithms, seeds, alone, words)
@@ -73,10 +70,13 @@ def _of_task(task: str, algorithms: list[str], seeds: int, words: Words) -> Plan
         if name not in known:
             raise unknown_name("task" if known is TASKS else "engine", name, known)
     settings = parse(words.get("sets") or [], {name: algorithm_class(name) for name in algorithms})
-    options = {name: words[name] for name in ("dataset", "data_dir", "partition", "alpha", "clients") if name in words}
-    iterations, rounds = words.get("iterations"), words.get("rounds")
+    options = Options(
+        dataset=words.get("dataset"), data_dir=words.get("data_dir"), partition=words.get("partition", "iid"),
+        clients=words.get("clients"), alpha=words.get("alpha"),
+    )  # fmt: skip
+    iterations, rounds, first = words.get("iterations"), words.get("rounds"), words.get("seed") or 0
     return Plan(
-        Shipped(task, Options(**options)), settings, _several(words.get("seed") or 0, seeds), iterations,
+        Shipped(task, options), settings, tuple(range(first, first + seeds)), iterations,
         DEFAULT_ROUNDS if iterations is None and rounds is None else rounds, words.get("cohort"), engine,
         words.get("evaluate_every", 1), precision, not words.get("no_check", False),
     )  # fmt: skip
@@ -99,10 +99,7 @@ def _of_app(file: str, algorithms: list[str] | None, seeds: int, alone: bool, wo
     app.check_sites(sites := clients or SITES)
     source = Sampled(app, tuple(f"site-{i + 1}" for i in range(sites)))
     settings = parse(sets, source.kinds(algorithms or [name_of(type(app.algorithm))]))
-    return Plan(
-        source, settings, _several(app.seed, seeds), _number(app.iterations), _number(app.rounds),
-        _number(app.cohort), engine, int(app.evaluate_every), app.precision, app.check, alone,
-    )  # fmt: skip
+    return source.plan(engine, settings, seeds, alone)
 
 
 def chosen_names(text: str) -> list[str]:
@@ -126,11 +123,3 @@ def _only_for_tasks(context: typer.Context) -> None:
             not given(context, name),
             f"--{name.replace('_', '-')} is for tasks: an application's file says it itself.",
         )
-
-
-def _several(first: int, many: int) -> tuple[int, ...]:
-    return tuple(range(first, first + many))
-
-
-def _number(value: Whole | None) -> int | None:
-    return None if value is None else int(value)

@@ -139,8 +139,8 @@ def protocol(
         partition=partition, alpha=alpha, clients=clients, cohort=cohort, seed=seed, sets=sets, precision=precision,
     )  # fmt: skip
     with jax.enable_x64(plan.precision == 64):
-        built = plan.source.build(plan.seeds[0])
-        table = plan.describe(built, *plan.algorithms, plan.seeds[0]).protocol()
+        name, seed = next(iter(plan.algorithms)), plan.seeds[0]
+        table = plan.describe(plan.source.build(seed), name, seed).protocol()
     print(table.to_json() if as_json else table)
 
 

@@ -153,9 +153,9 @@ def _figure_of(path: Path, frame: pandas.DataFrame, metric: str, labels: Mapping
         for colour, (name, runs) in enumerate(frame.groupby("algorithm", sort=False)):
             grid, curves = curves_of(runs, axis, metric)
             mean = curves.mean(axis=0)
-            line = panel.plot(
-                grid, mean, label=labels.get(str(name), str(name)), color=f"C{colour}", linewidth=1.6, marker="o" if len(grid) == 1 else None
-            )[0]
+            marker = "o" if len(grid) == 1 else None
+            label = labels.get(str(name), str(name))
+            line = panel.plot(grid, mean, label=label, color=f"C{colour}", linewidth=1.6, marker=marker)[0]
             if len(curves) > 1:
                 panel.fill_between(
                     grid, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0

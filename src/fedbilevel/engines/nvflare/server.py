@@ -14,7 +14,7 @@ from nvflare.collab import collab
 
 from ...algorithm import Algorithm
 from ...app import App, load_app
-from ...callbacks import CSV, Callback, Checkpoint, Progress
+from ...callbacks import Callback
 from ...callbacks.base import Running
 from ...cohorts import check_cohort
 from ...data import FederatedData
@@ -23,8 +23,10 @@ from ...given import JSON, Whole
 from ...problem import Problem
 from ...program import freeze
 from ...protocol import step as iteration
-from ...result import Result, save_variables
-from ...solve import solve
+from ...result import Result
+from ...results.folder import CONFIG, ROUNDS
+from ...results.keep import ended, keep, tell
+from ...sampled import Sampled
 from ..base import Engine, Program, plan
 from ..faults import Faults
 from ..messaging.server_side import Messaging
@@ -45,7 +47,6 @@ from .transport import CollabTransport, no_answer, refusal
 
 _START = 660.0  # seconds within which all sites have loaded their rows, or derived the protocol
 _END = 120.0  # within which all sites have written down what is theirs
-OUTCOME = "outcome.json"
 
 
 class Server:
@@ -84,14 +85,11 @@ class Server:
                 app = load_app(file).with_(**self.settings)
                 jax.config.update("jax_enable_x64", app.precision == 64)
                 result, told = federate(app, folder, self.resume)
-            save_variables(result, folder / "variables.npz")
-            outcome = {"status": "done", "iterations": result.iteration, "sites": told}
+            outcome = {**ended(result), "sites": told}
         except InputError as error:
             outcome = {"status": "refused", "sentence": str(error)}
         except RunError as error:
             outcome = {"status": "failed", "sentence": str(error)}
-            if error.result is not None:
-                save_variables(error.result, folder / "variables.npz")
         except BaseException as error:
             outcome = {"status": "failed", "sentence": f"{type(error).__name__}: {error}"}
             raise
@@ -105,22 +103,24 @@ class Server:
 def federate(app: App, folder: Path, resume: bool) -> tuple[Result, dict[str, JSON]]:
     """Get to know the sites, and solve: (the result, of each site what it compiled)."""
     names = sorted(proxy.name for proxy in collab.clients)
-    engine = Collab(names, app.faults, folder / "rounds.csv", resume, app.cohort)
+    engine = Collab(names, app.faults, folder / ROUNDS, resume, app.cohort)
     try:
         weights = engine.meet(app)
         tell(folder, {"status": "running", "workers": engine.transport.workers})
+        _configure(app, names, folder)
         data = placeholder_data(engine.schemas, len(names), weights)
-        x, y = app.begin()
-        callbacks = [CSV(folder / "history.csv"), Checkpoint(folder, every=0.0), Progress(app.name), AtTheEnd(engine)]
-        going_on = folder if resume and (folder / "checkpoint.eqx").is_file() else None
-        result = solve(
-            app.problem, data, app.algorithm, x, y, app.iterations, rounds=app.rounds, key=app.key, engine=engine,
-            callbacks=callbacks, metrics=app.metrics, evaluate_every=app.evaluate_every, resume=going_on,
-            check=False,  # the rows here are placeholders: the sites have looked at theirs
-        )  # fmt: skip
+        run = app.describe(data, engine, check=False)  # the rows are placeholders: the sites have looked at theirs
+        result = keep(run, folder, resume=resume, every=0.0, callbacks=[AtTheEnd(engine)])
     finally:
         engine.ledger.close()
     return result, {"compiled": engine.transport.traced, "workers": engine.transport.workers}
+
+
+def _configure(app: App, names: list[str], folder: Path) -> None:
+    """Leave config.json, where the command line that started the run has not."""
+    if not (folder / CONFIG).is_file():
+        plan = Sampled(app, tuple(names)).plan("nvflare")
+        (folder / CONFIG).write_text(json.dumps(plan.config(len(names)), indent=2) + "\n")
 
 
 class AtTheEnd(Callback):
@@ -222,8 +222,3 @@ class OverNetwork(Messaging):
 
     def compiled(self) -> float:
         return self.engine.transport.compiling
-
-
-def tell(folder: Path, outcome: Mapping[str, JSON]) -> None:
-    """Write how it went."""
-    (folder / OUTCOME).write_text(json.dumps(outcome, indent=2) + "\n")
