@@ -190,7 +190,10 @@ def run_all(plan: Plan, folder: Path | None, resume: bool, quiet: bool = False) 
     """Run every (algorithm, seed) of the plan; one that blows up is kept as far as it came, and the others still run."""
     outcomes, labels = [], told_apart(plan.steps)
     for name in (name for name, label in labels.items() if label != name):
-        warn(f"{name} runs at its {UNTUNED} beside algorithms whose step sizes were chosen: tables and figures say so.")
+        warn(
+            f"{name} runs at its {UNTUNED} beside algorithms whose step sizes were chosen, and tables and figures say "
+            f"so: give its own with --set, or find them with `fedbilevel search`."
+        )
     with jax.enable_x64(plan.precision == 64):
         for seed in plan.seeds:
             task = plan.source.build(seed)
