@@ -23,6 +23,8 @@ from jaxtyping import Array, Key, PyTree
 
 from .algorithm import Algorithm
 from .bundle import Bundle, Modules, bundle, checked_patterns, declared_files
+from .callbacks.base import Callback
+from .callbacks.listeners import listed
 from .cohorts import check_cohort
 from .data import FederatedData
 from .description import Description
@@ -61,6 +63,8 @@ class App:
             does it on its own rows and tells a few numbers, which the server averages.
         files: data files that the app reads, the same wherever it runs (not a site's rows): names relative to its folder, or
             patterns such as "weights/*.npy". They travel with it. It opens them as `Path(__file__).parent / name`.
+        callbacks: what happens beside a run, at the server where it goes over a network: a list of callbacks; or a function,
+            () -> a list, so that each run has fresh ones.
 
     Attributes:
         origin: the file that defines it and the modules that it has loaded, if `load_app` has read it.
@@ -84,6 +88,7 @@ class App:
     name: str = "app"
     files: Sequence[str] = ()
     check: bool = True
+    callbacks: Sequence[Callback] | Callable[[], Sequence[Callback]] = ()
 
     def __post_init__(self):
         check(isinstance(self.problem, Problem), f"App(problem=...) is a fedbilevel.Problem; got {self.problem!r}.")
@@ -100,6 +105,8 @@ class App:
         check(good, f"App(name=...) is letters, digits, dots, dashes and underscores; got {self.name!r}.")
         checked_metrics(self.metrics)
         checked_patterns(self.files)
+        if not callable(self.callbacks):
+            listed(self.callbacks, "App(callbacks=...)")
         check(isinstance(self.check, bool), f"App(check=...) is True or False; got {self.check!r}.")
         for name, least in (("iterations", 1), ("rounds", 1), ("seed", 0), ("cohort", 1), ("evaluate_every", 1)):
             value = getattr(self, name)

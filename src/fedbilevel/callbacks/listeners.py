@@ -8,6 +8,30 @@ from ..errors import InputError, RunError, check
 from .base import Callback, Row, Running
 
 
+def listed(callbacks: Sequence[Callback] | Callable[[], Sequence[Callback]], name: str) -> list[Callback]:
+    """The callbacks of a list, or those that a function makes.
+
+    Args:
+        name: what they are called where they were given.
+
+    Raises:
+        InputError: they are something else, or the function fails.
+    """
+    if isinstance(callbacks, Sequence) or not callable(callbacks):
+        return _checked(callbacks, f"{name} is a list of callbacks, or a function () -> a list")
+    try:
+        made = callbacks()
+    except Exception as error:  # whatever the user's function raises
+        raise InputError(f"the function in {name} failed: {type(error).__name__}: {error}") from error
+    return _checked(made, f"the function in {name} returns a list of callbacks")
+
+
+def _checked(callbacks: Sequence[Callback], what: str) -> list[Callback]:
+    good = isinstance(callbacks, Sequence) and all(isinstance(each, Callback) for each in callbacks)
+    check(good, f"{what} such as fedbilevel.callbacks.CSV(...); got {callbacks!r}.")
+    return list(callbacks)
+
+
 class Listeners:
     """All callbacks of a run.
 
@@ -17,9 +41,7 @@ class Listeners:
     """
 
     def __init__(self, callbacks: Sequence[Callback]):
-        listed = isinstance(callbacks, Sequence) and all(isinstance(each, Callback) for each in callbacks)
-        check(listed, f"callbacks= is a list of callbacks such as fedbilevel.callbacks.CSV(...); got {callbacks!r}.")
-        self._all, self._started = list(callbacks), list[Callback]()
+        self._all, self._started = _checked(callbacks, "callbacks= is a list of callbacks"), list[Callback]()
         self.saves = any(callback.saves for callback in self._all)
         self.row_by_row = any(_waits_for_rows(callback) for callback in self._all)
 

@@ -12,6 +12,7 @@ import pandas
 from rich.console import Console
 
 from ..errors import InputError, check
+from ..metrics import STOPPED
 from ..settings import told_apart
 from .folder import configuration
 from .text import Text, pipe_table
@@ -52,7 +53,7 @@ def read(folder: str | Path) -> pandas.DataFrame:
 
 def metrics_of(frame: pandas.DataFrame) -> list[str]:
     """The metrics in a history, most telling first."""
-    return [c for c in frame.columns if c not in (*FIXED, *DIAGNOSTICS, *DERIVED)]
+    return [c for c in frame.columns if c not in (*FIXED, *DIAGNOSTICS, *DERIVED, STOPPED)]
 
 
 def summarise(frame: pandas.DataFrame, steps: Mapping[str, str] | None = None) -> pandas.DataFrame:
