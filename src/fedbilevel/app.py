@@ -159,7 +159,7 @@ class App:
             problem=self.problem, algorithm=self.algorithm, key=self.key, iterations=self.iterations,
             data=(lambda: self.data(data)) if isinstance(data, list) else data, start=self.begin, rounds=self.rounds,
             engine=engine, metrics=self.metrics, evaluate_every=self.evaluate_every, name=self.name,
-            check=self.check if check is None else check, precision=self.precision,
+            check=self.check if check is None else check, precision=self.precision, callbacks=self.callbacks,
         )  # fmt: skip
 
     def task(self, sites: list[str], seed: int | None = None) -> Task:

@@ -21,7 +21,7 @@ from .description import Description
 from .engines import ENGINES
 from .engines.base import Engine
 from .engines.faults import Faults
-from .errors import Diverged, RunError, unknown_name, warn
+from .errors import RunError, unknown_name, warn
 from .given import JSON
 from .identity import said
 from .result import History, Result
@@ -185,6 +185,11 @@ class Outcome:
     failure: str | None
     result: Result | None
 
+    @property
+    def stopped(self) -> str | None:
+        """The reason for which a callback stopped it, if one did."""
+        return self.history.stopped
+
 
 def run_all(plan: Plan, folder: Path | None, resume: bool, quiet: bool = False) -> list[Outcome]:
     """Run every (algorithm, seed) of the plan; one that blows up is kept as far as it came, and the others still run."""
@@ -214,11 +219,9 @@ def _one(plan: Plan, task: Task, name: str, seed: int, folder: Path | None, resu
         else:
             columns = None if plan.alone else {"algorithm": name, "seed": seed}
             result = keep(run, plan.place(folder, name, seed), resume=resume, columns=columns, quiet=quiet)
-    except Diverged as failure:
+    except RunError as failure:
         history = failure.result.history if failure.result is not None else History()
         return Outcome(name, seed, history, str(failure), failure.result)
-    except RunError as failure:
-        return Outcome(name, seed, History(), str(failure), None)
     return Outcome(name, seed, result.history, None, result)
 
 

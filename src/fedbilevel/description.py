@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from .algorithm import Algorithm
 from .callbacks.base import Callback
+from .callbacks.listeners import listed
 from .data import FederatedData
 from .engines.base import Engine
 from .engines.simulation import Simulation
@@ -69,7 +70,7 @@ class Description:
         Raises:
             InputError, Diverged, RunError: as `solve`.
         """
-        own = self.callbacks() if callable(self.callbacks) else self.callbacks
+        own = listed(self.callbacks, "callbacks=")
         with self._bits():
             data, (x, y) = self._rows(), self._begin()
             return solve(

@@ -42,7 +42,7 @@ class Sampled(Source):
     @property
     def callbacks(self) -> Sequence[Callback] | Callable[[], Sequence[Callback]]:
         """The application's own."""
-        return getattr(self.app, "callbacks", ())
+        return self.app.callbacks
 
     def build(self, seed: int) -> Task:
         """All sites' rows side by side, for one seed of cohorts and minibatches."""

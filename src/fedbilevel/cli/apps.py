@@ -12,8 +12,9 @@ from pathlib import Path
 from ..app import load_app
 from ..compare import Plan
 from ..errors import RunError, check
+from ..metrics import STOPPED
 from ..results.folder import CHECKPOINT, HISTORY, ROUNDS
-from .execute import said, started
+from .execute import say_stopped, started
 
 
 def run_app(
@@ -42,7 +43,6 @@ def run_app(
         if outcome.failure:
             raise RunError(outcome.failure)
     _show(folder, as_json)
-    said(outcomes, as_json)
 
 
 def deploy_app(file: str, out: str, clients: int, resume: bool, settings: Mapping[str, int | None]) -> None:
@@ -81,20 +81,28 @@ def _figures(folder: Path) -> None:
 
 
 def _show(folder: Path, as_json: bool) -> None:
-    """The last row of the history, and who failed how often."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """The last row of the history, who failed how often, and why it was stopped, if it was."""
     number = lambda text: int(text) if text.lstrip("-").isdigit() else float(text) if text else None
-    last: dict[str, float | None] = {name: number(text) for name, text in _lines(folder / HISTORY)[-1].items()}
+    row = _lines(folder / HISTORY)[-1]
+    reason = row.pop(STOPPED, "")
+    last: dict[str, float | None] = {name: number(text) for name, text in row.items()}
     rounds = folder / ROUNDS
     if rounds.is_file():
         book = _lines(rounds)
         last["median_round_seconds"] = statistics.median(float(line["seconds"]) for line in book)
         last["rounds_with_failures"] = sum(line["failed"] != "" for line in book)
     if as_json:
-        print(json.dumps(last))
-        return
+        print(json.dumps(last | {STOPPED: reason} if reason else last))
+    else:
+        _print(folder, last)
+    if reason:
+        say_stopped(reason, as_json)
+
+
+def _print(folder: Path, last: Mapping[str, float | None]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("", "at the end")
     for name, value in last.items():
         shown = "not taken" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

@@ -46,13 +46,17 @@ def started(plan: Plan, out: str | None, resume: bool, overwrite: bool) -> tuple
         raise
 
 
+def say_stopped(reason: str, as_json: bool) -> None:
+    """Why a run was stopped: on stdout, unless that is JSON."""
+    print(f"stopped: {reason}", file=sys.stderr if as_json else sys.stdout)
+
+
 def said(outcomes: list[Outcome], as_json: bool) -> None:
     """Last lines: what stopped a run, on stdout unless that is JSON; and what failed, with exit code 1."""
     for outcome in outcomes:
-        reason = getattr(outcome.result, "stopped", None)
-        if reason is not None and outcome.failure is None:
+        if outcome.stopped is not None:
             of = f" ({outcome.algorithm}, seed {outcome.seed})" if len(outcomes) > 1 else ""
-            print(f"stopped: {reason}{of}", file=sys.stderr if as_json else sys.stdout)
+            say_stopped(outcome.stopped + of, as_json)
     failures = [outcome for outcome in outcomes if outcome.failure]
     for outcome in failures:
         print(f"failed: {outcome.algorithm}, seed {outcome.seed}: {outcome.failure}", file=sys.stderr)

@@ -10,6 +10,7 @@ from ..callbacks import CSV, Callback, Checkpoint, Progress
 from ..description import Description
 from ..errors import RunError
 from ..given import JSON
+from ..metrics import STOPPED
 from ..result import Result, save_variables
 from .folder import CHECKPOINT, HISTORY, OUTCOME, VARIABLES
 
@@ -48,8 +49,8 @@ def keep(
 
 def ended(result: Result) -> dict[str, JSON]:
     """How a run that ended well did, for outcome.json."""
-    stopped = getattr(result, "stopped", None)
-    return {"status": "done", "iterations": result.iteration} | ({} if stopped is None else {"stopped": stopped})
+    reason: dict[str, JSON] = {} if result.stopped is None else {STOPPED: result.stopped}
+    return {"status": "done", "iterations": result.iteration, **reason}
 
 
 def tell(folder: Path, outcome: Mapping[str, JSON]) -> None:
