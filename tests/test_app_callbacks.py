@@ -32,13 +32,21 @@ def test_an_app_is_stopped_and_the_last_line_says_why(fedbilevel, tmp_path, engi
     outcome = json.loads((out / "outcome.json").read_text())
     assert (outcome["status"], outcome["iterations"], outcome["stopped"]) == ("done", 4, REASON)
 
-    code, printed, errors = fedbilevel("plot", out)
-    assert code == 0 and not (out / "stopped.png").exists(), errors
-
     code, printed, errors = fedbilevel("run", STOPPING, "--engine", engine, "--out", out, "--resume", "--json")
     told = json.loads(printed)
     assert code == 0 and (told["iteration"], told["stopped"]) == (5, "2,880 bytes are sent")  # at its next row
     assert errors.splitlines()[-1] == "stopped: 2,880 bytes are sent"
+
+
+def test_the_folder_of_a_run_that_was_stopped_is_plotted_and_priced(fedbilevel, tmp_path):
+    file, out = tmp_path / "app.py", tmp_path / "out"
+    metrics = "metrics={'test_accuracy': lambda x, y: y[0]}, "
+    file.write_text(STOPPING.read_text().replace("    callbacks=", f"    {metrics}callbacks="))
+    for words in (("run", file, "--out", out), ("plot", out), ("cost", out, "--network", "all")):
+        code, _, errors = fedbilevel(*words)
+        assert code == 0, errors
+    assert {figure.name for figure in out.glob("*.png")} == {"test_accuracy.png", "cost.png"}
+    assert "stopped" not in (out / "summary.csv").read_text() + (out / "cost.csv").read_text()
 
 
 def test_one_that_nobody_stops_says_nothing_of_it(fedbilevel, tmp_path):

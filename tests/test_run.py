@@ -227,7 +227,7 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_result(tmp_path):
     with pytest.raises(fb.RunError, match=r"^the callback Full failed: OSError: .*No space left") as failure:
         solve(3, callbacks=[Full(tmp_path), CSV(tmp_path / "h.csv")])
     assert failure.value.result.iteration == len(lines(tmp_path / "h.csv")) - 1 == 1
-    assert failure.value.__notes__ == [f"Then {failure.value}"]
+    assert fb.errors.with_notes(failure.value) == str(failure.value)  # at the end it fails alike: said once
 
 
 def test_a_folder_that_is_gone_keeps_the_result(tmp_path):
@@ -242,7 +242,8 @@ def test_the_first_error_is_the_one_that_is_told():
     wild, bad = fb.Lockstep(**STEPS | {"outer_lr": 1e8}), At("finish", fails)
     with pytest.raises(fb.Diverged) as failure:
         solve(200, algorithm=wild, callbacks=[bad, At("finish", fails)])
-    assert failure.value.__notes__ == ["Then the callback At failed: TypeError: no such thing"] * 2
+    then = "(Then the callback At failed: TypeError: no such thing)"
+    assert fb.errors.with_notes(failure.value) == f"{failure.value} {then} {then}"
     assert failure.value.result.iteration == len(failure.value.result.history) - 1
     assert bad.error is failure.value
 

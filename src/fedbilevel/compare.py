@@ -21,7 +21,7 @@ from .description import Description
 from .engines import ENGINES
 from .engines.base import Engine
 from .engines.faults import Faults
-from .errors import RunError, unknown_name, warn
+from .errors import RunError, unknown_name, warn, with_notes
 from .given import JSON
 from .identity import said
 from .result import History, Result
@@ -221,7 +221,7 @@ def _one(plan: Plan, task: Task, name: str, seed: int, folder: Path | None, resu
             result = keep(run, plan.place(folder, name, seed), resume=resume, columns=columns, quiet=quiet)
     except RunError as failure:
         history = failure.result.history if failure.result is not None else History()
-        return Outcome(name, seed, history, str(failure), failure.result)
+        return Outcome(name, seed, history, with_notes(failure), failure.result)
     return Outcome(name, seed, result.history, None, result)
 
 

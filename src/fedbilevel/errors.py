@@ -37,6 +37,11 @@ class ClientError(RunError):
     """A client's method failed; the message names the client, the method and the shapes it was sent."""
 
 
+def with_notes(error: BaseException) -> str:
+    """What an error says, and its notes of what else failed then."""
+    return " ".join([str(error), *(f"({note})" for note in getattr(error, "__notes__", ()))])
+
+
 class FedbilevelWarning(UserWarning):
     """Something runs, and may not mean what it seems to; the message says what, and what to do about it."""
 

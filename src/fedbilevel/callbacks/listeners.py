@@ -115,8 +115,9 @@ def _failed(callback: Callback, error: Exception) -> RunError:
 
 
 def _both(first: BaseException | None, second: RunError) -> BaseException:
-    """The first error, with a note of the second."""
+    """The first error, with a note of the second, unless that is the same once more."""
     if first is None:
         return second
-    first.add_note(f"Then {second}")
+    if str(first) != str(second):
+        first.add_note(f"Then {second}")
     return first

@@ -22,7 +22,7 @@ _UsageError = cast(  # typer does not name it: what BadParameter is one of, with
 def main() -> None:
     """Entry point: one sentence and exit code 2 for bad usage, 1 for a run that failed."""
     _keep_compiled_programs()
-    from ..errors import InputError, RunError, heard
+    from ..errors import InputError, RunError, heard, with_notes
 
     try:
         with heard(_warn):
@@ -33,9 +33,9 @@ def main() -> None:
     except _UsageError as error:
         sys.exit(_say(f"{error.format_message()} (see fedbilevel --help)", 2))
     except InputError as error:
-        sys.exit(_say(str(error), 2))
+        sys.exit(_say(with_notes(error), 2))
     except RunError as error:
-        sys.exit(_say(str(error), 1))
+        sys.exit(_say(with_notes(error), 1))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_say("interrupted: what was run is kept with --out; the same command with --resume goes on.", 1))
     except OSError as error:

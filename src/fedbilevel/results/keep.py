@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..callbacks import CSV, Callback, Checkpoint, Progress
 from ..description import Description
-from ..errors import RunError
+from ..errors import RunError, with_notes
 from ..given import JSON
 from ..metrics import STOPPED
 from ..result import Result, save_variables
@@ -40,7 +40,7 @@ def keep(
     except RunError as failure:
         if failure.result is not None:
             save_variables(failure.result, place / VARIABLES)
-        tell(place, {"status": "failed", "sentence": str(failure)})
+        tell(place, {"status": "failed", "sentence": with_notes(failure)})
         raise
     save_variables(result, place / VARIABLES)
     tell(place, ended(result))

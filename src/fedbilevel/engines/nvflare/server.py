@@ -18,7 +18,7 @@ from ...callbacks import Callback
 from ...callbacks.base import Running
 from ...cohorts import check_cohort
 from ...data import FederatedData
-from ...errors import InputError, RunError, noting, warn
+from ...errors import InputError, RunError, noting, warn, with_notes
 from ...given import JSON, Whole
 from ...problem import Problem
 from ...program import freeze
@@ -89,7 +89,7 @@ class Server:
         except InputError as error:
             outcome = {"status": "refused", "sentence": str(error)}
         except RunError as error:
-            outcome = {"status": "failed", "sentence": str(error)}
+            outcome = {"status": "failed", "sentence": with_notes(error)}
         except BaseException as error:
             outcome = {"status": "failed", "sentence": f"{type(error).__name__}: {error}"}
             raise
