@@ -49,6 +49,10 @@ class Source(typing.Protocol):
 
     def choose(self, algorithm: str, given: Mapping[str, Setting]) -> Chosen: ...
 
+    def filed(
+        self, algorithm: str
+    ) -> tuple[str, str] | None: ...  # (task, data set) by which the store keeps its steps
+
     def config(self) -> dict[str, JSON]: ...  # for config.json: what it is
 
 
@@ -71,7 +75,11 @@ class Shipped:
 
     def choose(self, algorithm: str, given: Mapping[str, Setting]) -> Chosen:
         """An algorithm with the best known settings, overridden by the user's."""
-        return chosen(algorithm, (self.name, self._dataset), given)
+        return chosen(algorithm, self.filed(algorithm), given)
+
+    def filed(self, algorithm: str) -> tuple[str, str]:
+        """The task and the data set."""
+        return self.name, self._dataset
 
     def config(self) -> dict[str, JSON]:
         """The task's name and options, but for the seed and where its files lie."""

@@ -71,8 +71,8 @@ class Description:
             InputError, Diverged, RunError: as `solve`.
         """
         own = listed(self.callbacks, "callbacks=")
-        with self._bits():
-            data, (x, y) = self._rows(), self._begin()
+        with self.bits():
+            data, (x, y) = self.rows(), self.begin()
             return solve(
                 self.problem, data, self.algorithm, x, y, self.iterations, rounds=self.rounds, key=self.key,
                 engine=self.engine, callbacks=[*callbacks, *own], metrics=self.metrics,
@@ -81,15 +81,18 @@ class Description:
 
     def protocol(self) -> Protocol:
         """What one of its iterations exchanges."""
-        with self._bits():
-            x, y = self._begin()
-            return protocol(self.algorithm, self.problem, self._rows(), x, y, self.engine or Simulation())
+        with self.bits():
+            x, y = self.begin()
+            return protocol(self.algorithm, self.problem, self.rows(), x, y, self.engine or Simulation())
 
-    def _rows(self) -> FederatedData:
+    def rows(self) -> FederatedData:
+        """The clients' rows."""
         return self.data() if callable(self.data) else self.data
 
-    def _begin(self) -> tuple[PyTree, PyTree]:
+    def begin(self) -> tuple[PyTree, PyTree]:
+        """(x, y), where it starts."""
         return self.start() if callable(self.start) else self.start
 
-    def _bits(self) -> contextlib.AbstractContextManager:
+    def bits(self) -> contextlib.AbstractContextManager:
+        """What its arrays are made within, for their precision."""
         return contextlib.nullcontext() if self.precision is None else jax.enable_x64(self.precision == 64)

@@ -63,7 +63,15 @@ class Sampled(Source):
         if algorithm == name_of(type(own)):
             changed = dataclasses.replace(own, **given) if given else own
             return Chosen(changed, whence(type(own), OWN, given))
-        return chosen(algorithm, (self.name, "app"), given, _work(own, algorithm_class(algorithm)))
+        return chosen(algorithm, self._where, given, _work(own, algorithm_class(algorithm)))
+
+    def filed(self, algorithm: str) -> tuple[str, str] | None:
+        """The application's name and file; None for its own algorithm, whose settings the file says."""
+        return None if algorithm == name_of(type(self.app.algorithm)) else self._where
+
+    @property
+    def _where(self) -> tuple[str, str]:
+        return self.name, "app" if self.app.origin is None else str(self.app.origin[0])
 
     def plan(
         self, engine: str, algorithms: Mapping[str, dict[str, Setting]] | None = None, seeds: int = 1,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .algorithm import Setting
 from .errors import InputError
+from .given import JSON
 
 PLACE = "FEDBILEVEL_STORE"  # environment variable that names the user's file
 _FOUND = "found"  # of an entry: how it was found, no setting
@@ -48,8 +49,13 @@ def known(task: str, dataset: str, algorithm: str) -> Entry | None:
         InputError: the user's file cannot be read.
     """
     for source, sections in (("search", _users()), ("library", _shipped())):
-        entry = sections.get(task, {}).get(dataset, {}).get(algorithm)
-        if entry is not None:
+        entry: JSON = sections
+        for name in (task, dataset, algorithm):
+            entry = entry.get(name, {})
+            if not isinstance(entry, dict):
+                where = f"{users_file()} has no sections [TASK.DATASET.ALGORITHM] under {name}"
+                raise InputError(f"the store of step sizes {where}: mend it.")
+        if entry:
             return Entry({name: value for name, value in entry.items() if name != _FOUND}, source)
     return None
 
@@ -84,11 +90,11 @@ def put(
     return file
 
 
-def _shipped() -> Mapping[str, dict]:
+def _shipped() -> dict[str, JSON]:
     return tomllib.loads(resources.files("fedbilevel").joinpath("settings.toml").read_text())
 
 
-def _users() -> Mapping[str, dict]:
+def _users() -> dict[str, JSON]:
     file = users_file()
     if not file.is_file():
         return {}

@@ -10,7 +10,7 @@ from typing import cast
 
 import typer
 
-from . import added, folders, runs
+from . import added, folders, runs, search
 from .options import app
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import pandas
+from numpy.typing import ArrayLike
 
-Values = np.ndarray | pandas.Series | Sequence[float]  # of one run, in order
+Values = ArrayLike  # of one run, in order: an array, a column of a table, or a list
 
 
 def direction(metric: str) -> int:
@@ -23,7 +21,7 @@ def first_reached(values: Values, level: float, window: int = 5) -> int | None:
     """
     medians = running_median(values, window)
     reached = np.flatnonzero(medians >= level)
-    return int(reached[0]) + len(values) - len(medians) if reached.size else None
+    return int(reached[0]) + np.size(values) - len(medians) if reached.size else None
 
 
 def running_median(values: Values, window: int = 5) -> np.ndarray:

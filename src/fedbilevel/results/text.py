@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-import pandas
-
 Text: TypeAlias = tuple[list[str], list[list[str]]]  # headings, and the cells of each row
 
 
@@ -16,6 +14,8 @@ def pipe_table(head: list[str], rows: list[list[str]]) -> str:
         head: the headings; some may be alike.
         rows: of as many cells each.
     """
+    import pandas
+
     table = pandas.DataFrame(rows, columns=pandas.Index(head), dtype=str)
     as_it_is = {"disable_numparse": True, "stralign": None, "numalign": None}
     return table.to_markdown(index=False, tablefmt="pipe", **as_it_is) + "\n"
