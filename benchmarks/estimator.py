@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import resource
 import statistics
 import time
 
 import jax
+import psutil
 
 import fedbilevel as fb
 
@@ -30,9 +30,8 @@ ALGORITHMS = {
 
 
 def resident() -> float:
-    """Resident memory now, MB (Linux)."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+    """Resident memory now, MB."""
+    return psutil.Process().memory_info().rss / 1e6
 
 
 def compare(name: str, algorithm: fb.Algorithm, task, engine: fb.engines.Engine, calls: int, blocks: int) -> None:

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 
+import psutil
+
 ROWS, INPUTS, HIDDEN, CLASSES = 30, 64, 64, 10
 
 
@@ -62,9 +64,8 @@ def measure(clients: int, cohort: int, client_batch: int | None, rounds: int, it
 
 
 def _resident() -> float:
-    """Resident memory now, MB (Linux)."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+    """Resident memory now, MB."""
+    return psutil.Process().memory_info().rss / 1e6
 
 
 def line(label: str, **settings) -> None:

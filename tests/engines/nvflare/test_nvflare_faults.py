@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from helpers import apps
@@ -95,7 +96,7 @@ def test_a_server_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
     wait_for_round(process, out, 8)
     from fedbilevel.engines.nvflare.processes import processes
 
-    serving = lambda number: b"nvflare.launch" in Path(f"/proc/{number}/cmdline").read_bytes()
+    serving = lambda number: any("nvflare.launch" in word for word in psutil.Process(number).cmdline())
     for number in filter(serving, processes(out.resolve())):  # what it forks has its name; the sites end by themselves
         os.kill(number, signal.SIGKILL)
     printed = process.communicate(timeout=120)[0]

@@ -22,6 +22,7 @@ from ...protocol import trace
 from ...protocol.table import Protocol
 from ...sanity import check_influence, judge_all
 from ...variables import trainable
+from .messages import Described, read
 
 
 def placeholder_data(schemas: list[str], sites: int, weights: list[float] | None) -> FederatedData:
@@ -64,8 +65,6 @@ def shares(counts: list[list[int]]) -> tuple[list[float], list[float]]:
 
 # What sites say of themselves, before a run begins ------------------------------------------------------------------------
 
-_MOST = 100_000  # files or packages of an app
-
 
 class Hello(Told):
     """What a site says of itself.
@@ -91,23 +90,13 @@ def checked_hello(name: str, said: Mapping[str, Received], counted: bool) -> Hel
     Raises:
         RunError: it is something else.
     """
-    hello = cast(Hello, said)  # for as long as it is fine
-    text = lambda value: isinstance(value, str)
-    version = lambda value: value is None or text(value)
-    whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0
-    pair = lambda value, good: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(good, value))
-    table = lambda value: isinstance(value, dict) and len(value) < _MOST and all(map(text, value))
-    fine = (
-        all(table(said.get(part)) for part in ("files", "packages", "optional"))
-        and all(text(sha) and _inside(file) for file, sha in hello["files"].items())
-        and all(map(version, (*hello["packages"].values(), *hello["optional"].values())))
-        and pair(said.get("rows"), text)
-        and (pair(said.get("counts"), whole) if counted else said.get("counts") is None)
-        and whole(said.get("worker"))
+    unread = lambda _: RunError(
+        f"site {name} described itself in a way that cannot be read: has it the same fedbilevel?"
     )
-    if not fine:
-        raise RunError(f"site {name} described itself in a way that cannot be read: has it the same fedbilevel?")
-    return hello
+    told = read(dict(said), Described, unread, "a description")
+    if not all(map(_inside, told.files)) or (told.counts is not None) != counted:
+        raise unread("")
+    return cast(Hello, said)
 
 
 def _inside(file: str) -> bool:

@@ -43,6 +43,7 @@ from .agreement import (
 )
 from .calls import Results, Sites, sites
 from .ledger import Ledger
+from .messages import Setup, plain
 from .transport import CollabTransport, no_answer, refusal
 
 _START = 660.0  # seconds within which all sites have loaded their rows, or derived the protocol
@@ -159,12 +160,10 @@ class Collab(Engine):
             weights, scales = shares([counts for name in self.names if (counts := said[name]["counts"])])
         cohort = check_cohort(app.cohort, len(self.names))
         derived = derive(app, placeholder_data(self.schemas, len(self.names), weights), cohort)
-        setup: dict[str, JSON] = {
-            "order": self.names, "cohort": cohort, "seed": app.seed, "scales": scales,
-            "protocol": fingerprint(derived), "resume": self.resume, "check": app.check and not self.resume,
-        }  # fmt: skip
-        prepared = self._all(lambda all_sites: all_sites.prepare(setup))
-        if setup["check"]:
+        check, totals = app.check and not self.resume, None if scales is None else tuple(scales)
+        setup = Setup(tuple(self.names), cohort, app.seed, totals, fingerprint(derived), self.resume, check)
+        prepared = self._all(lambda all_sites: all_sites.prepare(plain(setup)))
+        if check:
             judge_sites(app, self.schemas, [prepared[name].get("figures") for name in self.names], weights)
         return weights
 

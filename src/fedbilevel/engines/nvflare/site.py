@@ -9,6 +9,7 @@ from pathlib import Path
 from nvflare.collab import collab
 
 from ...given import JSON, Received
+from .messages import Answer, Finish, Header, Prepare, Setup, plain, read
 from .worker import START_SECONDS, Worker, WorkerDied, WorkerSaid
 
 _GRACE = 1.0  # seconds by which a worker has to be done before the server stops waiting
@@ -78,9 +79,9 @@ class Site:
         _only_the_server()
         if not isinstance(states, dict) or collab.site_name not in states:
             raise _refused("states has a tag for each site")
-        counted = _tag(states[collab.site_name])
+        mine = read({"counted": states[collab.site_name]}, Finish, _refused, "a tag")
         with self._lock:
-            return self._said(lambda: self._ready().ask("finish", counted=counted)[0])
+            return self._said(lambda: self._ready().ask("finish", b"", START_SECONDS, **plain(mine))[0])
 
     @collab.final
     def final(self) -> None:
@@ -147,57 +148,21 @@ def _refused(what: str) -> ValueError:
     return ValueError(f"this site refuses the call: {what}.")
 
 
-def _whole(value: Received) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**53
-
-
-def _tag(value: Received) -> list[int]:
-    if not (isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_whole, value))):
-        raise _refused("a tag is three whole numbers")
-    return list(value)
-
-
-def _flags(value: Received) -> list[bool]:
-    if not (isinstance(value, (list, tuple)) and len(value) <= 1000 and all(isinstance(flag, bool) for flag in value)):
-        raise _refused("flags are true or false")
-    return list(value)
-
-
 def _request(header: Received, payload: Received, site: str) -> tuple[dict[str, JSON], float]:
-    """(The fields of a `Request` for this site, the deadline), checked."""
-    if not isinstance(header, dict):
-        raise _refused("a header is a dict")
-    names = {"place", "tag", "sent", "wanted", "states", "deadline"}
-    _check(set(header) == names, f"a header has {', '.join(sorted(names))}")
+    """(What this site's worker is to answer, the deadline), checked."""
+    asked = read(header, Header, _refused, "a header")
     _check(isinstance(payload, bytes), "a payload is bytes")
-    _check(_whole(header["place"]) and header["place"] >= 0, "a place is a whole number")
-    states, deadline = header["states"], header["deadline"]
-    _check(isinstance(states, dict) and site in states and len(states[site]) == 2, "states has two tags for each site")
-    good = isinstance(deadline, (int, float)) and not isinstance(deadline, bool) and 0 < deadline <= 1e6
-    _check(good, "a deadline is a number of seconds")
-    counted, kept = map(_tag, states[site])
-    fields = {"place": header["place"], "tag": _tag(header["tag"]), "sent": _flags(header["sent"])}
-    return fields | {"wanted": _flags(header["wanted"]), "counted": counted, "kept": kept}, float(deadline)
+    _check(site in asked.states, "states has two tags for each site")
+    counted, kept = asked.states[site]
+    return plain(Answer(asked.place, asked.tag, asked.sent, asked.wanted, counted, kept)), asked.deadline
 
 
 def _setup(setup: Received, site: str) -> dict[str, JSON]:
-    """What this site is to prepare for, checked."""
-    if not isinstance(setup, dict):
-        raise _refused("a setup is a dict")
-    names = {"order", "cohort", "seed", "scales", "protocol", "resume"}
-    _check(set(setup) - {"check"} == names, f"a setup has {', '.join(sorted(names))}")
-    order, scales = setup["order"], setup["scales"]
-    _check(isinstance(order, (list, tuple)) and site in order, "the order of the sites names this one")
-    _check(all(_whole(setup[name]) and setup[name] >= 0 for name in ("cohort", "seed")), "cohort and seed are whole")
-    _check(isinstance(setup.get("check", False), bool), "check is true or false")
-    _check(isinstance(setup["protocol"], str) and isinstance(setup["resume"], bool), "protocol is text, resume a bool")
-    numbers = scales is None or (
-        isinstance(scales, (list, tuple)) and len(scales) == len(order) and all(isinstance(s, float) for s in scales)
-    )
-    _check(numbers, "scales are numbers, one for each site")
-    index = list(order).index(site)
-    return {
-        "index": index, "sites": len(order), "cohort": setup["cohort"], "seed": setup["seed"],
-        "scale": None if scales is None else scales[index], "protocol": setup["protocol"], "resume": setup["resume"],
-        "check": setup.get("check", False),
-    }  # fmt: skip
+    """What this site's worker is to prepare for, checked."""
+    asked = read(setup, Setup, _refused, "a setup")
+    order, scales = asked.order, asked.scales
+    _check(site in order, "the order of the sites names this one")
+    _check(scales is None or len(scales) == len(order), "scales are numbers, one for each site")
+    index = order.index(site)
+    scale = None if scales is None else scales[index]
+    return plain(Prepare(index, len(order), asked.cohort, asked.seed, scale, asked.protocol, asked.resume, asked.check))

@@ -14,6 +14,7 @@ from ..faults import StateLost
 from ..messaging.transport import Answers, Request, Transport
 from .agreement import warnings_in
 from .calls import Call, sites
+from .messages import Header, plain
 
 _FIRST = 600.0  # seconds for a site's first answer of each kind, which it has to compile
 _SOON = 5.0  # seconds for a sign of life
@@ -37,11 +38,8 @@ class CollabTransport(Transport):
         one = next(iter(requests.values()))
         new = any((client, one.place) not in self._seen for client in requests)
         seconds = _FIRST if new or deadline is None else deadline
-        header = {
-            "place": one.place, "tag": list(one.tag), "sent": list(one.sent), "wanted": list(one.wanted),
-            "states": {self.names[c]: [list(r.counted), list(r.kept)] for c, r in requests.items()},
-            "deadline": float(seconds),
-        }  # fmt: skip
+        states = {self.names[client]: (request.counted, request.kept) for client, request in requests.items()}
+        header = plain(Header(one.place, one.tag, one.sent, one.wanted, states, float(seconds)))
         number = {self.names[client]: client for client in requests}
 
         def arrived(call: Call, said: Received, **_: Received) -> Received:

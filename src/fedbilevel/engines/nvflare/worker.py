@@ -10,16 +10,18 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from ...given import JSON
 
 if TYPE_CHECKING:  # at run time they are imported where they are needed, in the worker alone
     from ...app import App
     from ..messaging.client_side import ClientSide
+    from .messages import Answer, Finish, Load, Prepare, Restart
 
 LOWER = "lower.npz"  # a site's own lower variable at the end of a run, in its folder
 START_SECONDS = 600.0  # within which a worker has loaded its site's rows
@@ -144,17 +146,19 @@ class _Inside:
 
     def do(self, what: str, payload: bytes, header: dict) -> tuple[dict, bytes]:
         from ...errors import noting
+        from .messages import Answer, Finish, Load, Prepare, Restart
 
         known = {
-            "load": self.load, "prepare": self.prepare, "answer": self.answer, "restart": self.restart,
-            "finish": self.finish,
+            "load": (Load, self.load), "prepare": (Prepare, self.prepare), "answer": (Answer, self.answer),
+            "restart": (Restart, self.restart), "finish": (Finish, self.finish),
         }  # fmt: skip
+        kind, act = known[what]
         told: list[str] = []
         with noting(told):
-            said, numbers = known[what](payload, **header)
+            said, numbers = act(payload, msgspec.convert(header, kind))
         return ({**said, "warnings": told} if told else said), numbers
 
-    def load(self, payload: bytes) -> tuple[dict, bytes]:
+    def load(self, payload: bytes, message: Load) -> tuple[dict, bytes]:
         """Load the app and this site's rows.
 
         It says what one row looks like, how many there are where that is asked, and of what the app consists here.
@@ -173,20 +177,8 @@ class _Inside:
         counts = [int(level.counts[0]) for level in levels] if self.app.weights == "rows" else None
         return {"rows": schemas, "counts": counts, **self.app.bundle().told()}, b""
 
-    def prepare(
-        self,
-        payload: bytes,
-        *,
-        index: int,
-        sites: int,
-        cohort: int,
-        seed: int,
-        scale: float | None,
-        protocol: str,
-        resume: bool,
-        check: bool = False,
-    ) -> tuple[dict, bytes]:
-        """Derive the protocol, and get ready to answer; `scale` is what the outer rows' weights sum to, if not one.
+    def prepare(self, payload: bytes, message: Prepare) -> tuple[dict, bytes]:
+        """Derive the protocol, and get ready to answer.
 
         With `check` it says what `sanity` measures on the rows here.
         """
@@ -202,12 +194,13 @@ class _Inside:
         from ..messaging.client_side import ClientSide, Methods
         from .agreement import begin, derive, fingerprint, placeholder_data
 
-        app = self.app
+        app, scale = self.app, message.scale
         problem, self.variables, state = begin(app)
-        weights = None if scale is None else [1.0] * sites
-        derived = derive(app, placeholder_data([schema(level) for level in self.rows], sites, weights), cohort)
+        weights = None if scale is None else [1.0] * message.sites
+        data = placeholder_data([schema(level) for level in self.rows], message.sites, weights)
+        derived = derive(app, data, message.cohort)
         expect(
-            fingerprint(derived) == protocol,
+            fingerprint(derived) == message.protocol,
             f"site {self.site} derives another protocol than the server: both need the same app, fedbilevel and jax.",
         )
         inner, outer = self.own.inner.alone(0), self.own.outer.alone(0)
@@ -217,35 +210,23 @@ class _Inside:
         problem = freeze(problem, state.x, state.y, self.own)
         self.side = ClientSide(
             problem, (inner, outer), as_leaves(settle(app.algorithm, state.x)), derived,
-            jax.random.key(seed), index, first, Methods(), self.site,
+            jax.random.key(message.seed), message.index, first, Methods(), self.site,
         )  # fmt: skip
-        self._store(resume)
-        return ({"figures": told(problem, self.own, *self.variables)} if check else {}), b""
+        self._store(message.resume)
+        return ({"figures": told(problem, self.own, *self.variables)} if message.check else {}), b""
 
-    def answer(
-        self,
-        payload: bytes,
-        *,
-        place: int,
-        tag: Sequence[int],
-        sent: Sequence[bool],
-        wanted: Sequence[bool],
-        counted: Sequence[int],
-        kept: Sequence[int],
-    ) -> tuple[dict, bytes]:
+    def answer(self, payload: bytes, message: Answer) -> tuple[dict, bytes]:
         """Answer a request."""
         from ...clock import compiling
         from ..messaging.client_side import Methods
-        from ..messaging.transport import Request, as_tag
 
-        request = Request(place, as_tag(tag), tuple(sent), tuple(wanted), as_tag(counted), as_tag(kept), payload)
         before = compiling()
-        numbers = self.side.answer(request)
+        numbers = self.side.answer(message.request(payload))
         if self.side.keeps:
             self._save()
         return {"traced": dict(Methods.traced), "compiling": compiling() - before}, numbers
 
-    def restart(self, payload: bytes) -> tuple[dict, bytes]:
+    def restart(self, payload: bytes, message: Restart) -> tuple[dict, bytes]:
         """Begin anew with the state `client_init(x, y)`; the message has x and y."""
         from ...problem import strong
         from ...protocol.wire import decode
@@ -256,7 +237,7 @@ class _Inside:
             self._save()
         return {}, b""
 
-    def finish(self, payload: bytes, *, counted: Sequence[int]) -> tuple[dict, bytes]:
+    def finish(self, payload: bytes, message: Finish) -> tuple[dict, bytes]:
         """The run is over, and the state of this tag counts: write down the lower variable that is this site's own."""
         import equinox as eqx
 
@@ -264,9 +245,8 @@ class _Inside:
         from ...result import save_arrays
         from ...variables import trainable
         from ..faults import StateLost
-        from ..messaging.transport import as_tag
 
-        tag = as_tag(counted)
+        tag = message.counted
         if tag not in self.side.states:
             raise StateLost(f"site {self.site} has no state of exchange {tag}.")
         own = own_lower(self.app.algorithm, self.side.states[tag])
