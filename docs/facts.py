@@ -20,6 +20,7 @@ from fedbilevel.algorithm import Algorithm  # noqa: E402
 from fedbilevel.algorithms import ALGORITHMS  # noqa: E402
 from fedbilevel.algorithms.about import about, summary  # noqa: E402
 from fedbilevel.datasets import DATASETS  # noqa: E402
+from fedbilevel.results import pipe_table  # noqa: E402
 from fedbilevel.tasks import TASKS  # noqa: E402
 
 REGION = re.compile(r"(?P<start><!-- facts/(?P<name>[\w-]+) -->)(?P<line>\n?).*?(?P<end><!-- end -->)", re.S)
@@ -38,9 +39,7 @@ def rewrite(text: str) -> str:
 
 def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     """A table in Markdown."""
-    head = list(head)
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("| --- ", "|---").replace("--- |", "---|")
+    return pipe_table(list(head), [list(line) for line in lines]).rstrip()
 
 
 def listed(names: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ def test_cells_stay_as_they_are():
     rows = [["Lockstep (ours)", "010", "1,234", "1e5"], ["FedNest, full", "0.50", "-", "**9 s**"]]
     lines = pipe_table(["algorithm", "MB", "MB", ""], rows).splitlines()
     assert lines[0] == "| algorithm | MB | MB |  |"
-    assert set(lines[1]) == {"|", "-"} and lines[1].count("|") == 5
+    assert lines[1] == "| --- | --- | --- | --- |"
     assert lines[2:] == ["| Lockstep (ours) | 010 | 1,234 | 1e5 |", "| FedNest, full | 0.50 | - | **9 s** |"]
 
 

@@ -15,7 +15,13 @@ def pipe_table(head: list[str], rows: list[list[str]]) -> str:
         rows: of as many cells each.
     """
     import pandas
+    from tabulate import DataRow, TableFormat
 
+    cells = DataRow("|", "|", "|")
+    ruled = TableFormat(  # tabulate's own rule below the headings is as wide as the widest cells
+        lineabove=None, linebelowheader=lambda widths, _: "| " + " | ".join(["---"] * len(widths)) + " |",
+        linebetweenrows=None, linebelow=None, headerrow=cells, datarow=cells, padding=1, with_header_hide=None,
+    )  # fmt: skip
     table = pandas.DataFrame(rows, columns=pandas.Index(head), dtype=str)
     as_it_is = {"disable_numparse": True, "stralign": None, "numalign": None}
-    return table.to_markdown(index=False, tablefmt="pipe", **as_it_is) + "\n"
+    return table.to_markdown(index=False, tablefmt=ruled, **as_it_is) + "\n"
