@@ -15,6 +15,8 @@ from pathlib import Path
 
 import facts
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "studies" / "src"))  # as facts does for the library
+
 from fedbilevel_studies.catalogue import STUDIES
 
 DOCS = Path(__file__).resolve().parent
