@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import itertools
 import json
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ from .calls import named_method
 from .sites import Path, Site
 
 SAMPLED = 2_000  # draws of the server, where there are too many to enumerate
+_WIDEST = 1_000  # characters of a line: lines are not folded
+_RULE, _NONE = " -- \n", "    \n"
+_RULED = f"{_NONE}{_NONE}{_RULE}{_NONE}{_NONE}{_RULE}{_NONE}{_NONE}"  # below the head and above the totals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,34 +83,37 @@ class Protocol:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        head = ("exchange", "down", "up", "times", "bytes down", "bytes up")
-        rows = [
-            (
-                e.name,
-                e.down,
-                e.up,
-                _range(e.times, e.times_most),
-                _range(e.bytes_down, e.bytes_down_most),
-                _range(e.bytes_up, e.bytes_up_most),
-            )
-            for e in self.exchanges
-        ]
-        total = (
-            "total", "", "", _range(self.rounds, self.rounds_most),
-            _range(self.bytes_down, self.bytes_down_most), _range(self.bytes_up, self.bytes_up_most),
-        )  # fmt: skip
-        widths = [max(len(row[i]) for row in (head, *rows, total)) for i in range(len(head))]
-        line = lambda row: "  ".join(
-            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        rule = "  ".join("-" * w for w in widths)
         note = {
             "exact": "expected values; in brackets the most, where it differs",
             "sampled": f"means over {SAMPLED} draws; in brackets the most seen",
             "bound": "the number of rounds depends on the data: these are the most",
         }[self.kind]
         title = f"{self.algorithm}: one iteration, {self.cohort} of {self.clients} clients an exchange ({note})"
-        return "\n".join([title, "", line(head), rule, *map(line, rows), rule, line(total)])
+        return f"{title}\n\n{self._drawn()}"
+
+    def _drawn(self) -> str:
+        """The table, as plain text."""
+        from rich.box import Box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            box=Box(_RULED, ascii=True), show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), show_footer=True
+        )
+        ranges = {"times": "rounds", "bytes down": "bytes_down", "bytes up": "bytes_up"}
+        totals = {title: _range(getattr(self, own), getattr(self, f"{own}_most")) for title, own in ranges.items()}
+        for title in ("exchange", "down", "up"):
+            table.add_column(title, footer="total" if title == "exchange" else "", no_wrap=True)
+        for title, total in totals.items():
+            table.add_column(title, footer=total, justify="right", no_wrap=True)
+        for e in self.exchanges:
+            numbers = (e.times, e.times_most), (e.bytes_down, e.bytes_down_most), (e.bytes_up, e.bytes_up_most)
+            cells = e.name, e.down, e.up, *itertools.starmap(_range, numbers)
+            table.add_row(*map(Text, cells))  # brackets are no markup
+        drawn = io.StringIO()
+        Console(file=drawn, width=_WIDEST, color_system=None).print(table)
+        return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines())
 
 
 def bytes_of(site: Site, counts: np.ndarray, replies: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
