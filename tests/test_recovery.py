@@ -17,7 +17,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.algorithms.components.curvature import EVERY, HALVINGS
-from fedbilevel.callbacks import CSV, Checkpoint
+from fedbilevel.callbacks import CSV, Callback, Checkpoint
 from fedbilevel.engines.base import Engine, plan
 from fedbilevel.engines.loopback import InProcess
 from fedbilevel.engines.messaging.client_side import ClientSide, Methods
@@ -215,6 +215,34 @@ def test_after_a_resume_the_run_goes_back_to_the_same(tmp_path, stop):
     with (tmp_path / "history.csv").open(newline="") as text:
         rows = list(csv.DictReader(text))
     assert [[int(row[name]) for name in ("iteration", "rounds")] for row in rows] == books(whole, "iteration", "rounds")
+
+
+class Struck(Callback):
+    """Fails, or stops the run, when it goes back."""
+
+    def __init__(self, act):
+        self._act = act
+
+    def went_back(self, run):
+        self._act(run)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_callback_that_fails_or_stops_it_when_it_goes_back_loses_nothing(tmp_path, fails):
+    whole, file = solve("lockstep", 60), tmp_path / "history.csv"
+    act = (lambda run: run.history[99]) if fails else (lambda run: run.stop("gone back"))
+    try:
+        part = solve("lockstep", 60, callbacks=[Struck(act), CSV(file), Checkpoint(tmp_path)])
+    except fb.RunError as error:
+        assert str(error) == "the callback Struck failed: IndexError: list index out of range"
+        part = error.result
+    assert part.stopped == (None if fails else "gone back")
+    assert part.iteration < 60 and books(part) == books(whole)[: len(part.history)]
+    with file.open(newline="") as text:
+        assert len(list(csv.DictReader(text))) == len(part.history) == part.iteration + 1
+    resumed = solve("lockstep", 60, resume=tmp_path)
+    np.testing.assert_array_equal(numbers(strong_numbers(whole)), numbers(strong_numbers(resumed)))
+    assert books(whole) == books(resumed)
 
 
 def strong_numbers(result):

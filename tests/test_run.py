@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +229,21 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_result(tmp_path):
         solve(3, callbacks=[Full(tmp_path), CSV(tmp_path / "h.csv")])
     assert failure.value.result.iteration == len(lines(tmp_path / "h.csv")) - 1 == 1
     assert fb.errors.with_notes(failure.value) == str(failure.value)  # at the end it fails alike: said once
+
+
+def test_files_that_cannot_grow_keep_the_result(tmp_path):
+    """As on a disk that is full: the system refuses to make any file larger than the history is by then."""
+    file, whole = tmp_path / "h.csv", resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size, whole[1]))
+    try:
+        with pytest.raises(fb.RunError, match=r"^the callback CSV failed: OSError: .*File too large") as failure:
+            solve(9, callbacks=[CSV(file), Checkpoint(tmp_path), At("record", full, 3)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+    result = failure.value.result
+    assert result.iteration == 4 and len(result.history) == 5 and len(lines(file)) == 4
+    assert "(Then the callback Checkpoint failed: OSError" in fb.errors.with_notes(failure.value)
+    np.testing.assert_array_equal(flat(result.y), flat(solve(4).y))
 
 
 def test_a_folder_that_is_gone_keeps_the_result(tmp_path):
