@@ -264,6 +264,14 @@ def test_the_first_error_is_the_one_that_is_told():
     assert bad.error is failure.value
 
 
+def test_one_that_fails_at_the_last_row_of_a_run_that_blew_up_is_a_note():
+    wild = fb.Lockstep(**STEPS | {"outer_lr": 1e8})
+    with pytest.raises(fb.Diverged) as failure:
+        solve(200, algorithm=wild, callbacks=[At("record", fails, 1)], evaluate_every=150)
+    assert failure.value.__notes__ == ["Then the callback At failed: TypeError: no such thing"]
+    assert failure.value.result.history[-1]["iteration"] == failure.value.result.iteration > 0
+
+
 @pytest.mark.parametrize("method", ["start", "advance", "record", "finish"])
 def test_an_interruption_passes_and_the_others_hear_of_it(method):
     def interrupt(run):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 import equinox as eqx
@@ -346,14 +347,20 @@ class Run:
     def _fail(self, before: Carry, after: Carry, record: Record) -> NoReturn:
         """Go back to the last finite iteration, say what blew up, and raise with all there is."""
         self.carry = self._last_good(before, record)
-        self._account(before.iteration, record)
-        if self.history[-1]["iteration"] != self.iteration:
-            self._record([self._row(self._last_info)])
+        beside: list[RunError] = []
+        with _set_aside(beside):
+            self._account(before.iteration, record)
+        with _set_aside(beside):
+            if self.history[-1]["iteration"] != self.iteration:
+                self._record([self._row(self._last_info)])
         # the first step may be the one that goes too far: what follows it looks healthy and is not
         healthy = self._first if self._first is not None and after.iteration <= LEAST else self._healthy
         recent = [*self._recent, record.seen]
         why = diagnose(self._execution, self.algorithm, healthy, after, self._limit, recent)
-        raise Diverged(why if self._recovery is None else self._recovery.spent(why), self._result())
+        error = Diverged(why if self._recovery is None else self._recovery.spent(why), self._result())
+        for other in beside:
+            error.add_note(f"Then {other}")
+        raise error
 
     # Rows -----------------------------------------------------------------------------------------------------------
 
@@ -410,6 +417,15 @@ class Run:
         own = self.lower.everybody(self.carry)
         state, stopped = self.carry.state, self.history.stopped
         return Result(x, y, self.history, self.protocol, state, self.iteration, own, stopped)
+
+
+@contextlib.contextmanager
+def _set_aside(errors: list[RunError]) -> Iterator[None]:
+    """Keep an error of a callback or a metric, where there is another one to raise."""
+    try:
+        yield
+    except RunError as error:
+        errors.append(error)
 
 
 def _count(name: str, value: Whole | None) -> int | None:
