@@ -11,11 +11,12 @@ from .moved import install as _install
 from .version import __version__
 
 if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is first asked for
-    from . import algorithms, callbacks, datasets, engines, errors, partition, reference, tasks, testing, tune
+    from . import algorithms, callbacks, datasets, engines, errors, partition, reference, results, tasks, testing, tune
     from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
     from .algorithms.shipped import *  # noqa: F403  AggITD and all the others
     from .app import App
     from .data import FederatedData
+    from .description import Description
     from .engines import Faults
     from .engines.shipped import *  # noqa: F403  Simulation and the others
     from .estimator import Estimator, estimator

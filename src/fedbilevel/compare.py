@@ -26,7 +26,7 @@ from .given import JSON
 from .identity import said
 from .result import History, Result
 from .results import folder as folders
-from .results.keep import keep
+from .results.kept import keep
 from .settings import UNTUNED, Chosen, chosen, told_apart
 from .tasks import TASKS, Options, Task
 from .tasks.base import Kind

@@ -7,10 +7,10 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedbilevel import Algorithm, Diverged, solve
-from fedbilevel.callbacks import CSV, Callback, Checkpoint, Progress
+from fedbilevel import Algorithm, Diverged
 from fedbilevel.errors import check
 from fedbilevel.memory import release
+from fedbilevel.results import keep
 
 from .kinds import JSON, DataDir
 from .oracles import oracle_calls
@@ -82,19 +82,15 @@ def _final(
         return
     task, engine = study.build(contender, seed, data_dir)
     share = study.shares and contender.kind == "rival" and seed == study.seeds[0] and estimates(algorithm)
-    callbacks: list[Callback] = [
-        Progress(f"{study.name}: {contender.label}, seed {seed}"),
-        CSV(place / "history.csv", {"algorithm": contender.label, "seed": seed}),
-        Checkpoint(place),
-        *([Shares(place / "shares.csv", task, engine, contender.label, seed, study.shares)] if share else []),
-    ]
+    beside = [Shares(place / "shares.csv", task, engine, contender.label, seed, study.shares)] if share else []
+    run = task.describe(
+        algorithm, rounds=contender.rounds or study.rounds, engine=engine, evaluate_every=study.every, check=False,
+        name=f"{study.name}: {contender.label}, seed {seed}",
+    )  # fmt: skip
     failure = None
     try:
-        result = solve(
-            task.problem, task.data, algorithm, task.x, task.y, rounds=contender.rounds or study.rounds, key=task.key,
-            engine=engine, callbacks=callbacks, metrics=task.metrics, evaluate_every=study.every,
-            resume=place if (place / "checkpoint.eqx").exists() else None, check=False,
-        )  # fmt: skip
+        columns = {"algorithm": contender.label, "seed": seed}
+        result = keep(run, place, resume=True, columns=columns, callbacks=beside)
     except Diverged as error:
         failure, result = str(error), error.result
     per_iteration = None if result is None else result.protocol.rounds

@@ -25,7 +25,7 @@ from ...program import freeze
 from ...protocol import step as iteration
 from ...result import Result
 from ...results.folder import CONFIG, ROUNDS
-from ...results.keep import ended, keep, tell
+from ...results.kept import ended, keep, tell
 from ...sampled import Sampled
 from ..base import Engine, Program, plan
 from ..faults import Faults
