@@ -45,7 +45,7 @@ LIBRARY = Tree(
         "tasks": "saddle_and_composition",
     },
 )
-STUDIES = Tree(ROOT / "studies" / "tests", ROOT / "studies" / "src" / "fedbilevel_studies", {".": "public_names"})
+STUDIES = Tree(ROOT / "studies" / "tests", ROOT / "studies" / "src" / "fedbilevel_studies", {".": "public_names store"})
 TREES = pytest.mark.parametrize("tree", [LIBRARY, STUDIES], ids=["library", "studies"])
 
 
