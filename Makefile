@@ -66,7 +66,7 @@ types: .venv/core .venv/test .venv/dev ## pyright
 docs: .venv/core .venv/docs ## the documentation, as pages in site/
 	$(BIN)/mkdocs build --strict
 
-bench: .venv/core ## the benchmarks
+bench: .venv/core .venv/test ## the benchmarks
 	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
 
 clean: ## remove what was built and kept, but for .venv

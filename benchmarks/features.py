@@ -1,6 +1,6 @@
 """What `Problem(features=...)` saves: an AggITD iteration with and without, on hyper-representation 784-200-10.
 
-    python benchmarks/features.py
+    python benchmarks/features.py [--quick]
 
 Random data of the task's shape; all compute the same numbers (asserted). Timed in turn, in one process; the ratios are
 below one where features save time. "Each exchange" is what features cost where the simulation does not know that all
@@ -24,6 +24,7 @@ from fedbilevel.tasks.hyper_representation import InnerLoss, features, outer_los
 from fedbilevel.tasks.network import layer
 
 CLIENTS, COHORT, ROWS, INPUTS, HIDDEN, CLASSES = 100, 10, 300, 784, 200, 10
+QUICK = {"CLIENTS": 4, "COHORT": 2, "ROWS": 8, "INPUTS": 6, "HIDDEN": 4, "CLASSES": 3}
 LOSS = InnerLoss()
 WITH = fb.Problem(LOSS, outer_loss, features=features)
 WITHOUT = fb.Problem(lambda x, y, row: LOSS(x, y, row, features(x, row)), outer_loss)
@@ -75,7 +76,11 @@ def compare(name: str, algorithm: fb.AggITD, clients: int, runs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=30)
-    runs = parser.parse_args().runs
+    parser.add_argument("--quick", action="store_true", help="a small network, two runs: to see that it works")
+    given = parser.parse_args()
+    runs = 2 if given.quick else given.runs
+    if given.quick:
+        globals().update(QUICK)
     print(
         f"AggITD, N = 5, {COHORT} clients an exchange with {ROWS} rows each, network {INPUTS}-{HIDDEN}-{CLASSES}, "
         f"{runs} runs each, JAX {jax.__version__} on {jax.devices()[0].platform}"
@@ -83,6 +88,8 @@ def main() -> None:
     times = f"{'with, ms':>14} {'each exchange':>14} {'without':>14}"
     print(f"{'':44} {times}  with / each exchange  with / without (middle halves)")
     common = {"inner_rounds": 5, "hessian_lr": 0.01, "outer_lr": 0.01}
+    if given.quick:
+        return compare("1 local step", fb.AggITD(local_steps=1, batch_size=4, **common), CLIENTS, runs)
     for name, steps, size in (
         ("1 local step, minibatches of 64 rows", 1, 64),
         ("40 local steps, 64 rows each", 40, 64),

@@ -1,6 +1,6 @@
 """What the library costs on top of the mathematics: a whole AggITD iteration against its oracle calls alone.
 
-    python benchmarks/iteration.py
+    python benchmarks/iteration.py [--quick]
 
 The rival is one jitted program with the same oracle calls on rows that are already gathered: no federation, no cohort or
 minibatch draws, no ledger, no checks. Both compute the same numbers (asserted). Timed in turn, in one process; the ratio
@@ -26,6 +26,7 @@ from fedbilevel.tasks.hyper_representation import InnerLoss, features, outer_los
 from fedbilevel.tasks.network import layer
 
 CLIENTS, COHORT, ROWS, INPUTS, HIDDEN, CLASSES = 100, 10, 300, 784, 200, 10
+QUICK = {"CLIENTS": 4, "COHORT": 2, "ROWS": 8, "INPUTS": 6, "HIDDEN": 4, "CLASSES": 3}
 LOSS = InnerLoss()
 # without `features`, which the program of oracle calls could not use: benchmarks/features.py measures those
 PROBLEM = fb.Problem(lambda x, y, row: LOSS(x, y, row, features(x, row)), outer_loss)
@@ -148,13 +149,19 @@ def alg_arrays(alg):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=30)
-    runs = parser.parse_args().runs
+    parser.add_argument("--quick", action="store_true", help="a small network, two runs: to see that it works")
+    given = parser.parse_args()
+    runs = 2 if given.quick else given.runs
+    if given.quick:
+        globals().update(QUICK)
     print(
         f"AggITD, N = 5, {COHORT} of {CLIENTS} clients, network {INPUTS}-{HIDDEN}-{CLASSES}, "
         f"{runs} runs each, JAX {jax.__version__} on {jax.devices()[0].platform}"
     )
     print(f"{'':48} {'ours, ms':>9} {'bare, ms':>9} {'ratio':>7}   middle half of ratios   difference")
     common = {"inner_rounds": 5, "inner_lr": 0.01, "hessian_lr": 0.01, "outer_lr": 0.01}
+    if given.quick:
+        return compare("minibatches, 1 local step", fb.AggITD(local_steps=1, batch_size=4, **common), runs)
     compare("full batches of 300 rows, 5 local steps", fb.AggITD(local_steps=5, outer_steps=1, **common), runs)
     compare(
         "minibatches of 64 rows, 5 local steps", fb.AggITD(local_steps=5, outer_steps=5, batch_size=64, **common), runs

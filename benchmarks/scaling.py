@@ -1,6 +1,6 @@
 """How compilation, time and memory grow: with the rounds of an iteration, the clients, the cohort, and the iterations.
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling.py [--quick]
 
 Every line is a process of its own, so that peak memory is its own; the time of an iteration is the median of 20 after
 compilation. AggITD on hyper-representation (64-64-10), 20 inner and 10 outer rows a client, minibatches of 16.
@@ -81,9 +81,13 @@ def line(label: str, **settings) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one line, few clients: to see that it works")
+    quick = parser.parse_args().quick
     base = {"clients": 100, "cohort": 10, "client_batch": None, "rounds": 5, "iterations": 0}
     print(f"{'':44} {'trace s':>7} {'compile s':>9} {'iteration ms':>12} {'peak MB':>8} {'data MB':>8} {'grown MB':>8}")
+    if quick:
+        return line("4 clients, cohort 2", clients=4, cohort=2, client_batch=None, rounds=2, iterations=100)
     for rounds in (5, 50, 200):
         line(f"N = {rounds}", **{**base, "rounds": rounds})
     for clients in (100, 1_000, 10_000):
