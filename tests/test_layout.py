@@ -36,8 +36,8 @@ LIBRARY = Tree(
     TESTS,
     ROOT / "src" / "fedbilevel",
     {
-        ".": "additions benchmarks checks complex design docs examples facts float32 input layout messages mnist on_disk recorded"
-        " typing wheel",
+        ".": "additions benchmarks checks complex design docs examples facts float32 input layout messages mnist on_disk"
+        " recorded typing wheel",
         "algorithms": "bias estimator family_messages family_methods family fields properties second_moment whole",
         "diagnosis": "divergence",
         "engines": "dropout_weights same_cohort",

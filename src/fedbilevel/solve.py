@@ -12,7 +12,6 @@ from .callbacks.base import Callback
 from .data import FederatedData
 from .engines.base import Engine
 from .estimator import Estimator
-from .estimator import estimate as estimate
 from .given import Whole
 from .keys import KeyLike
 from .metrics import Metric
