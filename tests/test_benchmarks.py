@@ -12,7 +12,8 @@ import pytest
 from helpers.places import ROOT
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
-LARGE = {"fednest_settings", "search_settings"}  # they need data, or hours: what they measure stands in docs/benchmarks.md
+# they need data, or hours: what they measure stands in docs/benchmarks.md
+LARGE = {"fednest_settings", "search_settings"}
 QUICK = [script for script in SCRIPTS if script.stem not in LARGE]
 
 
