@@ -99,6 +99,11 @@ def test_a_run_that_fails_is_a_failed_one(tmp_path, offline):
     assert [record.exit.exit_code for record in records(tmp_path) if record.HasField("exit")] == [1]
 
 
+def test_a_mode_that_there_is_not_is_refused():
+    with pytest.raises(fb.InputError, match="there is no mode of wandb 'off': did you mean 'offline'"):
+        WeightsAndBiases(mode="off")
+
+
 def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(fb.InputError, match=r"WeightsAndBiases needs wandb.*pip install 'fedbilevel\[wandb\]'"):

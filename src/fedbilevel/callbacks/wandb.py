@@ -8,12 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import unknown_name
 from ..result import EMPTY
 from .base import Callback, Row, Rows, Running
 from .extras import needed
 
 if TYPE_CHECKING:
     from wandb import Run
+
+_MODES = ("online", "offline", "disabled")
 
 
 class WeightsAndBiases(Callback):
@@ -34,7 +37,7 @@ class WeightsAndBiases(Callback):
         folder: where wandb keeps its files, in `wandb` within; None: here.
 
     Raises:
-        InputError: at the start of a run, that wandb is not installed.
+        InputError: there is no such mode; at the start of a run, that wandb is not installed.
     """
 
     in_bulk = True
@@ -46,6 +49,8 @@ class WeightsAndBiases(Callback):
         name: str | None = None,
         folder: str | os.PathLike[str] | None = None,
     ):
+        if mode is not None and mode not in _MODES:
+            raise unknown_name("mode of wandb", mode, _MODES)
         self.project, self.mode, self.name = project, mode, name
         self.folder = None if folder is None else Path(folder)
         self._run: Run | None = None
