@@ -5,7 +5,6 @@ A conftest.py takes it from here.
 """
 
 import gc
-import itertools
 import os
 import sys
 
@@ -31,15 +30,35 @@ os.environ["FEDBILEVEL_STORE"] = os.devnull + "/none.toml"  # what the person wh
 gc.set_threshold(200_000, 50, 100)  # tracing makes millions of small objects, and a look at them all takes its time
 pytest.raises = unchecked_where_refused(pytest.raises)
 
-_tests = itertools.count(1)
+
+class Looks:
+    """When to count memory maps: counting takes up to half a second, so as rarely as their growth so far allows."""
+
+    often, seldom = 20, 200  # tests between two looks
+    enough = 25_000
+
+    def __init__(self):
+        self.done, self.next, self.maps, self.growth = 0, self.often, 0, 0.0
+
+    def after_a_test(self):
+        self.done += 1
+        if self.done < self.next:
+            return
+        now = release(self.enough)
+        self.growth = max(self.growth, (now - self.maps) / self.done)  # a test
+        left = (self.enough - now) / (2 * max(self.growth, 1.0))
+        self.done, self.maps = 0, now
+        self.next = int(min(max(left, self.often), self.seldom))
+
+
+_looks = Looks()
 
 
 @pytest.fixture(autouse=True)
 def memory_maps():
-    """Hundreds of tests in one process would use them up. Counting takes up to half a second: after every 20th test only."""
+    """Hundreds of tests in one process would use them up."""
     yield
-    if next(_tests) % 20 == 0:
-        release()
+    _looks.after_a_test()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from fedbilevel.errors import InputError
 from fedbilevel.results import folder as folders
 from helpers import apps
 
-TASK = ("ridge", "--dataset", "diabetes", "--clients", 3)
+TASK = ("ridge", "--clients", 3)
 METRICS = 'metrics={"size": lambda x, y: jnp.sum(y**2)}'
 KINDS = ["task", "task compared", "app", "app compared", "app of before"]
 
@@ -19,9 +19,9 @@ KINDS = ["task", "task compared", "app", "app compared", "app of before"]
 def words(kind, file, iterations=2):
     """The command that leaves a folder of a kind, but for --out."""
     what = TASK if kind.startswith("task") else (file,)
-    many = ("--algorithms", "lockstep,aggitd", "--seeds", 2) if kind.endswith("compared") else ()
+    many = ("--algorithms", "lockstep,fedf2sa", "--seeds", 2) if kind.endswith("compared") else ()
     verb = "compare" if many else "run"
-    return (verb, *what, *many, "--iterations", iterations, "--set", "local_steps=1")
+    return (verb, *what, *(many or ("--algorithm", "lockstep")), "--iterations", iterations, "--set", "local_steps=1")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_verb_takes_every_folder(fedbilevel, made, file, kind):
     code, text, errors = fedbilevel("plot", out)
     assert code == 0, errors
     assert "At the end" in text and (out / "summary.csv").is_file() and list(out.glob("*.png"))
-    metric = "size" if kind.startswith("app") else "test_error"
+    metric = "size" if kind.startswith("app") else "test_accuracy"
     goal = pandas.read_csv(out / "history.csv")[metric].max()
     asked = ("--cohort", 3) if kind == "app of before" else ()  # it has no config.json that says so
     cost = ("cost", out, "--latency", "1s", "--up", "1MB/s", "--down", "1MB/s", "--level", goal)
@@ -89,7 +89,7 @@ def test_another_kind_of_run_does_not_go_on_there(fedbilevel, made, file, there,
 
 
 def test_a_run_leaves_its_variables_and_what_became_of_it(made):
-    for kind, place in (("task", "runs/aggitd-0"), ("app", ".")):
+    for kind, place in (("task", "runs/lockstep-0"), ("app", ".")):
         run = made(kind, kind) / place
         assert json.loads((run / "outcome.json").read_text()) == {"status": "done", "iterations": 2}
         assert {name[0] for name in np.load(run / "variables.npz")} == {"x", "y"}

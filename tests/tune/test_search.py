@@ -14,7 +14,7 @@ from fedbilevel.results.curves import running_median
 from helpers import apps
 
 LOCKSTEP = fb.Lockstep(local_steps=2)
-SMALL = ("quadratic", "--clients", 3, "--iterations", 4)
+SMALL = ("ridge", "--clients", 3, "--iterations", 2)
 
 
 @pytest.fixture
@@ -87,15 +87,15 @@ def test_what_is_found_is_kept_and_taken(fedbilevel, store, tmp_path):
     best = {row["algorithm"]: row for row in json.loads(text)}
     assert set(best) == {"lockstep", "fedf2sa"} and "hessian_lr" not in best["fedf2sa"]
     assert (tmp_path / "grid" / "grid.csv").read_text().startswith("algorithm,")
-    kept = tomllib.loads(store.read_text())["quadratic"]["synthetic"]
+    kept = tomllib.loads(store.read_text())["ridge"]["digits"]
     for name, row in best.items():
         assert kept[name]["outer_lr"] == row["outer_lr"] and kept[name]["found"]["score"] == row["validation_loss"]
-    code, text, errors = fedbilevel("compare", *SMALL, "--algorithms", "lockstep,fedmsa", "--seeds", 1, "--out",
+    code, text, errors = fedbilevel("compare", *SMALL, "--algorithms", "lockstep,fedbio", "--seeds", 1, "--out",
                                     tmp_path / "out", "--set", "lockstep.inner_lr=0.2")  # fmt: skip
     assert code == 0, errors
-    assert "stored by search" in text and "class defaults" in text and "fedmsa runs at its class defaults" in errors
+    assert "stored by search" in text and "class defaults" in text and "fedbio runs at its class defaults" in errors
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["steps"] == {"lockstep": "stored by search, inner_lr given", "fedmsa": "class defaults"}
+    assert config["steps"] == {"lockstep": "stored by search, inner_lr given", "fedbio": "class defaults"}
     assert config["algorithms"]["lockstep"]["outer_lr"] == kept["lockstep"]["outer_lr"]
     assert config["algorithms"]["lockstep"]["inner_lr"] == 0.2
     summary = (tmp_path / "out" / "summary.md").read_text()
@@ -105,37 +105,37 @@ def test_what_is_found_is_kept_and_taken(fedbilevel, store, tmp_path):
 def test_an_entry_is_replaced_and_others_stay(fedbilevel, store):
     store.parent.mkdir()
     store.write_text(
-        "# mine\n[quadratic.synthetic.lockstep]\nouter_lr = 7.0\n\n[ridge.digits.aggitd]\ninner_lr = 0.5\n"
+        "# mine\n[ridge.digits.lockstep]\nouter_lr = 7.0\n\n[quadratic.synthetic.aggitd]\ninner_lr = 0.5\n"
     )
     code, text, errors = fedbilevel("search", *SMALL, "--algorithms", "lockstep", "--grid", "outer_lr=0.1")
     assert code == 0 and f"kept in {store}" in text, errors
     assert store.read_text().startswith("# mine")
     kept = tomllib.loads(store.read_text())
-    assert kept["quadratic"]["synthetic"]["lockstep"]["outer_lr"] != 7.0 and kept["ridge"]["digits"]["aggitd"]
+    assert kept["ridge"]["digits"]["lockstep"]["outer_lr"] != 7.0 and kept["quadratic"]["synthetic"]["aggitd"]
 
 
 def test_of_an_application_other_algorithms_are_kept_by_its_file(fedbilevel, store, tmp_path):
     file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=4, {apps.LOCKSTEP}")
-    words = ("--algorithms", "lockstep,fednest", "--grid", "outer_lr=0.05,0.1", "--seeds", 1)
+    words = ("--algorithms", "lockstep,fedf2sa", "--grid", "outer_lr=0.05,0.1", "--seeds", 1)
     code, text, errors = fedbilevel("search", file, *words)
     assert code == 0 and "lockstep: the application's own algorithm" in text, errors
     assert list(tomllib.loads(store.read_text())["closed-form"]) == [str(file)]
-    code, text, errors = fedbilevel("run", file, "--algorithm", "fednest", "--out", tmp_path / "out")
+    code, text, errors = fedbilevel("run", file, "--algorithm", "fedf2sa", "--out", tmp_path / "out")
     assert code == 0, errors
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["steps"] == {"fednest": "stored by search"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["steps"] == {"fedf2sa": "stored by search"}
     other = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=4, {apps.LOCKSTEP}").rename(tmp_path / "other.py")
-    assert fedbilevel("run", other, "--algorithm", "fednest", "--out", tmp_path / "two")[0] == 0
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["steps"] == {"fednest": "class defaults"}
+    assert fedbilevel("run", other, "--algorithm", "fedf2sa", "--out", tmp_path / "two")[0] == 0
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["steps"] == {"fedf2sa": "class defaults"}
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[quadratic", "cannot be read"),
-        ("quadratic = 3", "has no sections [TASK.DATASET.ALGORITHM]"),
-        ("[quadratic.synthetic.aggitd]\nstep = 3.0", "aggitd, which has no such setting"),
-        ("[quadratic.synthetic.aggitd]\ninner_lr = -1.0", "positive number; got -1.0"),
-        ("[quadratic.synthetic]\naggitd = 1", "has no sections [TASK.DATASET.ALGORITHM]"),
+        ("[ridge", "cannot be read"),
+        ("ridge = 3", "has no sections [TASK.DATASET.ALGORITHM]"),
+        ("[ridge.digits.aggitd]\nstep = 3.0", "aggitd, which has no such setting"),
+        ("[ridge.digits.aggitd]\ninner_lr = -1.0", "positive number; got -1.0"),
+        ("[ridge.digits]\naggitd = 1", "has no sections [TASK.DATASET.ALGORITHM]"),
     ],
 )
 def test_a_store_that_makes_no_sense_is_a_sentence(fedbilevel, store, text, sentence):
@@ -153,7 +153,7 @@ def test_a_store_that_makes_no_sense_is_a_sentence(fedbilevel, store, text, sent
         (("--grid", "speed=1"), "has a step size 'speed'"),
         (("--seeds", 0), "at least 1; got 0"),
         (("--algorithms", "agitd"), "did you mean 'aggitd'"),
-        (("--metric", "valu"), "did you mean 'value'"),
+        (("--metric", "test_los"), "did you mean 'test_loss'"),
     ],
 )
 def test_bad_words_are_one_sentence(fedbilevel, store, words, sentence):

@@ -1,5 +1,7 @@
 """Engines: how a server program is run. Those of `shipped` have names on the command line."""
 
+import jax
+
 from . import shipped
 from .base import Engine
 from .faults import Faults

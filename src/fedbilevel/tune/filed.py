@@ -7,6 +7,8 @@ import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 from .. import store
 from ..algorithm import Algorithm, Setting
 from ..callbacks.progress import Meter
@@ -64,19 +66,20 @@ def searched(
     for step in grid or {}:
         known = sorted(set().union(*has.values()))
         check(step in known, f"none of {', '.join(has)} has a step size {step!r}.")
-    tasks = {seed: plan.source.build(seed) for seed in plan.seeds}
     filed = []
-    for name in plan.algorithms:
-        runs = [plan.describe(task, name, seed) for seed, task in tasks.items()]
-        own = None if grid is None else {step: values for step, values in grid.items() if step in has[name]}
-        if quiet:
-            found = search(runs, own, metric=metric)
-        else:
-            with Meter(f"{name}: search", 1.0) as meter:
-                found = search(runs, own, metric=metric, progress=meter.update)
-        filed.append(
-            Filed(name, plan.source.filed(name), _settings(runs[0].algorithm, found), found, _how(plan, found))
-        )
+    with jax.enable_x64(plan.precision == 64):
+        tasks = {seed: plan.source.build(seed) for seed in plan.seeds}
+        for name in plan.algorithms:
+            runs = [plan.describe(task, name, seed) for seed, task in tasks.items()]
+            own = None if grid is None else {step: values for step, values in grid.items() if step in has[name]}
+            if quiet:
+                found = search(runs, own, metric=metric)
+            else:
+                with Meter(f"{name}: search", 1.0) as meter:
+                    found = search(runs, own, metric=metric, progress=meter.update)
+            filed.append(
+                Filed(name, plan.source.filed(name), _settings(runs[0].algorithm, found), found, _how(plan, found))
+            )
     return filed
 
 
