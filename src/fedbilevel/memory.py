@@ -9,23 +9,15 @@ import jax
 _ENOUGH = 25_000
 
 
-def release(enough: int = _ENOUGH) -> int:
+def release(enough: int = _ENOUGH) -> None:
     """Let go of all compiled programs if there are more than `enough` maps; they are compiled again when needed.
 
     For processes that run very many different programs, such as searches for step sizes. On systems whose processes
-    cannot tell their maps there is no such limit, and nothing is let go.
-
-    Returns:
-        How many maps there are; 0 where they cannot be told. Counting 10,000 of them takes a fifth of a second.
+    cannot tell their maps there is no such limit, and nothing is let go. Counting 10,000 of them takes a fifth of a second.
     """
     import psutil
 
     own = psutil.Process()
-    if not hasattr(own, "memory_maps"):
-        return 0
-    maps = len(own.memory_maps(grouped=False))
-    if maps > enough:
+    if hasattr(own, "memory_maps") and len(own.memory_maps(grouped=False)) > enough:
         jax.clear_caches()
         gc.collect()
-        maps = len(own.memory_maps(grouped=False))
-    return maps
