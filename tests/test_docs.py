@@ -46,9 +46,68 @@ def commands(page: str) -> list[list[str]]:
     return [line[1:] for line in words if line[:1] == ["fedbilevel"]]
 
 
-def run(*words: str, cwd: Path) -> None:
-    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+SERVER = """
+import json, os, runpy, sys, traceback
+import matplotlib.figure, pandas
+import fedbilevel.cli
+from fedbilevel import *
+
+def run(job):
+    if isinstance(job, str):
+        runpy.run_path(job, run_name="__main__")
+        return
+    for words in job:
+        sys.argv = ["fedbilevel", *words]
+        try:
+            fedbilevel.cli.main()
+        except SystemExit as end:
+            assert not end.code, f"{words} ended with {end.code}"
+
+for line in sys.stdin:
+    job, folder, log = json.loads(line)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.chdir(folder)
+            for stream in (1, 2):
+                os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+            run(job)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Fresh:
+    """Processes in which the library is imported and nothing else has happened: forked, for imports take two seconds."""
+
+    def __init__(self):
+        command = [sys.executable, "-W", "ignore:.*os.fork:RuntimeWarning", "-c", SERVER]
+        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, job: str | list[list[str]], cwd: Path) -> None:
+        """A Python file, or commands one after the other, in a folder."""
+        log = cwd / "printed.txt"
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps([job, str(cwd), str(log)]) + "\n")
+        self._server.stdin.flush()
+        code = self._server.stdout.readline().strip()
+        assert code == "0", f"{job} ended with {code}\n{log.read_text()}"
+
+    def end(self) -> None:
+        self._server.communicate()
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    process = Fresh()
+    yield process
+    process.end()
 
 
 def speed(page: Path) -> list[pytest.MarkDecorator]:
@@ -61,10 +120,10 @@ def speed(page: Path) -> list[pytest.MarkDecorator]:
     [pytest.param(page, marks=speed(page)) for page in PAGES if script(page.read_text()).strip()],
     ids=lambda page: page.stem,
 )
-def test_the_python_of_a_page_runs(page, tmp_path):
+def test_the_python_of_a_page_runs(page, fresh, tmp_path):
     file = tmp_path / f"{page.stem}.py"
     file.write_text(script(page.read_text()))
-    run(str(file), cwd=tmp_path)
+    fresh.run(str(file), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -76,21 +135,9 @@ def test_the_python_of_a_page_runs(page, tmp_path):
     ],
     ids=lambda page: page.stem,
 )
-def test_the_commands_of_a_page_run(page, tmp_path):
-    run("-c", ONE_AFTER_THE_OTHER, json.dumps(commands(page.read_text())), cwd=tmp_path)
+def test_the_commands_of_a_page_run(page, fresh, tmp_path):
+    fresh.run(commands(page.read_text()), tmp_path)
 
-
-# a process of its own for each command would spend its time on imports
-ONE_AFTER_THE_OTHER = """
-import json, sys
-from fedbilevel.cli import main
-for words in json.loads(sys.argv[1]):
-    sys.argv = ["fedbilevel", *words]
-    try:
-        main()
-    except SystemExit as end:
-        assert not end.code, f"{words} ended with {end.code}"
-"""
 
 PAGE = """# A page
 ```python
@@ -139,19 +186,19 @@ def test_every_public_name_has_a_page_with_an_example():
     }  # fmt: skip
 
 
-def test_a_wrong_page_fails_at_its_own_line(tmp_path):
+def test_a_wrong_page_fails_at_its_own_line(fresh, tmp_path):
     file = tmp_path / "page.py"
     file.write_text(script(PAGE))
     with pytest.raises(AssertionError, match=r'page.py", line 13(.|\n)*AssertionError'):
-        run(str(file), cwd=tmp_path)
+        fresh.run(str(file), tmp_path)
     file.write_text(script(PAGE.replace("a == 2", "a == 1")))
-    run(str(file), cwd=tmp_path)
+    fresh.run(str(file), tmp_path)
 
 
-def test_commands_are_found(tmp_path):
+def test_commands_are_found(fresh, tmp_path):
     assert commands(PAGE) == [["run", "quadratic", "--rounds", "13"]]
     with pytest.raises(AssertionError, match="ended with 2"):
-        run("-c", ONE_AFTER_THE_OTHER, json.dumps([["list"], ["lst"]]), cwd=tmp_path)
+        fresh.run([["list"], ["lst"]], tmp_path)
 
 
 def test_tables_on_the_pages_are_those_that_studies_left(monkeypatch):

@@ -23,7 +23,7 @@ GIVEN = Q.problem, DATA
 NEST = fb.FedNest(inner_rounds=1, neumann_terms=1, local_steps=1)
 KEY = jax.random.key(3)
 FORMS = [name for name, kind in ALGORITHMS.items() if kind.estimate is not fb.Algorithm.estimate]
-QUICK = ("aggitd", "lfednest")
+QUICK = ("aggitd",)
 ALL = ("fedf2sa",)  # with weights they ask everybody
 COMPILED = []
 

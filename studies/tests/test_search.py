@@ -51,6 +51,7 @@ def test_a_grid_goes_on_until_no_neighbour_is_better(tmp_path, monkeypatch):
         return [own | p | {"score": off(p) + 0.3 * p.get("neumann_terms", 0)} for p in points]
 
     monkeypatch.setattr(search._Grid, "_try", score)
+    monkeypatch.setattr(search, "release", lambda: None)  # nothing is compiled here, and counting maps takes its time
     found = search.search(one, tmp_path, None, print)
     whole, count = (tmp_path / "grid.csv").read_text(), len(batches)
     rows = pandas.read_csv(tmp_path / "grid.csv")
@@ -93,5 +94,6 @@ def test_a_second_look_goes_on_until_a_point_holds(tmp_path, monkeypatch, unstab
         return [own | p | {"score": 11.0 * rounds if blown(p) else 100 * p["inner_lr"]} for p in points]
 
     monkeypatch.setattr(search._Grid, "_try", score)
+    monkeypatch.setattr(search, "release", lambda: None)
     found = search.search(one, tmp_path, None, print)[one.contenders[0].label]
     assert (len(again), found["inner_lr"]) == (looked_at, rates[chosen])

@@ -55,7 +55,9 @@ def made(fedbilevel, file, tmp_path, templates):
     return make
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if "compared" in kind else kind for kind in KINDS]
+)
 def test_every_verb_takes_every_folder(fedbilevel, made, file, kind):
     out = made(kind)
     code, text, errors = fedbilevel("plot", out)

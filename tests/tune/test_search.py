@@ -47,6 +47,7 @@ def test_the_best_point_is_that_of_runs_one_by_one():
     assert set(found.edge) == set(grid)  # both values of each are outermost
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_to_rise_and_a_grid_that_goes_on():
     run = described()
     rising = {"an_accuracy": lambda x, y: -reference.outer_value(run.problem, run.data, x, y)}
@@ -81,7 +82,7 @@ def test_a_search_that_cannot_be_is_refused(grid, how, sentence):
 
 
 def test_what_is_found_is_kept_and_taken(fedbilevel, store, tmp_path):
-    words = ("--algorithms", "lockstep,fedf2sa", "--grid", "outer_lr=0.1,0.3", "--grid", "hessian_lr=0.1")
+    words = ("--algorithms", "fedf2sa,lockstep", "--grid", "outer_lr=0.1,0.3", "--grid", "hessian_lr=0.1")
     code, text, errors = fedbilevel("search", *SMALL, *words, "--seeds", 1, "--out", tmp_path / "grid", "--json")
     assert code == 0, errors
     best = {row["algorithm"]: row for row in json.loads(text)}
@@ -114,6 +115,7 @@ def test_an_entry_is_replaced_and_others_stay(fedbilevel, store):
     assert kept["ridge"]["digits"]["lockstep"]["outer_lr"] != 7.0 and kept["quadratic"]["synthetic"]["aggitd"]
 
 
+@pytest.mark.slow
 def test_of_an_application_other_algorithms_are_kept_by_its_file(fedbilevel, store, tmp_path):
     file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=4, {apps.LOCKSTEP}")
     words = ("--algorithms", "lockstep,fedf2sa", "--grid", "outer_lr=0.05,0.1", "--seeds", 1)
