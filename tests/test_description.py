@@ -23,7 +23,7 @@ class Heard(Callback):
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_it_is_what_solve_does(lazy):
-    heard, engine = Heard(), fb.Loopback(cohort=2)
+    heard, engine = Heard(), fb.Simulation(cohort=2)
     run = fb.Description(
         problem=TASK.problem, algorithm=LOCKSTEP, data=(lambda: TASK.data) if lazy else TASK.data, rounds=4,
         start=(lambda: (TASK.x, TASK.y)) if lazy else (TASK.x, TASK.y), key=TASK.key, engine=engine,
@@ -38,6 +38,7 @@ def test_it_is_what_solve_does(lazy):
     assert run.protocol().rounds == 1 and run.protocol().cohort == 2
 
 
+@pytest.mark.slow
 def test_its_precision_is_its_own():
     def start():
         task = fb.tasks.quadratic(clients=3)

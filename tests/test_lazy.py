@@ -66,6 +66,7 @@ def test_all_of_it_can_be_taken_at_once():
     assert said.split() == ["solve", "AggITD", "InputError", "fedbilevel.tasks"]
 
 
+@pytest.mark.slow
 def test_a_function_is_not_replaced_by_the_module_of_its_name():
     said = fresh(
         "import fedbilevel.solve, fedbilevel.protocol.table\n"
@@ -77,6 +78,7 @@ def test_a_function_is_not_replaced_by_the_module_of_its_name():
     assert said.split() == ["function"] * 3 + ["fedbilevel.variables"]
 
 
+@pytest.mark.slow
 def test_paths_of_before_are_found_before_anything_else_is():
     said = fresh(
         "import warnings; warnings.simplefilter('ignore')\n"

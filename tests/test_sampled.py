@@ -74,6 +74,7 @@ def test_compared_its_own_algorithm_is_as_the_file_says(fedbilevel, file, tmp_pa
             np.testing.assert_allclose(kept["y"], expected.y, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_settings_of_its_own_algorithm_are_changed(fedbilevel, file, tmp_path):
     code, _, errors = fedbilevel("run", file, "--set", "inner_lr=0.05", "--seed", 3, "--out", tmp_path / "out")
     assert code == 0, errors

@@ -46,6 +46,7 @@ def test_it_does_what_solve_does(algorithm):
     assert by_hand == rounds.tolist()
 
 
+@pytest.mark.slow
 def test_many_settings_and_many_keys_side_by_side():
     stepper, rates = bound(), [0.02, 0.08]
     many = eqx.tree_at(lambda a: a.outer_lr, stepper.algorithm, jnp.asarray(rates))

@@ -82,21 +82,21 @@ def test_a_search_that_cannot_be_is_refused(grid, how, sentence):
 
 
 def test_what_is_found_is_kept_and_taken(fedbilevel, store, tmp_path):
-    words = ("--algorithms", "fedf2sa,lockstep", "--grid", "outer_lr=0.1,0.3", "--grid", "hessian_lr=0.1")
+    words = ("--algorithms", "lockstep", "--grid", "outer_lr=0.1,0.3", "--grid", "hessian_lr=0.1")
     code, text, errors = fedbilevel("search", *SMALL, *words, "--seeds", 1, "--out", tmp_path / "grid", "--json")
     assert code == 0, errors
     best = {row["algorithm"]: row for row in json.loads(text)}
-    assert set(best) == {"lockstep", "fedf2sa"} and "hessian_lr" not in best["fedf2sa"]
+    assert set(best) == {"lockstep"} and best["lockstep"]["hessian_lr"] == 0.1
     assert (tmp_path / "grid" / "grid.csv").read_text().startswith("algorithm,")
     kept = tomllib.loads(store.read_text())["ridge"]["digits"]
     for name, row in best.items():
         assert kept[name]["outer_lr"] == row["outer_lr"] and kept[name]["found"]["score"] == row["validation_loss"]
-    code, text, errors = fedbilevel("compare", *SMALL, "--algorithms", "lockstep,fedbio", "--seeds", 1, "--out",
+    code, text, errors = fedbilevel("compare", *SMALL, "--algorithms", "lockstep,fedf2sa", "--seeds", 1, "--out",
                                     tmp_path / "out", "--set", "lockstep.inner_lr=0.2")  # fmt: skip
     assert code == 0, errors
-    assert "stored by search" in text and "class defaults" in text and "fedbio runs at its class defaults" in errors
+    assert "stored by search" in text and "class defaults" in text and "fedf2sa runs at its class defaults" in errors
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["steps"] == {"lockstep": "stored by search, inner_lr given", "fedbio": "class defaults"}
+    assert config["steps"] == {"lockstep": "stored by search, inner_lr given", "fedf2sa": "class defaults"}
     assert config["algorithms"]["lockstep"]["outer_lr"] == kept["lockstep"]["outer_lr"]
     assert config["algorithms"]["lockstep"]["inner_lr"] == 0.2
     summary = (tmp_path / "out" / "summary.md").read_text()
@@ -118,7 +118,16 @@ def test_an_entry_is_replaced_and_others_stay(fedbilevel, store):
 @pytest.mark.slow
 def test_of_an_application_other_algorithms_are_kept_by_its_file(fedbilevel, store, tmp_path):
     file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=4, {apps.LOCKSTEP}")
-    words = ("--algorithms", "lockstep,fedf2sa", "--grid", "outer_lr=0.05,0.1", "--seeds", 1)
+    words = (
+        "--algorithms",
+        "lockstep,fedf2sa",
+        "--grid",
+        "outer_lr=0.05,0.1",
+        "--grid",
+        "hessian_lr=0.1",
+        "--seeds",
+        1,
+    )
     code, text, errors = fedbilevel("search", file, *words)
     assert code == 0 and "lockstep: the application's own algorithm" in text, errors
     assert list(tomllib.loads(store.read_text())["closed-form"]) == [str(file)]
