@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from ..errors import InputError, check
@@ -143,39 +145,38 @@ def draw(folder: Path, frame: pandas.DataFrame, labels: Mapping[str, str] | None
 
     matplotlib.use("Agg")
     frame = frame.assign(megabytes=(frame["bytes_down"] + frame["bytes_up"]) / 1e6)
-    return [_figure_of(folder / f"{metric}.png", frame, metric, labels or {}) for metric in metrics_of(frame)]
+    files = {metric: folder / f"{metric}.png" for metric in metrics_of(frame)}
+    for metric, file in files.items():
+        figure_of(frame, metric, labels or {}).savefig(file, dpi=130)
+    return list(files.values())
 
 
-def _figure_of(path: Path, frame: pandas.DataFrame, metric: str, labels: Mapping[str, str]) -> Path:
-    from matplotlib.figure import Figure
-
+def figure_of(frame: pandas.DataFrame, metric: str, labels: Mapping[str, str]) -> Figure:
+    """A metric against rounds, megabytes (a column of the frame, beside the history's) and seconds."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
-    for panel, (axis, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
+    for panel, (axis, what) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
         for colour, (name, runs) in enumerate(frame.groupby("algorithm", sort=False)):
-            grid, curves = curves_of(runs, axis, metric)
-            mean = curves.mean(axis=0)
-            marker = "o" if len(grid) == 1 else None
-            label = labels.get(str(name), str(name))
-            line = panel.plot(grid, mean, label=label, color=f"C{colour}", linewidth=1.6, marker=marker)[0]
-            if len(curves) > 1:
-                panel.fill_between(
-                    grid, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0
-                )
-        panel.set_xlabel(label)
+            _curve(panel, *curves_of(runs, axis, metric), f"C{colour}", labels.get(str(name), str(name)))
+        panel.set_xlabel(what)
         panel.grid(alpha=0.3)
         panel.set_xlim(left=0)
         if metric in LOGARITHMIC and (frame[metric] > 0).any():
             panel.set_yscale("log")
         if metric.endswith("accuracy"):
             panel.set_ylim(top=1)
-    seeds = frame["seed"].nunique()
-    figure.axes[0].set_ylabel(metric.replace("_", " "))
+    seeds, name = frame["seed"].nunique(), metric.replace("_", " ")
+    figure.axes[0].set_ylabel(name)
     figure.axes[0].legend(loc="best", frameon=False)
-    figure.suptitle(
-        f"{metric.replace('_', ' ')}" + (f": mean and range over {seeds} seeds" if seeds > 1 else ""), fontsize=11
-    )
-    figure.savefig(path, dpi=130)
-    return path
+    figure.suptitle(name + (f": mean and range over {seeds} seeds" if seeds > 1 else ""), fontsize=11)
+    return figure
+
+
+def _curve(panel: Axes, grid: np.ndarray, curves: np.ndarray, colour: str, label: str) -> None:
+    """The mean of several seeds, and their range."""
+    marker = "o" if len(grid) == 1 else None
+    panel.plot(grid, curves.mean(axis=0), label=label, color=colour, linewidth=1.6, marker=marker)
+    if len(curves) > 1:
+        panel.fill_between(grid, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.2, linewidth=0)
 
 
 def curves_of(runs: pandas.DataFrame, axis: str, metric: str) -> tuple[np.ndarray, np.ndarray]:

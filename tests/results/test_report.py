@@ -1,0 +1,40 @@
+"""Figures: what stands at their axes and in their legends; tables: whose step sizes are whose."""
+
+import pandas
+import pytest
+
+from fedbilevel.results import report
+from fedbilevel.settings import told_apart
+
+MIXED = {"aggitd": "stored, outer_lr given", "fedmsa": "class defaults, inner_lr given"}
+ALIKE = [
+    {"aggitd": "stored", "fedmsa": "given"},
+    {"aggitd": "class defaults", "fedmsa": "class defaults, inner_lr given"},
+    {"fedmsa": "class defaults"},
+]
+
+
+@pytest.fixture(scope="module")
+def frame():
+    line = {"iteration": [0, 1], "rounds": [0, 3], "bytes_down": [0, 10], "bytes_up": [0, 10], "seconds": [0.0, 0.1]}
+    one = lambda name, seed: pandas.DataFrame({"algorithm": name, "seed": seed, **line, "test_error": [1.0, 0.5]})
+    return pandas.concat([one(name, seed) for name in MIXED for seed in (0, 1)], ignore_index=True)
+
+
+@pytest.mark.parametrize(("steps", "names"), [(MIXED, ["aggitd", "fedmsa (class defaults)"]), (ALIKE[0], [*MIXED])])
+def test_axes_are_named_and_untuned_algorithms_marked(frame, steps, names):
+    figure = report.figure_of(frame.assign(megabytes=0.0), "test_error", told_apart(steps))
+    assert [panel.get_xlabel() for panel in figure.axes] == list(report.AXES.values())
+    assert figure.axes[0].get_ylabel() == "test error"
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == names
+
+
+@pytest.mark.parametrize("steps", ALIKE)
+def test_nobody_is_marked_where_all_are_alike(steps):
+    assert told_apart(steps) == {name: name for name in steps}
+
+
+def test_a_table_says_whose_steps_they_are(frame):
+    summary = report.summarise(frame, MIXED)
+    assert summary["step_sizes"].tolist() == list(MIXED.values())
+    assert "step_sizes" not in report.summarise(frame)
