@@ -86,7 +86,10 @@ def test_another_kind_of_run_does_not_go_on_there(fedbilevel, made, file, there,
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     code, _, errors = fedbilevel(*words(asked, file), "--out", out, "--resume")
     assert code == 2 and len(errors.splitlines()) == 1
-    assert "holds another run" in errors or "nothing to resume" in errors
+    of = {"task": "a task, ridge", "app": "an application, closed-form"}
+    other = there.split()[0] != asked.split()[0]
+    assert "nothing to resume" in errors or "holds another run" in errors
+    assert "nothing" in errors or not other or f"that is of {of[there.split()[0]]}, and this of" in errors
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -96,6 +99,15 @@ def test_a_run_leaves_its_variables_and_what_became_of_it(made):
         assert json.loads((run / "outcome.json").read_text()) == {"status": "done", "iterations": 2}
         assert {name[0] for name in np.load(run / "variables.npz")} == {"x", "y"}
         assert (run / "checkpoint.eqx").is_file() and (run / "history.csv").is_file()
+
+
+def test_a_run_without_metrics_is_drawn_and_says_whose_steps_it_took(fedbilevel, tmp_path):
+    plain = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=2, {apps.LOCKSTEP}")
+    code, text, errors = fedbilevel("run", plain, "--out", tmp_path / "out")
+    assert code == 0, errors
+    assert (tmp_path / "out" / "hypergradient_norm.png").is_file() and "the app's own" in text
+    code, text, _ = fedbilevel("run", plain, "--out", tmp_path / "out", "--overwrite", "--json")
+    assert json.loads(text)["step_sizes"] == "the app's own"
 
 
 def test_what_is_somebody_elses_stays(made):

@@ -82,15 +82,18 @@ def _figures(folder: Path) -> None:
 
 def _show(folder: Path, as_json: bool) -> None:
     """The last row of the history, who failed how often, and why it was stopped, if it was."""
+    from ..results import report
+
     number = lambda text: int(text) if text.lstrip("-").isdigit() else float(text) if text else None
     row = _lines(folder / HISTORY)[-1]
     reason = row.pop(STOPPED, "")
-    last: dict[str, float | None] = {name: number(text) for name, text in row.items()}
+    last: dict[str, float | str | None] = {name: number(text) for name, text in row.items()}
     rounds = folder / ROUNDS
     if rounds.is_file():
         book = _lines(rounds)
         last["median_round_seconds"] = statistics.median(float(line["seconds"]) for line in book)
         last["rounds_with_failures"] = sum(line["failed"] != "" for line in book)
+    last["step_sizes"] = next(iter(report.steps_of(folder).values()), "")  # of the one algorithm
     if as_json:
         print(json.dumps(last | {STOPPED: reason} if reason else last))
     else:
@@ -99,14 +102,14 @@ def _show(folder: Path, as_json: bool) -> None:
         say_stopped(reason, as_json)
 
 
-def _print(folder: Path, last: Mapping[str, float | None]) -> None:
+def _print(folder: Path, last: Mapping[str, float | str | None]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("", "at the end")
     for name, value in last.items():
-        shown = "not taken" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-        table.add_row(name, shown)
+        number = f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else value
+        table.add_row(name, "not taken" if number is None else number)
     Console().print(table)
     print(f"Written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir() if file.is_file()))}")
 

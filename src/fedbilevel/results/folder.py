@@ -113,6 +113,11 @@ def _same(folder: Path, config: dict[str, JSON], alone: bool) -> None:
     else:
         check(there, f"{folder} holds no run to resume: leave --resume out, or name the run's folder.")
     if there:
+        of = lambda plain: f"an application, {plain['app']}" if "app" in plain else f"a task, {plain.get('task')}"
+        same = of(there) == of(config)
+        check(
+            same, f"{folder} holds another run: that is of {of(there)}, and this of {of(config)}. Use another folder."
+        )
         kept = lambda plain: {k: v for k, v in _flat(plain).items() if k.partition(".")[0] not in _FREE}
         other = differences(kept(there), kept(config))
         check(not other, f"{folder} holds another run: {other}. Use the same settings, or another folder.")

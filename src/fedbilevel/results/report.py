@@ -23,7 +23,8 @@ Cell = str | float | np.number | None  # of a table
 Look = dict[str, Any]  # how a curve looks, in the words of matplotlib
 LEVELS = (0.80, 0.85, 0.88, 0.90)  # test accuracies whose first round the summary names
 AXES = {"rounds": "communication rounds", "megabytes": "payload, MB (down and up)", "seconds": "seconds of computation"}
-LOGARITHMIC = ("stationarity", "distance")
+UNMEASURED = "hypergradient_norm"  # what is drawn of a run that has no metric
+LOGARITHMIC = ("stationarity", "distance", UNMEASURED)
 FIXED = ("algorithm", "seed", "iteration", "rounds", "bytes_down", "bytes_up", "seconds")
 DIAGNOSTICS = ("hypergradient_norm", "vector_growth", "vector_residual", "lower_gradient_norm", "turn")
 DERIVED = ("megabytes", "megabytes_up", "oracle_calls")
@@ -138,6 +139,8 @@ def show(summary: pandas.DataFrame, console: Console, labels: Mapping[str, str] 
 def draw(folder: Path, frame: pandas.DataFrame, labels: Mapping[str, str] | None = None) -> list[Path]:
     """One figure per metric: against rounds, bytes and seconds; mean and range over seeds.
 
+    Of runs without a metric, the norm of the estimated hypergradient.
+
     Args:
         labels: what the legend calls an algorithm, where that is not its name.
     """
@@ -145,7 +148,8 @@ def draw(folder: Path, frame: pandas.DataFrame, labels: Mapping[str, str] | None
 
     matplotlib.use("Agg")
     frame = frame.assign(megabytes=(frame["bytes_down"] + frame["bytes_up"]) / 1e6)
-    files = {metric: folder / f"{metric}.png" for metric in metrics_of(frame)}
+    without = [UNMEASURED] if frame.get(UNMEASURED, pandas.Series()).notna().any() else []
+    files = {metric: folder / f"{metric}.png" for metric in metrics_of(frame) or without}
     for metric, file in files.items():
         figure_of(frame, metric, labels or {}).savefig(file, dpi=130)
     return list(files.values())
