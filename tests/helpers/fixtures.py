@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jaxtyping
+import psutil
 import pytest
 
 jaxtyping.install_import_hook(
@@ -32,24 +33,33 @@ pytest.raises = unchecked_where_refused(pytest.raises)
 
 
 class Looks:
-    """When to count memory maps: counting takes up to half a second, so only after so many more compiled programs.
+    """When to count memory maps: counting takes up to half a second, so only where there may be too many.
 
-    A program has some twenty maps, of which a process gets 65,530; `release` lets go from 25,000 on.
+    A process gets 65,530; `release` lets go from 25,000 on. How many a compiled program has is seen at each look: about
+    twenty, or two hundred where the compiler splits it. Until twice as many as that allows are compiled, nobody looks.
     """
 
-    more = 400
+    enough, first, least = 25_000, 100, 50  # maps; programs until the first look, and at least between two
 
     def __init__(self):
-        self.programs = 0
+        self.programs, self.after = 0, self.first
 
     def after_a_test(self):
-        now = len(jax.local_devices()[0].client.live_executables())
-        if now - self.programs >= self.more:
-            release()
-            now = len(jax.local_devices()[0].client.live_executables())
-        elif now >= self.programs:
+        now = self._compiled()
+        if now < self.programs:  # a test let go of them
+            self.programs, self.after = now, self.first
+        if now - self.programs < self.after:
             return
-        self.programs = now
+        maps = len(psutil.Process().memory_maps(grouped=False))
+        if maps > self.enough:
+            release(self.enough)
+            self.programs, self.after = self._compiled(), self.first
+        else:
+            each = maps / now
+            self.programs, self.after = now, max(int((self.enough - maps) / (2 * each)), self.least)
+
+    def _compiled(self):
+        return len(jax.local_devices()[0].client.live_executables())
 
 
 _looks = Looks()
