@@ -60,7 +60,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=1800)
     parser.add_argument("--cores", type=int, default=1, help="cores to use: fewer waste less cpu time on waiting")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="one seed and twenty rounds: to see that it runs")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.rounds = [0], 20
+    return options
 
 
 def hidden(x, example):
