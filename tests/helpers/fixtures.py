@@ -10,7 +10,6 @@ import sys
 
 import jax
 import jaxtyping
-import psutil
 import pytest
 
 jaxtyping.install_import_hook(
@@ -33,30 +32,21 @@ pytest.raises = unchecked_where_refused(pytest.raises)
 
 
 class Looks:
-    """When to count memory maps: counting takes up to half a second, so only where there may be too many.
+    """When to count memory maps: counting takes up to half a second, so only after so many more compiled programs.
 
-    A process gets 65,530; `release` lets go from 25,000 on. How many a compiled program has is seen at each look: about
-    twenty, or two hundred where the compiler splits it. Until twice as many as that allows are compiled, nobody looks.
+    A process gets 65,530 maps; `release` lets go from 25,000 on. A program has about twenty, or two hundred where the
+    compiler splits it.
     """
 
-    enough, first, least = 25_000, 100, 50  # maps; programs until the first look, and at least between two
+    more = 100
 
     def __init__(self):
-        self.programs, self.after = 0, self.first
+        self.programs = 0
 
     def after_a_test(self):
-        now = self._compiled()
-        if now < self.programs:  # a test let go of them
-            self.programs, self.after = now, self.first
-        if now - self.programs < self.after:
-            return
-        maps = len(psutil.Process().memory_maps(grouped=False))
-        if maps > self.enough:
-            release(self.enough)
-            self.programs, self.after = self._compiled(), self.first
-        else:
-            each = maps / now
-            self.programs, self.after = now, max(int((self.enough - maps) / (2 * each)), self.least)
+        if abs(self._compiled() - self.programs) >= self.more:
+            release()
+            self.programs = self._compiled()
 
     def _compiled(self):
         return len(jax.local_devices()[0].client.live_executables())
