@@ -83,6 +83,15 @@ def test_settings_of_its_own_algorithm_are_changed(fedbilevel, file, tmp_path):
         np.testing.assert_allclose(kept["x"], solved(file, algorithm, 3).x, rtol=0, atol=1e-13)
 
 
+def test_every_site_is_loaded_once(fedbilevel, tmp_path):
+    text = apps.CLOSED_FORM.replace("k = int", "print('loading', site)\n        k = int")
+    file = apps.write(tmp_path, text, f"iterations=1, {apps.LOCKSTEP}")
+    words = ("--algorithms", "lockstep", "--seeds", 2, "--out", tmp_path / "out")
+    code, printed, errors = fedbilevel("compare", file, *words)
+    assert code == 0, errors
+    assert [line for line in printed.splitlines() if "loading" in line] == [f"loading {site}" for site in SITES]
+
+
 def test_its_protocol_is_printed(fedbilevel, file):
     app = load_app(file)
     x, y = app.begin()

@@ -162,11 +162,11 @@ class App:
             check=self.check if check is None else check, precision=self.precision, callbacks=self.callbacks,
         )  # fmt: skip
 
-    def task(self, sites: list[str], seed: int | None = None) -> Task:
+    def task(self, data: FederatedData, seed: int | None = None) -> Task:
         """The problem on all sites' sample data, for one seed; None: the app's own."""
         x, y = self.begin()
         key = self.key if seed is None else jax.random.key(seed)
-        return Task(self.name, "app", self.problem, self.data(sites), x, y, self.metrics, key)
+        return Task(self.name, "app", self.problem, data, x, y, self.metrics, key)
 
     def check_sites(self, sites: int) -> None:
         """Refuse a cohort or a number of replies that so many sites cannot give."""

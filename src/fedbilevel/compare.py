@@ -132,6 +132,11 @@ class Plan:
         """Where each algorithm's step sizes come from."""
         return {name: self.choose(name).steps for name in self.algorithms}
 
+    def first(self) -> Task:
+        """The task of the first seed, at the plan's precision."""
+        with jax.enable_x64(self.precision == 64):
+            return self.source.build(self.seeds[0])
+
     def build_engine(self) -> Engine:
         """The engine."""
         if self.engine not in ENGINES:
@@ -199,8 +204,14 @@ class Outcome:
         return self.history.stopped
 
 
-def run_all(plan: Plan, folder: Path | None, resume: bool, quiet: bool = False) -> list[Outcome]:
-    """Run every (algorithm, seed) of the plan; one that blows up is kept as far as it came, and the others still run."""
+def run_all(
+    plan: Plan, folder: Path | None, resume: bool, quiet: bool = False, first: Task | None = None
+) -> list[Outcome]:
+    """Run every (algorithm, seed) of the plan; one that blows up is kept as far as it came, and the others still run.
+
+    Args:
+        first: the task of the first seed, if it is built already (`Plan.first`).
+    """
     outcomes, labels = [], told_apart(plan.steps)
     for name in (name for name, label in labels.items() if label != name):
         warn(
@@ -209,7 +220,7 @@ def run_all(plan: Plan, folder: Path | None, resume: bool, quiet: bool = False) 
         )
     with jax.enable_x64(plan.precision == 64):
         for seed in plan.seeds:
-            task = plan.source.build(seed)
+            task, first = plan.source.build(seed) if first is None else first, None
             for name in plan.algorithms:
                 try:
                     outcomes.append(_one(plan, task, name, seed, folder, resume, quiet))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from .algorithm import Algorithm, Setting
 from .app import App
 from .callbacks.base import Callback
 from .compare import Plan, Source
+from .data import FederatedData
 from .engines.faults import Faults
 from .given import JSON
 from .settings import Chosen, algorithm_class, chosen, name_of, whence
@@ -46,7 +48,12 @@ class Sampled(Source):
 
     def build(self, seed: int) -> Task:
         """All sites' rows side by side, for one seed of cohorts and minibatches."""
-        return self.app.task(list(self.sites), seed)
+        return self.app.task(self.rows, seed)
+
+    @functools.cached_property
+    def rows(self) -> FederatedData:
+        """All sites' rows, the same for every seed."""
+        return self.app.data(list(self.sites))
 
     def kinds(self, names: Sequence[str]) -> dict[str, type[Algorithm]]:
         """Algorithms by name; the application's own may be none of ours.

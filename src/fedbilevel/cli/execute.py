@@ -34,12 +34,12 @@ def execute(plan: Plan, out: str | None, resume: bool, overwrite: bool, as_json:
 
 def started(plan: Plan, out: str | None, resume: bool, overwrite: bool) -> tuple[list[Outcome], Path | None]:
     """Run a plan in its folder; a plan that cannot run leaves nothing there."""
-    first = plan.source.build(plan.seeds[0])  # refuses a bad task, data set or partition before anything is written
+    first = plan.first()  # refuses a bad task, data set or partition before anything is written
     for name in plan.algorithms:
         plan.choose(name)
     folder = None if out is None else plan.open(out, first.data.clients, resume, overwrite)
     try:
-        return run_all(plan, folder, resume), folder
+        return run_all(plan, folder, resume, first=first), folder
     except InputError:
         if folder is not None and not resume:
             clear(folder)  # nothing ran: leave nothing that the corrected command would stumble over
