@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedbilevel as fb
-from fedbilevel.engines.simulation import _SimulatedFederation
+from fedbilevel.engines.simulated.federation import SimulatedFederation
 from fedbilevel.tasks.hyper_representation import InnerLoss, features, outer_loss
 from fedbilevel.tasks.network import layer
 
@@ -53,7 +53,7 @@ def compare(name: str, algorithm: fb.AggITD, clients: int, runs: int) -> None:
         return run
 
     programs = {"with": program(WITH), "without": program(WITHOUT)}
-    with mock.patch.object(_SimulatedFederation, "_remember"):
+    with mock.patch.object(SimulatedFederation, "_remember"):
         programs["each exchange"] = program(OTHERWISE)
     ends = [jax.tree.leaves(run()) for run in programs.values()]
     gap = max(float(jnp.max(jnp.abs(a - b))) for end in ends[1:] for a, b in zip(ends[0], end, strict=True))

@@ -13,7 +13,8 @@ from jaxtyping import Array, Int, PyTree
 from .algorithm import Algorithm
 from .data import FederatedData
 from .engines.base import Program
-from .engines.simulation import Simulation, Step
+from .engines.simulated.programs import Step
+from .engines.simulation import Simulation
 from .errors import check
 from .keys import KeyLike, one_key, threefry
 from .problem import Problem, bind
