@@ -148,18 +148,13 @@ class App:
         rows = [self.rows(site) for site in sites]
         return FederatedData.stack([inner for inner, _ in rows], [outer for _, outer in rows], self.weights, sites)
 
-    def describe(self, data: FederatedData | list[str], engine: Engine, check: bool | None = None) -> Description:
-        """Its run, described.
-
-        Args:
-            data: the rows; or the sites whose sample data are loaded when it runs.
-            check: whether the problem is looked at first; None: as the app says.
-        """
+    def describe(self, data: FederatedData, engine: Engine) -> Description:
+        """Its run on these rows, described, without the look at the problem: where sites have rows, they look."""
         return Description(
             problem=self.problem, algorithm=self.algorithm, key=self.key, iterations=self.iterations,
-            data=(lambda: self.data(data)) if isinstance(data, list) else data, start=self.begin, rounds=self.rounds,
+            data=data, start=self.begin, rounds=self.rounds,
             engine=engine, metrics=self.metrics, evaluate_every=self.evaluate_every, name=self.name,
-            check=self.check if check is None else check, precision=self.precision, callbacks=self.callbacks,
+            check=False, precision=self.precision, callbacks=self.callbacks,
         )  # fmt: skip
 
     def task(self, data: FederatedData, seed: int | None = None) -> Task:

@@ -14,6 +14,7 @@ from ..compare import Plan
 from ..errors import RunError, check
 from ..metrics import STOPPED
 from ..results.folder import CHECKPOINT, HISTORY, ROUNDS
+from ..sampled import Sampled
 from .execute import say_stopped, started
 
 
@@ -27,9 +28,11 @@ def run_app(
         need_nvflare()
         from ..engines.nvflare.launch import run
 
-        sites = _sites(plan)
+        source = plan.source
+        assert isinstance(source, Sampled)  # an application's plan
+        sites = len(source.sites)
         folder = plan.open(place, sites, resume, overwrite)
-        run(file, load_app(file).with_(**settings), folder, sites, chosen(settings), poc=poc, resume=resume)
+        run(file, source.app, folder, sites, chosen(settings), poc=poc, resume=resume)
         outcomes = []
     else:
         if resume:
@@ -65,11 +68,6 @@ def need_nvflare() -> None:
 def chosen(settings: Mapping[str, int | None]) -> dict[str, int]:
     """The settings that were given."""
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def _sites(plan: Plan) -> int:
-    """How many sites an application's plan has."""
-    return int(str(plan.source.config()["clients"]))
 
 
 def _figures(folder: Path) -> None:

@@ -66,7 +66,7 @@ def opened(
 
 
 def configuration(folder: str | os.PathLike[str]) -> dict[str, JSON]:
-    """What config.json says; {} where there is none (an application's folder of before 0.2 has none).
+    """What config.json says; {} where there is none (an earlier version left none for an application).
 
     Raises:
         InputError: it cannot be read.

@@ -110,7 +110,7 @@ def federate(app: App, folder: Path, resume: bool) -> tuple[Result, dict[str, JS
         tell(folder, {"status": "running", "workers": engine.transport.workers})
         _configure(app, names, folder)
         data = placeholder_data(engine.schemas, len(names), weights)
-        run = app.describe(data, engine, check=False)  # the rows are placeholders: the sites have looked at theirs
+        run = app.describe(data, engine)  # the rows are placeholders: the sites have looked at theirs
         result = keep(run, folder, resume=resume, every=0.0, callbacks=[AtTheEnd(engine)])
     finally:
         engine.ledger.close()
