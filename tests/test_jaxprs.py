@@ -113,3 +113,27 @@ def test_random_bits_are_those_of_the_published_cipher():
     key, counter = np.array([0x13198A2E, 0x03707344], np.uint32), np.array([0x243F6A88, 0x85A308D3], np.uint32)
     expected = np.array([0xC4923A9C, 0x483DF7A0], np.uint32)
     np.testing.assert_array_equal(jaxprs.threefry_2x32(jnp.asarray(key), jnp.asarray(counter)), expected)
+
+
+def test_where_jax_asks_for_compiled_programs(monkeypatch):
+    """What stands there is asked before a program is compiled, and handed what was."""
+    asked = []
+
+    class Deaf(jaxprs.CacheInterface):
+        _path = Path()
+
+        def get(self, key):
+            asked.append(("get", key))
+
+        def put(self, key, value):
+            asked.append(("put", key, type(value)))
+
+    monkeypatch.setattr(jaxprs.compilation_cache, "_cache", Deaf())
+    jax.jit(lambda a: a * 1234.5)(np.float32(1))
+    assert callable(jaxprs.compilation_cache.reset_cache)
+    assert asked[0][0] == "get"
+    assert asked[0][1].startswith("jit__lambda")
+
+
+def test_version_of_jaxlib():
+    assert [int(part) for part in jaxprs.jaxlib_version.split(".")[:2]] >= [0, 10]

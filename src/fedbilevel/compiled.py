@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from . import cache
 from .arrays import Concrete, Structure
 from .problem import Problem, told_of_reverse_rules
 from .program import class_of, compiled_as, helpers_of, known_as, program_of
@@ -61,6 +62,7 @@ class Bound:
         options: Options = (),
         kept: Kept[_Compiled] | None = None,
     ):
+        cache.begin()
         own, rest = eqx.partition(problem, eqx.is_array)  # numpy's are constants, as they are in the trace
         self._own, structure = jax.tree.flatten(own)
         leaves, whole = jax.tree.flatten(algorithm)

@@ -65,7 +65,6 @@ def memory_maps():
 @pytest.fixture
 def fedbilevel(monkeypatch, capsys):
     """Call the command in this process: (exit code, output, errors)."""
-    monkeypatch.setattr(cli, "_keep_compiled_programs", lambda: None)
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["fedbilevel", *map(str, words)])

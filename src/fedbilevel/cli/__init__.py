@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from pathlib import Path
 from typing import cast
 
 import typer
@@ -21,7 +18,6 @@ _UsageError = cast(  # typer does not name it: what BadParameter is one of, with
 
 def main() -> None:
     """Entry point: one sentence and exit code 2 for bad usage, 1 for a run that failed."""
-    _keep_compiled_programs()
     from ..errors import InputError, RunError, heard, with_notes
 
     try:
@@ -49,13 +45,3 @@ def _warn(sentence: str) -> None:
 def _say(sentence: str, code: int) -> int:
     print(f"fedbilevel: {sentence}", file=sys.stderr)
     return code
-
-
-def _keep_compiled_programs() -> None:
-    """Let JAX keep compiled programs on disk, so that a second run starts at once (JAX_COMPILATION_CACHE_DIR moves it)."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        with contextlib.suppress(OSError):
-            folder = Path(base) / "fedbilevel" / "xla"
-            folder.mkdir(parents=True, exist_ok=True)
-            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)

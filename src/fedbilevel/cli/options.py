@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -21,6 +22,14 @@ class Command(typer.core.TyperCommand):
     """A command that hands on the context its function asks for; typer's own hands on one of a base class."""
 
     context_class = typer.Context
+
+
+def _without_cache(given: bool) -> bool:
+    from ..cache import ENVIRONMENT
+
+    if given:  # nothing is compiled yet; the processes of sites inherit it
+        os.environ[ENVIRONMENT] = "off"
+    return given
 
 
 TaskOrApp = Annotated[str, typer.Argument(help="A task (see `list`), or the Python file of an application of yours.")]
@@ -47,5 +56,9 @@ Engine = Annotated[
 Every = Annotated[int, typer.Option("--evaluate-every", help="Iterations between evaluations.")]
 NoCheck = Annotated[
     bool, typer.Option("--no-check", help="Do not look first whether the problem can mean what it says.")
+]
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", callback=_without_cache, help="Neither read nor keep compiled programs on disk."),
 ]
 Precision = Annotated[int, typer.Option("--precision", help="32 or 64 bits.")]

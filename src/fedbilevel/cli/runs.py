@@ -23,6 +23,7 @@ from .options import (
     Every,
     Iterations,
     Json,
+    NoCache,
     NoCheck,
     Out,
     Overwrite,
@@ -49,7 +50,7 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition, the start and the run.")] = None,
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
-    no_check: NoCheck = False,
+    no_check: NoCheck = False, no_cache: NoCache = False,
     poc: Annotated[
         bool, typer.Option("--poc", help="With --engine nvflare: provisioned, mutual TLS, a process for each site.")
     ] = False,
@@ -103,7 +104,7 @@ def compare(
     ] = None,
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
-    no_check: NoCheck = False,
+    no_check: NoCheck = False, no_cache: NoCache = False,
 ):  # fmt: skip
     """Run several algorithms on the same task or application, data, cohorts and seeds."""
     from ..errors import check
@@ -129,7 +130,7 @@ def protocol(
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition and the start.")] = None,
-    sets: Sets = None, as_json: Json = False, precision: Precision = 32,
+    sets: Sets = None, as_json: Json = False, precision: Precision = 32, no_cache: NoCache = False,
 ):  # fmt: skip
     """Print what one iteration exchanges: rounds and bytes, from the algorithm's own program."""
     import jax
@@ -145,7 +146,10 @@ def protocol(
 
 
 @app.command()
-def check(algorithm: Annotated[str | None, typer.Argument(help="An algorithm; default all.")] = None):
+def check(
+    algorithm: Annotated[str | None, typer.Argument(help="An algorithm; default all.")] = None,
+    no_cache: NoCache = False,
+):
     """Put the algorithms through the conformance suite."""
     from ..algorithms import ALGORITHMS, BIASED, checked
     from ..settings import algorithm_class

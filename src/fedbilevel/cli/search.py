@@ -19,6 +19,7 @@ from .options import (
     Dataset,
     Iterations,
     Json,
+    NoCache,
     Partition,
     Precision,
     Rounds,
@@ -48,7 +49,7 @@ def search(
     seed: Annotated[int, typer.Option("--seed", help="The first of them.")] = _FIRST,
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
-    sets: Sets = None, precision: Precision = 32, as_json: Json = False,
+    sets: Sets = None, precision: Precision = 32, as_json: Json = False, no_cache: NoCache = False,
     out: Annotated[str | None, typer.Option("--out", help="Folder for a table of every point that was tried.")] = None,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="File the best ones in your store.")] = True,
 ):  # fmt: skip
