@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from . import cache
 from .algorithm import Algorithm
 from .callbacks.base import Callback
 from .callbacks.checkpoint import load
@@ -83,6 +84,7 @@ class Run:
         resume: str | os.PathLike[str] | None = None,
         sane: bool = True,
     ):
+        cache.begin()
         check_kinds(problem, data, algorithm)
         check(
             engine is None or isinstance(engine, Engine), f"engine is Simulation(...) or Loopback(...); got {engine!r}."

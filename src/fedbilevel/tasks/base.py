@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from .. import cache
 from ..algorithm import Algorithm
 from ..callbacks.base import Callback
 from ..data import FederatedData
@@ -99,6 +100,7 @@ class Options:
 
     def keys(self) -> list[Key[Array, ""]]:
         """Keys for the partition, the split, the start and the run."""
+        cache.begin()  # a task's first program
         return list(jax.random.split(jax.random.key(self.seed), 4))
 
 
