@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from . import cache
 from .arrays import Concrete, Structure
 from .problem import Problem, told_of_reverse_rules
+from .processes import whole_over
 from .program import class_of, compiled_as, helpers_of, known_as, program_of
 
 KEPT = 16  # programs kept compiled: 5 to 15 MB each
@@ -117,14 +118,17 @@ class _Compiled:
         self._now: tuple | None = None
         named = functools.partial(self._traced)
         functools.update_wrapper(named, function)  # what JAX calls it in its log and in profiles
-        self._jitted = jax.jit(named, static_argnums=0, compiler_options=dict(options) or None)
+        # over several processes, all results lie whole in each: so that each can read them
+        self._jitted = functools.cache(
+            lambda place: jax.jit(named, static_argnums=0, compiler_options=dict(options) or None, out_shardings=place)
+        )
 
     def __call__(
         self, now: tuple, static: _Static, own: list[Concrete], algorithm: list[Concrete], arrays: list[Concrete]
     ) -> PyTree:
         before, self._now = self._now, now
         try:
-            return self._jitted(static, own, algorithm, arrays)
+            return self._jitted(whole_over(arrays))(static, own, algorithm, arrays)
         finally:
             self._now = before
 

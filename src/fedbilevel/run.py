@@ -57,6 +57,7 @@ class Run:
     Attributes:
         algorithm, history, protocol, metrics: what runs, its rows so far, its protocol, and its metrics by name.
         lower: where its lower variable is.
+        processes: those that it runs over.
         carry: the state after `iteration` iterations.
         rounds, bytes_down, bytes_up, seconds: totals so far.
         goal, progress: the iterations or rounds asked for, and how many of them are done.
@@ -92,7 +93,7 @@ class Run:
         check((iterations is None) != (rounds is None), "give iterations= or rounds=, one of the two.")
         self._most_iterations, self._budget = _count("iterations", iterations), _count("rounds", rounds)
         self._every = whole_number(evaluate_every, 1, _AT_LEAST_ONE.format("evaluate_every"))
-        self._listeners = Listeners(callbacks)
+        Listeners(callbacks)  # refuses what is none
         self._x, self._x_rest = trainable(x, "x")
         self._y, self._y_rest = trainable(y, "y")
         algorithm = settle(algorithm, self._x)
@@ -100,6 +101,8 @@ class Run:
         state = algorithm.init(self._x, self._y)
         bound = bind(problem, self._x_rest, self._y_rest)
         self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
+        self.processes = self._execution.processes
+        self._listeners = Listeners(callbacks, self.processes)
         if sane and resume is None:
             check_sane(self._execution.problem, data, self._x, self._y)
         whole = (self._x, self._x_rest), (self._y, self._y_rest)
@@ -125,7 +128,7 @@ class Run:
         self._trail, self._last_turn = Trail(), EMPTY
         self._recent: deque[Seen] = deque(maxlen=_RECENT)
         self._last_row: Row | None = None
-        self._refused: InputError | None = None  # what a metric failed with
+        self._refused: str | None = None  # what a metric failed with
         if resume is not None:
             self._resume(resume)
 
@@ -139,7 +142,7 @@ class Run:
     def _resume(self, folder: str | os.PathLike[str]) -> None:
         """Go to where the checkpoint in a folder is."""
         start = self.carry
-        self.carry, totals, rows = load(folder, start, self._identity)
+        self.carry, totals, rows = load(folder, start, self._identity, self.processes)
         if self._recovery is not None:
             self._recovery.snapshot = saved_snapshot(folder, start)
         for row in rows:
@@ -209,7 +212,7 @@ class Run:
             self._listeners.start(self)
             self._iterate()
         except BaseException as failure:
-            error = failure
+            error = self.processes.judged(failure)
         error = self._listeners.finish(self, error)
         if isinstance(error, RunError) and error.result is None:
             error.result = self._result()
@@ -370,20 +373,20 @@ class Run:
         self.history.add(rows)
         self._listeners.record(self, rows)
         if self._refused is not None:
-            message, self._refused = str(self._refused), None
+            message, self._refused = self._refused, None
             raise RunError(message, self._result())
 
-    def _measured(self, x: PyTree, y: PyTree) -> dict[str, float]:
-        """The metrics; one that fails while running leaves its place empty, and the run ends once that is recorded."""
-        found = {}
+    def _measured(self, x: PyTree, y: PyTree) -> tuple[dict[str, float], str | None]:
+        """(The metrics, what failed): one that does while running leaves its place empty, and ends the run."""
+        found, refused = {}, None
         for name, metric in self.metrics.items():
             try:
                 found[name] = y.number(name, metric, x) if isinstance(y, Away) else measured(name, metric, x, y)
             except InputError as error:
                 if not self.iteration:
                     raise
-                found[name], self._refused = EMPTY, self._refused or error
-        return found
+                found[name], refused = EMPTY, refused or str(error)
+        return found, refused
 
     def _row(self, info: PyTree, iteration: int | None = None) -> Row:
         row = {"iteration": self.iteration if iteration is None else iteration, **self._figures()}
@@ -391,7 +394,8 @@ class Run:
         if self.metrics:
             x, y = self.variables()
             y = Away() if self.lower.away else y
-            row.update(self._measured(x, y))
+            found, refused = self.processes.said(lambda: self._measured(x, y))
+            row, self._refused = row | found, self._refused or refused
         turn = {"turn": EMPTY if info is None else self._last_turn}
         halvings = {} if self._recovery is None else {"halvings": self._recovery.halvings}
         return row | self._diagnostics(info) | turn | halvings

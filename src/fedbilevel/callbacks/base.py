@@ -12,6 +12,7 @@ from ..algorithm import Algorithm
 from ..engines.base import Carry
 from ..given import JSON
 from ..own_lower import Lower
+from ..processes import Processes
 from ..result import History
 from ..result import Row as Row  # of the history, by column
 
@@ -45,6 +46,7 @@ class Running(Rows, Protocol):
         algorithm: what runs.
         stopped: the reason of the first who called `stop`; None as long as nobody has.
         lower, carry, snapshot: where y is, and the states to go on from: for callbacks that save.
+        processes: those of the run (`fedbilevel.processes`): which of them this is, and what they tell each other.
     """
 
     @property
@@ -101,6 +103,9 @@ class Running(Rows, Protocol):
     @property
     def snapshot(self) -> Carry | None: ...
 
+    @property
+    def processes(self) -> Processes: ...
+
     def keep(self, carry: Carry) -> None: ...
 
     def totals(self) -> dict[str, JSON]: ...
@@ -114,8 +119,11 @@ class Callback:
     A method that raises ends the run with a `RunError` that names the callback and holds the result so far; the other
     callbacks hear of the end as ever. (An InputError from `start` stays one: nothing has run yet.)
 
+    Of several processes (see "Several machines") process 0 calls it, and no other: what it raises, or stops, holds in all.
+
     Attributes:
-        saves: whether it keeps what the run can be resumed from; it then calls `run.keep(run.carry)` whenever it has.
+        saves: whether it keeps what the run can be resumed from; it then calls `run.keep(run.carry)` whenever it has. Of
+            several processes all call it, and `run.processes.said(...)` is what process 0 does or says.
         in_bulk: whether `record` may get the rows of half a second at once, when the run has gone on already. It may for
             one that only writes them down. Where it is False and `record` is overridden, a row comes before the next
             iteration begins: `run.x` is then that row's, and `run.stop` stops right there, on any machine.

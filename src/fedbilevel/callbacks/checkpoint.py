@@ -16,6 +16,7 @@ from ..engines.base import Carry
 from ..errors import InputError, check
 from ..given import JSON
 from ..identity import Identity
+from ..processes import ALONE, Processes
 from ..result import EMPTY
 from .base import Callback, Row, Running
 from .earlier import TYPED, reordered
@@ -30,7 +31,8 @@ class Checkpoint(Callback):
     Resume with `solve(..., resume=folder)`: the numbers are those of the uninterrupted run.
 
     Args:
-        folder: where `checkpoint.eqx` is kept; each checkpoint replaces the last one in a single step.
+        folder: where `checkpoint.eqx` is kept; each checkpoint replaces the last one in a single step. Of several
+            processes, 0 writes it, and all read it.
         every: seconds between checkpoints.
     """
 
@@ -41,18 +43,20 @@ class Checkpoint(Callback):
         self._saved = time.monotonic()
 
     def start(self, run: Running) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        run.processes.said(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         self._saved = time.monotonic()
 
     def advance(self, run: Running) -> None:
-        if time.monotonic() - self._saved > self.every:
+        if run.processes.said(lambda: time.monotonic() - self._saved > self.every):
             self._save(run)
 
     def finish(self, run: Running, error: BaseException | None) -> None:
         self._save(run)
 
     def _save(self, run: Running) -> None:
-        save(self.folder / FILE, run.carry, run.totals(), list(run.history), run.fingerprint(), run.snapshot)
+        fingerprint = run.fingerprint()  # of several processes, of what all of them hold
+        write = lambda: save(self.folder / FILE, run.carry, run.totals(), list(run.history), fingerprint, run.snapshot)
+        run.processes.said(write)
         run.keep(run.carry)
         self._saved = time.monotonic()
 
@@ -119,14 +123,19 @@ def read(path: Path, like: dict[str, PyTree]) -> Saved:
         return Saved(head, parts | {name: reordered(tree, parts[name], number) for name, tree in like.items()})
 
 
-def load(folder: str | os.PathLike[str], start: Carry, identity: Identity) -> tuple[Carry, dict, list[Row]]:
-    """(carry, totals, history) of the checkpoint in a folder.
+def load(
+    folder: str | os.PathLike[str], start: Carry, identity: Identity, processes: Processes = ALONE
+) -> tuple[Carry, dict, list[Row]]:
+    """(carry, totals, history) of the checkpoint in a folder, which all processes read.
 
     Raises:
         InputError: there is none, it cannot be read, or it is of another run (the message says what differs).
     """
     path = Path(folder) / FILE
-    check(path.is_file(), f"there is no checkpoint in {folder}: nothing to resume. Start without resuming.")
+    check(
+        all(processes.together(path.is_file)),
+        f"there is no checkpoint in {folder}: nothing to resume. Start without resuming.",
+    )
     like = {"state": start.state, "client_state": start.client_state}
     try:
         head, parts = read(path, like)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..errors import InputError, RunError, check
+from ..processes import ALONE, Processes
 from .base import Callback, Row, Running
 
 
@@ -35,13 +36,17 @@ def _checked(callbacks: Sequence[Callback], what: str) -> list[Callback]:
 class Listeners:
     """All callbacks of a run.
 
+    Of several processes, 0 alone calls them, and the others are told what comes of it. Those that save are called in all,
+    after the others: what they keep may have to be asked of all.
+
     Attributes:
         saves: whether one of them keeps what the run can be resumed from.
         row_by_row: whether one of them has to hear of a row before the next iteration begins.
     """
 
-    def __init__(self, callbacks: Sequence[Callback]):
+    def __init__(self, callbacks: Sequence[Callback], processes: Processes = ALONE):
         self._all, self._started = _checked(callbacks, "callbacks= is a list of callbacks"), list[Callback]()
+        self._processes = processes
         self.saves = any(callback.saves for callback in self._all)
         self.row_by_row = any(_waits_for_rows(callback) for callback in self._all)
 
@@ -52,26 +57,30 @@ class Listeners:
             InputError: one cannot be used.
             RunError: one failed otherwise.
         """
-        for callback in self._all:
-            try:
-                callback.start(run)
-            except InputError:
-                raise
-            except Exception as error:  # whatever the user's callback raises
-                raise _failed(callback, error) from error
-            self._started.append(callback)
+
+        def start(callbacks: Sequence[Callback]) -> None:
+            for callback in callbacks:
+                try:
+                    callback.start(run)
+                except InputError:
+                    raise
+                except Exception as error:  # whatever the user's callback raises
+                    raise _failed(callback, error) from error
+                self._started.append(callback)
+
+        self._have(run, start)
 
     def advance(self, run: Running) -> None:
         """Tell all of a stretch. Raises RunError, once all have heard, if one fails; so do the next two."""
-        self._tell(lambda callback: callback.advance(run))
+        self._tell(run, lambda callback: callback.advance(run))
 
     def record(self, run: Running, rows: list[Row]) -> None:
         """Tell all of new rows."""
-        self._tell(lambda callback: callback.record(run, rows))
+        self._tell(run, lambda callback: callback.record(run, rows))
 
     def went_back(self, run: Running) -> None:
         """Tell all that the run went back."""
-        self._tell(lambda callback: callback.went_back(run))
+        self._tell(run, lambda callback: callback.went_back(run))
 
     def finish(self, run: Running, error: BaseException | None) -> BaseException | None:
         """Tell those that have started of the end.
@@ -80,25 +89,66 @@ class Listeners:
             What the run ends with: `error`, with a note of each callback that fails now, or the first of these. An
             interruption comes before all of them.
         """
-        for callback in self._started:
-            try:
-                callback.finish(run, error)
-            except Exception as failure:  # whatever the user's callback raises
-                error = _both(error, _failed(callback, failure))
-            except BaseException as interruption:  # Ctrl-C: the others still hear of the end
-                interruption.__context__ = interruption.__context__ or error
-                error = interruption
-        return error
+        if self._processes.count == 1:
+            return _finish(self._started, run, error)
+        saving, others = _apart(self._started)
+        if self._processes.lost:  # nobody can be asked: what does not need the others is closed
+            return _finish(others, run, error)
 
-    def _tell(self, say: Callable[[Callback], None]) -> None:
-        error = None
-        for callback in self._all:
-            try:
-                say(callback)
-            except Exception as failure:  # whatever the user's callback raises
-                error = _both(error, _failed(callback, failure))
-        if error is not None:
-            raise error
+        def finish() -> None:
+            ended = _finish(others, run, error)
+            if ended is not None and ended is not error:
+                raise ended
+
+        try:
+            self._processes.said(finish)
+        except RunError as failure:
+            error = error or failure
+        return _finish(saving, run, error)
+
+    def _tell(self, run: Running, say: Callable[[Callback], None]) -> None:
+        def tell(callbacks: Sequence[Callback]) -> None:
+            error = None
+            for callback in callbacks:
+                try:
+                    say(callback)
+                except Exception as failure:  # whatever the user's callback raises
+                    error = _both(error, _failed(callback, failure))
+            if error is not None:
+                raise error
+
+        self._have(run, tell)
+
+    def _have(self, run: Running, act: Callable[[Sequence[Callback]], None]) -> None:
+        if self._processes.count == 1 or not self._all:
+            return act(self._all)
+        saving, others = _apart(self._all)
+
+        def ask() -> str | None:
+            act(others)
+            return run.stopped
+
+        reason = self._processes.said(ask)
+        if reason is not None:
+            run.stop(reason)
+        act(saving)
+
+
+def _apart(callbacks: Sequence[Callback]) -> tuple[list[Callback], list[Callback]]:
+    """(Those that save, the others)."""
+    return [each for each in callbacks if each.saves], [each for each in callbacks if not each.saves]
+
+
+def _finish(callbacks: Sequence[Callback], run: Running, error: BaseException | None) -> BaseException | None:
+    for callback in callbacks:
+        try:
+            callback.finish(run, error)
+        except Exception as failure:  # whatever the user's callback raises
+            error = _both(error, _failed(callback, failure))
+        except BaseException as interruption:  # Ctrl-C: the others still hear of the end
+            interruption.__context__ = interruption.__context__ or error
+            error = interruption
+    return error
 
 
 def _waits_for_rows(callback: Callback) -> bool:

@@ -20,6 +20,7 @@ from ..data import FederatedData
 from ..federation import Federation
 from ..given import Whole
 from ..problem import Problem
+from ..processes import ALONE
 from ..protocol import step as iteration
 from ..protocol import trace
 from ..protocol.sites import Path
@@ -75,6 +76,7 @@ class Execution(abc.ABC):
     replays = True  # whether a stretch can be repeated with other settings, to find out what blew up
     holds_clients = True  # whether the clients' states are in this process
     traceable = False  # whether a pass (`once`) can be part of a program that JAX traces
+    processes = ALONE  # over which it runs
 
     def __init__(
         self,

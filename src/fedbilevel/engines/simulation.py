@@ -24,6 +24,8 @@ from ..data import FederatedData
 from ..errors import check
 from ..given import Whole, whole_number
 from ..problem import Problem, strong
+from ..processes import Processes, everywhere, here
+from ..processes import of as over
 from ..program import freeze
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
@@ -72,6 +74,7 @@ class Simulation(Engine):
             self.mesh is None or batch is None,
             "mesh= spreads the cohort over devices and client_batch= runs it piecewise: use one.",
         )
+        over(self.mesh)
 
     def bind(
         self,
@@ -95,6 +98,10 @@ class _Simulated(Execution):
     traceable = True
 
     @functools.cached_property
+    def processes(self) -> Processes:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return over(self.engine.mesh)
+
+    @functools.cached_property
     def _compiled(self) -> set[Hashable]:
         """The structures of the algorithms that have run."""
         return set()
@@ -110,10 +117,10 @@ class _Simulated(Execution):
             asked = min(left, CAPACITY)
             watch = Stopwatch()
             (state, client_state), counts, info, done = jax.block_until_ready(self._run(algorithm, carry, asked, limit))
-            seconds += watch.seconds()
+            seconds += self.processes.said(watch.seconds)
             done, left = int(done), left - asked
             finite = done == asked
-            carry = Carry(state, client_state, carry.iteration + done + (not finite))
+            carry = Carry(here(state), client_state, carry.iteration + done + (not finite))
             books = self.ledger(counts, done + (not finite))
             for total, new in zip((rounds, down, up), books, strict=True):
                 total += new[:done]
@@ -143,6 +150,9 @@ class _Simulated(Execution):
         rounds, down, up = (np.array([ledger[i] for ledger in ledgers], object) for i in range(3))
         return Carry(state, client_state, carry.iteration + asked), rounds, down, up, np.asarray(done)
 
+    def client_states(self, carry: Carry) -> PyTree:
+        return here(carry.client_state)
+
     def _compile(self, algorithm: Algorithm, carry: Carry, limit: float) -> None:
         """Compile, if need be, so that it is not timed."""
         leaves, structure = jax.tree.flatten(as_leaves(algorithm))
@@ -163,9 +173,12 @@ class _Simulated(Execution):
         program: Callable[..., PyTree] | None = None,
     ) -> PyTree:
         count = lambda n: jnp.asarray(n, jnp.int32)
+        mesh, clients = self.engine.mesh, carry.client_state
+        if mesh is not None and self.processes.count > 1:
+            clients = everywhere(clients, mesh)
         return run(
             program or chunk, self.problem, as_leaves(algorithm), self._static(), self.data,
-            (carry.state, carry.client_state), self.key, count(carry.iteration), count(iterations),
+            (carry.state, clients), self.key, count(carry.iteration), count(iterations),
             jnp.asarray(limit, jnp.result_type(float)), jnp.asarray(self.engine.dropout, jnp.float32),
         )  # fmt: skip
 
@@ -185,4 +198,4 @@ class _Simulated(Execution):
         ready = Bound(once, self.problem, as_leaves(algorithm)).given(*common)
         stay, go = jnp.asarray(False), jnp.asarray(True)
         jax.block_until_ready(ready(stay, strong(state), self.key))  # compiled now: what losses read now counts
-        return lambda state, key: ready(go, state, key)
+        return lambda state, key: here(ready(go, state, key))

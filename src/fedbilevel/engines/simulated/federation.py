@@ -16,6 +16,7 @@ from ...cohorts import answered, client_key, combine_replies, full_weights, stay
 from ...data import FederatedData, entry
 from ...federation import Client, Combine, Flag, Reply
 from ...problem import Problem
+from ...processes import apart
 from ...protocol.sites import Path
 from ...protocol.traced import TracedFederation
 from ..base import Program
@@ -134,9 +135,12 @@ def spread_over(data: FederatedData, mesh: jax.sharding.Mesh) -> FederatedData:
     devices = mesh.devices.shape[0]
 
     def spread(leaf: np.ndarray | Array) -> Array:
-        short = -leaf.shape[0] % devices
-        padded = np.concatenate([leaf, np.zeros((short, *leaf.shape[1:]), leaf.dtype)]) if short else leaf
-        return jax.device_put(padded, by_client(mesh))
+        if isinstance(leaf, jax.Array) and apart(leaf):
+            return leaf
+        own = np.asarray(leaf)
+        short = -own.shape[0] % devices
+        padded = np.concatenate([own, np.zeros((short, *own.shape[1:]), own.dtype)]) if short else own
+        return jax.make_array_from_callback(padded.shape, by_client(mesh), lambda index: padded[index])
 
     rows = lambda d: (d.inner.rows, d.outer.rows)
     return eqx.tree_at(rows, data, jax.tree.map(spread, rows(data)))

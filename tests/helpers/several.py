@@ -1,0 +1,91 @@
+"""What engines/test_several.py has one, two or four processes do, started by the launcher: `several.py OUT WHAT`.
+
+Each process leaves `OUT/numbers-PROCESS.npz`, the numbers and the books of each run; process 0 alone the other files.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import fedbilevel as fb
+
+CLIENTS = 9
+WEIGHTS = [1.0, 2.0, 0.5, 1.5, 3.0, 1.0, 0.25, 2.0, 1.0]
+CASES = {  # name: (algorithm, cohort)
+    "aggitd": (
+        fb.AggITD(inner_rounds=3, inner_lr=0.05, local_steps=2, hessian_lr=0.05, outer_lr=0.05, batch_size=2), 4,
+    ),
+    "lockstep": (fb.Lockstep(inner_lr=0.05, local_steps=2, outer_lr=0.05, hessian_lr="auto"), None),
+    "fedmsa": (fb.FedMSA(inner_lr=0.05, hessian_lr=0.05, outer_lr=0.05, local_steps=2, batch_size=2), 4),
+    "fedbioacc-local": (fb.FedBiOAccLocal(), 4),
+}  # fmt: skip
+
+
+def inner(x, y, row):
+    a, b = row
+    return 0.5 * (a @ y - b) ** 2 + 0.5 * np.e ** x["k"] * (y @ y) + x["t"] @ y
+
+
+def outer(x, y, row):
+    a, b = row
+    return 0.5 * (a @ y - b) ** 2 + 0.05 * (x["t"] @ x["t"] + x["k"] ** 2)
+
+
+def rows(client: int, level: int):
+    """One client's rows, ragged: the same whoever asks for them."""
+    draw = np.random.default_rng((client, level))
+    count = 2 + (3 * client + level) % 7
+    return draw.normal(size=(count, 3)), client / CLIENTS + draw.normal(size=count)
+
+
+def start():
+    return {"t": np.array([0.3, -0.2, 0.1]), "k": np.array(-0.5)}, np.array([0.1, 0.2, -0.3])
+
+
+def data(mesh=None, names=None):
+    """All clients' rows in one process, or of each process its own."""
+    if mesh is None:
+        levels = [[rows(client, level) for client in range(CLIENTS)] for level in (0, 1)]
+        return fb.FederatedData.stack(*levels, weights=WEIGHTS)
+    own = fb.processes.mine(CLIENTS)
+    levels = [[rows(client, level) for client in own] for level in (0, 1)]
+    return fb.FederatedData.stack(*levels, weights=[WEIGHTS[client] for client in own], mesh=mesh)
+
+
+def norm(x, y):
+    return np.linalg.norm(y)
+
+
+def run(name: str, clients: fb.FederatedData, mesh, folder: Path | None = None, iterations: int = 6, **more):
+    algorithm, cohort = CASES[name]
+    files = [] if folder is None else [fb.callbacks.CSV(folder / f"{name}.csv"), fb.callbacks.Checkpoint(folder, 0.0)]
+    return fb.solve(
+        fb.Problem(inner, outer), clients, algorithm, *start(), iterations, key=jax.random.key(3),
+        engine=fb.Simulation(cohort, mesh=mesh), metrics={"norm": norm}, evaluate_every=2, callbacks=files, **more,
+    )  # fmt: skip
+
+
+def numbers(result: fb.Result) -> np.ndarray:
+    """All that a run leaves, but for seconds."""
+    columns = [name for name in result.history.columns if name not in ("seconds", "turn")]
+    books = np.concatenate([np.nan_to_num(np.asarray(result.history.column(name), float)) for name in columns])
+    trees = jax.tree.leaves((result.x, result.y, result.clients_y, result.state))
+    return np.concatenate([books, *(np.ravel(np.asarray(leaf, float)) for leaf in trees)])
+
+
+def agree(out: Path) -> None:
+    """Every case, of rows that all processes hold and of rows that each holds for itself."""
+    mesh = fb.processes.join()
+    found = {}
+    for name in CASES:
+        found[f"{name}/whole"] = numbers(run(name, data(), mesh))
+    np.savez(out / f"numbers-{jax.process_index()}.npz", **found)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    {"agree": agree}[sys.argv[2]](Path(sys.argv[1]))
