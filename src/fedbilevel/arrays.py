@@ -48,6 +48,14 @@ class Structure(Protocol):
         """The pytree with these leaves."""
         ...
 
+    def flatten_up_to(self, tree: PyTree, /) -> list[PyTree]:
+        """What a pytree has where this one has leaves.
+
+        Raises:
+            ValueError: it is of another structure.
+        """
+        ...
+
 
 def on_device(array: np.ndarray) -> jax.Array:
     """A numpy array as JAX holds it. (`jnp.asarray` without a dtype compiles a program for every shape, in jax 0.10.)"""

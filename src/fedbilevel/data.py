@@ -19,15 +19,17 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .arrays import on_device
 from .errors import InputError, check
-from .keys import KeyLike, as_key, generator, random_below
+from .keys import KeyLike, as_key, random_below
 from .problem import Problem, Rows
 from .rows.alike import check_levels
-from .rows.clients import Clients, NamesLike, called, levels, listed
+from .rows.clients import Clients, Names, NamesLike, Numbered, called, levels, listed
 from .rows.join import join
-from .rows.joined import Part
+from .rows.joined import Chosen
 from .rows.narrow import settle
-from .rows.one import read
+from .rows.sets import Sets, read_all
+from .rows.shuffled import permutations
 from .rows.values import shown
+from .threefry import folds
 
 LevelName = Literal["inner", "outer"]
 Weights = Literal["rows"] | Sequence[float] | np.ndarray | Array | Mapping[str, float] | None
@@ -203,10 +205,8 @@ class FederatedData(eqx.Module):
             FedbilevelWarning: values become zero in 32 bits, or distinct integers kept as floats become equal.
         """
         one, other, names = levels(inner, outer, names)
-        whole = lambda clients, level: [
-            (read(rows, name, level), slice(None)) for rows, name in zip(clients, names, strict=True)
-        ]
-        return cls._join(whole(one, "inner"), whole(other, "outer"), weights, names)
+        inside, outside = read_all(one, names, "inner"), read_all(other, names, "outer")
+        return cls._join(inside, outside, (None, None), weights, names)
 
     @classmethod
     def split(
@@ -238,47 +238,53 @@ class FederatedData(eqx.Module):
         )
         key, sets = as_key(key), listed(clients, "clients")
         names = called(clients, names, len(sets))
-        inside, outside = [], []
-        for index, (rows, name) in enumerate(zip(sets, names, strict=True)):
-            own = read(rows, name)
-            count = len(own.leaves[0])
-            if count < 2:
-                raise InputError(f"{name} has {count} rows, but a split needs at least 2: one for each level.")
-            order = generator(jax.random.fold_in(key, index)).permutation(count)
-            held = min(max(round(float(outer) * count), 1), count - 1)
-            outside.append((own, order[:held]))
-            inside.append((own, order[held:]))
-        check(inside, "there are no clients: pass one pytree of arrays per client.")
-        return cls._join(inside, outside, weights, names)
+        check(sets, "there are no clients: pass one pytree of arrays per client.")
+        own = read_all(sets, names, least=2)
+        chosen = _halves(own.counts, float(outer), folds(key, len(sets)))
+        return cls._join(own, own, chosen, weights, names)
 
     @classmethod
     def _join(
-        cls, inner: Sequence[Part], outer: Sequence[Part], weights: Weights, names: tuple[str, ...]
+        cls, inner: Sets, outer: Sets, chosen: tuple[Chosen | None, Chosen | None], weights: Weights, names: Names
     ) -> FederatedData:
-        one, other = join(inner, "inner", names), join(outer, "outer", names)
+        one, other = join(inner, "inner", names, chosen[0]), join(outer, "outer", names, chosen[1])
         check_levels(names[0], one.first, other.first)
         settle(one, other)
         p_inner, p_outer = _weights(weights, one.counts, other.counts, names)
-        m = len(inner)
+        m = len(one.counts)
         uniform = weights is None
         scale = np.ones(m) if uniform else p_outer / p_inner
+        real = jax.dtypes.canonicalize_dtype(float)
+        held = lambda values, dtype: on_device(np.asarray(values, dtype))
         as_level = lambda level, scale: Level(
-            level.rows,
-            jnp.asarray(level.offsets, jnp.int32),
-            jnp.asarray(level.counts, jnp.int32),
-            jnp.asarray(scale, jnp.result_type(float)),
+            level.hand_over(),
+            held(level.offsets, np.int32),
+            held(level.counts, np.int32),
+            held(scale, real),
             int(level.counts.max()),
         )
         return cls(
             as_level(one, np.ones(m)),
             as_level(other, scale),
-            None if uniform else jnp.asarray(p_inner, jnp.result_type(float)),
-            Labels(names, {level.level: level.columns for level in (one, other)}),
+            None if uniform else held(p_inner, real),
+            Labels(
+                () if isinstance(names, Numbered) else tuple(names),
+                {level.level: level.columns for level in (one, other)},
+            ),
         )
 
 
+def _halves(counts: np.ndarray, outer: float, seeds: np.ndarray) -> tuple[Chosen, Chosen]:
+    """(The rows for the inner level, those for the outer one), of each client in the order drawn from its seed."""
+    held = np.clip(np.rint(outer * counts).astype(np.int64), 1, counts - 1)
+    order = permutations(seeds, counts)
+    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    outside = place < np.repeat(held, counts)
+    return Chosen(order[~outside], counts - held), Chosen(order[outside], held)
+
+
 def _weights(
-    weights: Weights, inner_counts: np.ndarray, outer_counts: np.ndarray, names: tuple[str, ...]
+    weights: Weights, inner_counts: np.ndarray, outer_counts: np.ndarray, names: Names
 ) -> tuple[np.ndarray, np.ndarray]:
     m = len(inner_counts)
     if weights is None:

@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Array, Key
 from numpy.typing import ArrayLike
 
-from .data import generator
 from .errors import InputError, check, unknown_name
+from .keys import generator
 
 Parts = list[np.ndarray]
 

@@ -41,24 +41,24 @@ class Point(NamedTuple):
 
 def checks(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, tolerance: float) -> Iterator[Check]:
     """Every check of a problem on its first clients and on all rows' indices."""
-    keys = jax.random.split(jax.random.key(0), 5)
+    keys, names = jax.random.split(jax.random.key(0), 5), data.names
     for level in ("inner", "outer"):
         for client in range(data.clients):
-            yield f"{data.names[client]}: {level} indices", _indices(problem, data, level, client, x, y)
+            yield f"{names[client]}: {level} indices", _indices(problem, data, level, client, x, y)
     for client in range(min(data.clients, 3)):
         inner, outer = (weighted(getattr(data, level).alone(client).all(), client) for level in ("inner", "outer"))
         x0, y0 = _moved(problem, x, y, keys, inner, outer)
         at = Point(x0, y0, *(_unit(_direction(key, like)) for key, like in zip(keys[:3], (x, y, y), strict=True)))
         for level, rows in (("inner", inner), ("outer", outer)):
-            yield f"{data.names[client]}: {level} weights", _means(problem, level, at, rows, tolerance)
+            yield f"{names[client]}: {level} weights", _means(problem, level, at, rows, tolerance)
         for what, exact, difference in _comparisons(problem, at, inner, outer):
             yield (
-                f"{data.names[client]}: {what}",
+                f"{names[client]}: {what}",
                 lambda e=exact, d=difference: _close(float(e()), float(d()), tolerance),
             )
         curvature = lambda n=inner, v=at.v: float(_dot(v, problem.hessian_vector(x, y, v, n)))
         yield (
-            f"{data.names[client]}: inner loss curves upwards",
+            f"{names[client]}: inner loss curves upwards",
             lambda c=curvature: (c() > 0, f"curvature {c():.3g} along a direction"),
         )
 

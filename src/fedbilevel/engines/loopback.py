@@ -102,8 +102,8 @@ class _Looped(Messaging):
     def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         leaves, states = as_leaves(algorithm), carry.client_state or [None] * self.data.clients
         clients = self.transport.members = [
-            ClientSide(self.problem, rows, leaves, self.protocol, self.key, i, state, self.methods, self.data.names[i])
-            for i, (rows, state) in enumerate(zip(self.rows, states, strict=True))
+            ClientSide(self.problem, rows, leaves, self.protocol, self.key, i, state, self.methods, name)
+            for i, (rows, state, name) in enumerate(zip(self.rows, states, self.data.names, strict=True))
         ]
         self.transport.first = lambda x, y: strong(algorithm.client_init(x, y))
         self.kept = self.first_tags()

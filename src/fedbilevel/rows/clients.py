@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import overload
 
 import jax
 import numpy as np
@@ -13,9 +14,30 @@ from ..errors import InputError, check
 from .one import is_table
 from .values import conversion, shown
 
-Names = tuple[str, ...]
+Names = Sequence[str]
 NamesLike = Iterable[str | int] | None  # as they are passed
 Clients = Mapping[str | int, PyTree] | Iterable[PyTree]
+
+
+class Numbered(Sequence[str]):
+    """client 0, client 1, ...: written out only when one is asked for."""
+
+    def __init__(self, count: int):
+        self._all = range(count)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [f"client {number}" for number in self._all[index]]
+        return f"client {self._all[index]}"
 
 
 def levels(inner: Clients, outer: Clients, names: NamesLike = None) -> tuple[list[PyTree], list[PyTree], Names]:
@@ -53,7 +75,8 @@ def listed(clients: Clients, what: str) -> list[PyTree]:
     hint = conversion(clients)
     check(hint is None, f"{what}= is a {type(clients).__name__}: {hint}, one for each client in a list.")
     if isinstance(clients, Mapping):
-        bare = [key for key, rows in clients.items() if not _data_set(rows)]
+        plain = (dict, tuple)
+        bare = [key for key, rows in clients.items() if type(rows) not in plain and not _data_set(rows)]
         if bare:
             raise InputError(
                 f"{what}= is a mapping with {_kind(clients[bare[0]])} at {shown(bare[0])}, which may be ONE data set or "
@@ -90,7 +113,7 @@ def called(clients: Clients, names: NamesLike, count: int) -> Names:
         check(names is None, "names= is for clients in a list: the mapping's keys name them already.")
         return _distinct([key if isinstance(key, str) else f"client {key}" for key in clients])
     if names is None:
-        return tuple(f"client {index}" for index in range(count))
+        return Numbered(count)
     ordered = isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping, Set))
     listed = list(names) if ordered else []
     good = ordered and all(isinstance(name, (str, int, np.integer)) for name in listed)

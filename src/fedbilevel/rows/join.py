@@ -7,31 +7,47 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import InputError, check
-from .alike import check_alike
-from .joined import Joined, Part
+from .joined import Chosen, Joined
 from .narrow import narrowed
+from .sets import Sets
+
+_AT_ONCE = 2**16  # rows that are piled up before those chosen are taken out
 
 
-def join(parts: Sequence[Part], level: str, names: Sequence[str]) -> Joined:
-    """Every client's chosen rows, side by side.
+def join(sets: Sets, level: str, names: Sequence[str], chosen: Chosen | None = None) -> Joined:
+    """Every client's rows, or the chosen ones, side by side.
 
     Raises:
         InputError: an empty client, clients whose columns, structure, shapes or dtypes differ, NaN or infinite values, or
             values that do not survive in 32 bits.
     """
-    counts = np.array([len(read.leaves[0]) if isinstance(c, slice) else len(c) for read, c in parts])
+    counts = sets.counts if chosen is None else chosen.counts
     for index in map(int, np.flatnonzero(counts == 0)):
         raise InputError(f"{names[index]} has no {level} rows: leave it out, or give it at least one row.")
-    check(counts.sum() < 2**31, f"{counts.sum()} {level} rows are more than this version can index (2**31 - 1).")
-    for (read, _), name in zip(parts[1:], names[1:], strict=True):
-        check_alike(read, parts[0][0], name, names[0], level)
-    ends = np.cumsum(counts)
-    joined = Joined(names, level, parts, counts, ends - counts)
-    for read, _ in parts:
-        joined.doubts += read.doubts
-    for index, like in enumerate(joined.first.leaves):
-        flat = np.empty((ends[-1], *like.shape[1:]), like.dtype)
-        for (read, chosen), count, end in zip(parts, counts, ends, strict=True):
-            flat[end - count : end] = read.leaves[index][chosen]
+    check(
+        counts.sum() < 2**31, lambda: f"{counts.sum()} {level} rows are more than this version can index (2**31 - 1)."
+    )
+    sets.check_alike(names, level)
+    joined = Joined(names, level, sets.first, counts, np.cumsum(counts) - counts, chosen)
+    joined.doubts += sets.doubts
+    for index, (like, arrays) in enumerate(zip(sets.first.leaves, sets.leaves, strict=True)):
+        flat = np.empty((int(counts.sum()), *like.shape[1:]), like.dtype)
+        _fill(flat, arrays, sets.counts, chosen)
         joined.leaves.append(narrowed(joined, index, flat))
     return joined
+
+
+def _fill(flat: np.ndarray, arrays: Sequence[np.ndarray], counts: np.ndarray, chosen: Chosen | None) -> None:
+    if chosen is None:
+        np.concatenate(arrays, out=flat)
+        return
+    ends = np.cumsum(counts)
+    starts, begin = np.concatenate([[0], np.cumsum(chosen.counts)]), 0
+    while begin < len(arrays):  # a pile of some clients' rows at a time, and at least of one client
+        end = max(begin + 1, int(np.searchsorted(ends, ends[begin] - counts[begin] + _AT_ONCE, side="right")))
+        place = chosen.rows[starts[begin] : starts[end]]
+        offsets = np.repeat(
+            ends[begin:end] - counts[begin:end] - (ends[begin] - counts[begin]), chosen.counts[begin:end]
+        )
+        flat[starts[begin] : starts[end]] = np.concatenate(arrays[begin:end])[offsets + place]
+        begin = end

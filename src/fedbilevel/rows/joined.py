@@ -13,7 +13,18 @@ from ..arrays import on_device
 from .one import Read
 from .values import Whose
 
-Part = tuple[Read, slice | np.ndarray]  # a client's rows, and which of them
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Which of the clients' rows are meant.
+
+    Attributes:
+        rows: (total,) client after client, the numbers of the rows within the client's own.
+        counts: (clients,) how many of each.
+    """
+
+    rows: np.ndarray
+    counts: np.ndarray
 
 
 @dataclasses.dataclass
@@ -21,8 +32,10 @@ class Joined:
     """One level's rows of all clients, each copied once, straight to its place.
 
     Attributes:
-        names, level, parts: whose rows these are, at which level, and what they come from.
+        names, level: whose rows these are, at which level.
+        first: the first client's rows, which have the structure of all.
         counts, offsets: (clients,) how many rows each client has, and where they begin.
+        chosen: which rows of the clients they are; None for all.
         leaves: arrays (total, ...) in the types that JAX will hold.
         doubts: sentences about values that changed, and
         suspects: leaves with integers so large that some may have become equal, as they were.
@@ -30,22 +43,19 @@ class Joined:
 
     names: Sequence[str]
     level: str
-    parts: Sequence[Part]
+    first: Read
     counts: np.ndarray
     offsets: np.ndarray
+    chosen: Chosen | None = None
     leaves: list[np.ndarray] = dataclasses.field(default_factory=list)
     doubts: list[str] = dataclasses.field(default_factory=list)
     suspects: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    @property
-    def first(self) -> Read:
-        """The first client's rows, which have the structure of all."""
-        return self.parts[0][0]
-
-    @property
-    def rows(self) -> PyTree:
-        """The arrays in their pytree, as JAX holds them."""
-        return jax.tree.unflatten(self.first.structure, [on_device(leaf) for leaf in self.leaves])
+    def hand_over(self) -> PyTree:
+        """The arrays in their pytree, as JAX holds them; numpy's are let go one by one."""
+        self.suspects.clear()
+        held = [on_device(self.leaves.pop(0)) for _ in range(len(self.leaves))]
+        return jax.tree.unflatten(self.first.structure, held)
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
@@ -57,6 +67,5 @@ class Joined:
     def owner(self, row: int) -> tuple[Whose, int]:
         """(Whose a row is, which of that client's rows)."""
         client = int(np.searchsorted(self.offsets, row, side="right")) - 1
-        read, chosen = self.parts[client]
-        own = np.arange(len(read.leaves[0]))[chosen][row - self.offsets[client]]
+        own = row - self.offsets[client] if self.chosen is None else self.chosen.rows[row]
         return Whose(self.names[client], f"{self.level} rows"), int(own)

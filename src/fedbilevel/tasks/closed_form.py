@@ -9,8 +9,9 @@ import optax.tree
 from jaxtyping import Array, Float, Key
 
 from .. import reference
-from ..data import FederatedData, generator
+from ..data import FederatedData
 from ..errors import check
+from ..keys import generator
 from ..problem import Loss, Problem
 from .base import Metric, Options, Task
 

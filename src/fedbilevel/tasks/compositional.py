@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..data import generator
+from ..keys import generator
 from .base import Kind, Options, Row, Task
 from .closed_form import Columns, synthetic
 

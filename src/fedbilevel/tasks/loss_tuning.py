@@ -32,9 +32,10 @@ import numpy as np
 import optax.tree
 from jaxtyping import Array, Float, Key
 
-from ..data import FederatedData, generator
+from ..data import FederatedData
 from ..datasets import load
 from ..errors import check
+from ..keys import generator
 from ..partition import Parts, imbalanced
 from ..problem import Problem
 from .base import (
