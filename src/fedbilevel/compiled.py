@@ -48,8 +48,16 @@ def run(
 
 
 def traced(function: Callable[..., PyTree], problem: Problem, algorithm: PyTree, *args: PyTree) -> PyTree:
-    """As `run`, as a part of a program that is being traced: traced once for all programs that hold it at these shapes."""
-    return Bound(function, problem, algorithm, (), _TRACED)(*args)
+    """As `run`, as a part of a program that is being traced: traced once for all programs that hold it at these shapes.
+
+    Arguments that are one array stay one, so that what is known by its very arrays (features by their x) stays known.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    arrays, static = _apart(leaves)
+    number: dict[int, int] = {}
+    places = tuple(number.setdefault(id(array), len(number)) for array in arrays)
+    apart = list({id(array): array for array in arrays}.values())
+    return Bound(function, problem, algorithm, (), _TRACED).at(_Static(static, structure, places), apart)
 
 
 class Bound:
@@ -77,7 +85,7 @@ class Bound:
     def __call__(self, *args: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(args)
         arrays, static = _apart(leaves)
-        return self._run(_Static(static, structure), arrays)
+        return self.at(_Static(static, structure), arrays)
 
     def given(self, *first: PyTree) -> Callable[..., PyTree]:
         """The same with its first arguments given once for all; the leaves of the others are arrays."""
@@ -89,11 +97,12 @@ class Bound:
             if structure not in statics:
                 whole = jax.tree.structure((*first, *rest))
                 statics[structure] = _Static((*known, *[_ARRAY] * len(arrays)), whole)
-            return self._run(statics[structure], before + arrays)
+            return self.at(statics[structure], before + arrays)
 
         return call
 
-    def _run(self, static: _Static, arrays: list[Concrete]) -> PyTree:
+    def at(self, static: _Static, arrays: list[Concrete]) -> PyTree:
+        """The value at these arrays."""
         with helpers_of(self._problem), told_of_reverse_rules():  # JAX may find such a rule after the oracle's end only
             return self._compiled(self._now, static, self._own, self._algorithm, arrays)
 
@@ -140,22 +149,31 @@ class _Compiled:
         problem, structure, program, fixed, whole = self._now
         problem = known_as(eqx.combine(jax.tree.unflatten(structure, own), problem), program)
         given = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in arrays]  # numpy's, without jit
-        args = _together(static.leaves, static.structure, given)
+        args = static.together(given)
         return self._function(problem, _together(fixed, whole, algorithm), *args)
 
 
 class _Static:
-    """Leaves that are no arrays, as a key."""
+    """Leaves that are no arrays, as a key.
 
-    def __init__(self, leaves: Static, structure: Structure):
-        self.leaves, self.structure = leaves, structure
-        self._hash = hash((leaves, structure))
+    Args:
+        places: which of the arrays stands at each place, where some are one; None: each has one place.
+    """
+
+    def __init__(self, leaves: Static, structure: Structure, places: tuple[int, ...] | None = None):
+        self._key = leaves, structure, places
+        self._hash = hash(self._key)
+
+    def together(self, arrays: Sequence[Concrete]) -> PyTree:
+        """All of it, with arrays in their places."""
+        leaves, structure, places = self._key
+        return _together(leaves, structure, arrays if places is None else [arrays[place] for place in places])
 
     def __hash__(self):
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and (self.leaves, self.structure) == (other.leaves, other.structure)
+        return isinstance(other, _Static) and self._key == other._key
 
 
 class Kept(Generic[Thing]):

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .algorithm import Algorithm
+from .beginning import client_state
 from .cohorts import mean_reply
 from .engines.base import Carry, Execution
 from .errors import InputError, check, warn
 from .problem import describe
-from .protocol import client_state
 
 
 def own_lower(algorithm: Algorithm, state: PyTree) -> PyTree:
@@ -47,11 +47,12 @@ class Lower:
 
     def __init__(self, execution: Execution, algorithm: Algorithm, state: PyTree, rest: PyTree):
         self._execution, self._algorithm, self._rest = execution, algorithm, rest
-        one = own_lower(algorithm, client_state(algorithm, state))
+        both = lambda: (own_lower(algorithm, client_state(algorithm, state)), state.y)
+        one, like = eqx.filter_eval_shape(both)
         self.own = one is not None
         check(
-            not self.own or describe(one) == describe(state.y),
-            f"{type(algorithm).__name__}.own_lower(state) returns a client's own y, like {describe(state.y)}; "
+            not self.own or describe(one) == describe(like),
+            f"{type(algorithm).__name__}.own_lower(state) returns a client's own y, like {describe(like)}; "
             f"it returned {describe(one)}.",
         )
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Key, PyTree
 
 from . import cache
 from .algorithm import Algorithm
+from .beginning import first_state
 from .callbacks.base import Callback
 from .callbacks.checkpoint import load
 from .callbacks.listeners import Listeners
@@ -98,7 +99,7 @@ class Run:
         self._y, self._y_rest = trainable(y, "y")
         algorithm = settle(algorithm, self._x)
         self.algorithm, self.metrics = algorithm, checked_metrics(metrics)
-        state = algorithm.init(self._x, self._y)
+        state = first_state(algorithm, self._x, self._y)
         bound = bind(problem, self._x_rest, self._y_rest)
         self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
         self.processes = self._execution.processes

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
 from .algorithm import Algorithm
+from .beginning import as_leaves, first_state
 from .data import FederatedData
 from .engines.base import Program
 from .engines.simulated.programs import Step
@@ -19,7 +20,7 @@ from .errors import check
 from .keys import KeyLike, one_key, threefry
 from .problem import Problem, bind
 from .program import settle
-from .protocol import as_leaves, check_kinds
+from .protocol import check_kinds
 from .protocol import step as iteration
 from .variables import trainable
 
@@ -70,7 +71,7 @@ def stepper(
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
     algorithm = settle(algorithm, x)
-    state = algorithm.init(x, y)
+    state = first_state(algorithm, x, y)
     bound = (engine or Simulation()).bind(
         bind(problem, x_rest, y_rest), data, algorithm, state, jax.random.key(0), program
     )

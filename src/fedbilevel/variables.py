@@ -42,7 +42,7 @@ def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
     )
     for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
         check(
-            bool(jnp.all(jnp.isfinite(leaf))),
+            bool(np.isfinite(np.asarray(leaf)).all()),
             f"the start point {name}{jax.tree_util.keystr(path)} holds NaN or infinite values: start from finite numbers.",
         )
     return arrays, rest

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from ..algorithm import Algorithm
+from ..beginning import as_leaves, first_client_state
 from ..clock import Stopwatch
 from ..cohorts import check_cohort, check_dropout
 from ..compiled import Bound, run
@@ -27,7 +28,6 @@ from ..problem import Problem, strong
 from ..processes import Processes, everywhere, here
 from ..processes import of as over
 from ..program import freeze
-from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
 from .base import Carry, Engine, Execution, Pass, Program, Record, plan
 from .simulated.books import CAPACITY
@@ -107,7 +107,7 @@ class _Simulated(Execution):
         return set()
 
     def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
-        return Carry(strong(state), everybodys(client_state(algorithm, state), self.data.clients), 0)
+        return Carry(strong(state), everybodys(first_client_state(algorithm, state), self.data.clients), 0)
 
     def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         rounds, down, up, infos, seconds = [], [], [], [], 0.0
@@ -172,14 +172,14 @@ class _Simulated(Execution):
         limit: float,
         program: Callable[..., PyTree] | None = None,
     ) -> PyTree:
-        count = lambda n: jnp.asarray(n, jnp.int32)
+        count = lambda n: np.asarray(n, np.int32)
         mesh, clients = self.engine.mesh, carry.client_state
         if mesh is not None and self.processes.count > 1:
             clients = everywhere(clients, mesh)
         return run(
             program or chunk, self.problem, as_leaves(algorithm), self._static(), self.data,
             (carry.state, clients), self.key, count(carry.iteration), count(iterations),
-            jnp.asarray(limit, jnp.result_type(float)), jnp.asarray(self.engine.dropout, jnp.float32),
+            np.asarray(limit, jnp.result_type(float)), np.asarray(self.engine.dropout, np.float32),
         )  # fmt: skip
 
     def _static(self) -> Static:

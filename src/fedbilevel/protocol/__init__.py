@@ -1,5 +1,6 @@
 """What an iteration exchanges, derived from the algorithm's own program, and how it is written as bytes."""
 
-from .abstract import as_leaves, client_state, step
+from ..beginning import as_leaves, client_state
+from .abstract import step
 from .derivation import check_kinds, protocol, trace
 from .table import Exchange, Protocol

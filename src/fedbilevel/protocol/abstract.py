@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ..algorithm import Algorithm
+from ..beginning import client_state
 from ..cohorts import combine_replies
 from ..data import FederatedData
 from ..errors import InputError, check
 from ..federation import Body, Client, Cohort, Combine, Federation, Flag, Index, Method, Reply
-from ..problem import Problem, describe, strong
+from ..problem import Problem, describe
 from .calls import check_times
 from .sites import Path, Site, Wanted
 from .traced import Loop, TracedFederation
 
-Module = TypeVar("Module", bound=eqx.Module)
 Program: TypeAlias = Callable[[Algorithm, Federation, PyTree], tuple[PyTree, PyTree]]  # (state) -> (the next, info)
 Given: TypeAlias = tuple[Algorithm, PyTree, FederatedData]  # the algorithm as leaves, the state, the data
 
@@ -161,7 +161,7 @@ def discover(
 
     name = type(algorithm).__name__
     try:
-        after, info = eqx.filter_eval_shape(run, algorithm, state, jnp.zeros(()), jax.random.key(0))
+        after, info = eqx.filter_eval_shape(run, algorithm, state, *unknown())
     except jax.errors.ConcretizationTypeError as error:
         raise InputError(
             f"{name} asks Python to decide (if, while, int, float) on a value known only while running: use jnp.where, "
@@ -183,15 +183,10 @@ def discover(
     return found[0], info
 
 
+def unknown() -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """The shapes of a number that fills replies, and of a key: nothing is compiled to have them."""
+    return jax.ShapeDtypeStruct((), jnp.result_type(float)), jax.eval_shape(lambda: jax.random.key(0))
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no reason given").splitlines()[0]
-
-
-def as_leaves(algorithm: Module) -> Module:
-    """The algorithm with its Python numbers as (weakly typed) arrays, so that compiled code takes them as arguments."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, (int, float)) else leaf, algorithm)
-
-
-def client_state(algorithm: Algorithm, state: PyTree) -> PyTree:
-    """What one client keeps, at the start."""
-    return strong(jax.tree.map(jnp.asarray, algorithm.client_init(state.x, state.y)))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, PyTree
 from ..component import modules_in
 from ..errors import InputError, check
 from ..federation import Client, Cohort, Index, Method
+from ..oracles import traced_once
 from ..problem import Problem, describe
 from .sites import Path, Site
 
@@ -26,7 +27,7 @@ def answer(problem: Problem, algorithm: eqx.Module, name: str, parts: tuple, mes
     Raises:
         InputError: something else than arrays.
     """
-    out = named_method(algorithm, name)(Client(problem, *parts), *message)
+    out = named_method(algorithm, name)(Client(traced_once(problem), *parts), *message)
     leaves = jax.tree.leaves(out)
     good = all(isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex) for leaf in leaves)
     where = f"{type(algorithm).__name__}.{name}"

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from ..beginning import client_state
 from ..canonical import canonical
 from ..compiled import Kept
 from ..jaxprs import ClosedJaxpr, dce_jaxpr, jaxpr_as_fun
 from ..problem import Problem
-from .abstract import AbstractFederation, Given, Program, client_state
+from .abstract import AbstractFederation, Given, Program, unknown
 from .sites import Path, Site
 from .table import SAMPLED
 
@@ -71,13 +72,14 @@ class Counting:
             program(algorithm, fed, filled)
             return fed.counts
 
-        keys = jax.random.split(jax.random.key(0), len(draws))
-        whole, shape = jax.make_jaxpr(run, return_shape=True)(jnp.zeros(()), jnp.asarray(draws[0]), keys[0], leaves)
+        opaque, key = unknown()
+        drawn = jax.ShapeDtypeStruct(draws[0].shape, draws.dtype)
+        whole, shape = jax.make_jaxpr(run, return_shape=True)(opaque, drawn, key, leaves)
         inputs = [False, True, True, *[False] * len(leaves)]
         kept, used = dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=inputs)
         self.depends, self._used = used[0], used[3:]
         self._structure = jax.tree.structure(shape)
-        self._draws, self._keys = (draws, keys) if by_draw else (draws, keys[0])
+        self._draws, self._keys = draws, _keys(len(draws) if by_draw else None)
         counting = ClosedJaxpr(kept, whole.consts)
         name = canonical([counting]).digest, by_draw, self.depends
         self._run = _COUNTERS.get(name, lambda: _vectorised(jaxpr_as_fun(counting), by_draw, self.depends))
@@ -91,7 +93,13 @@ class Counting:
         return jax.tree.unflatten(self._structure, self._counts)
 
 
+def _keys(count: int | None) -> Key[Array, " *rows"]:
+    """A key for each row of draws; None: one, which decides nothing."""
+    key = jax.random.key(0)
+    return key if count is None else jax.random.split(key, count)
+
+
 def _vectorised(counting: Callable[..., list[Array]], by_draw: bool, depends: bool) -> Callable[..., list[Array]]:
-    opaque = (jnp.zeros(()),) if depends else ()
+    opaque = (np.zeros((), jnp.result_type(float)),) if depends else ()
     one = lambda draw, key, used: counting(*opaque, draw, key, *used)
     return jax.jit(jax.vmap(one, in_axes=(0, 0 if by_draw else None, None)))

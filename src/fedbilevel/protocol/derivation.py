@@ -15,6 +15,7 @@ import jax
 from jaxtyping import PyTree
 
 from ..algorithm import Algorithm
+from ..beginning import as_leaves, first_state
 from ..cohorts import check_cohort
 from ..compiled import Kept
 from ..data import FederatedData
@@ -23,7 +24,7 @@ from ..given import Whole
 from ..problem import Problem, bind
 from ..program import class_of, compiled_as, freeze, settle
 from ..variables import trainable
-from .abstract import Given, Program, as_leaves, discover, step
+from .abstract import Given, Program, discover, step
 from .counting import Counting, combinations
 from .table import Protocol, summary
 
@@ -55,7 +56,7 @@ def protocol(
     y, y_rest = trainable(y, "y")
     algorithm = settle(algorithm, x)
     cohort = check_cohort(getattr(engine, "cohort", None), data.clients)
-    return trace(algorithm, bind(problem, x_rest, y_rest), data, algorithm.init(x, y), cohort)
+    return trace(algorithm, bind(problem, x_rest, y_rest), data, first_state(algorithm, x, y), cohort)
 
 
 def check_kinds(problem: Problem, data: FederatedData, algorithm: Algorithm) -> None:

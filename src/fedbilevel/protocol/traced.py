@@ -109,13 +109,9 @@ class TracedFederation(Federation):
         """(The shapes of one client's reply, the cohort's combined) to a message (`When` parts masked)."""
 
     def replied(self, name: str, method: Method, client: Client, message: tuple) -> PyTree:
-        """What a client replies. Its method is traced once for all programs, but where features know x by its very arrays,
-        of which a part of a program has others."""
-        problem = client.problem
-        if problem.features is not None:
-            return method(client, *message)
+        """What a client replies; its method is traced once for all programs."""
         parts = client.rows, client.state, client.key, client.wanted, client.index
-        return traced(answer, problem, self._algorithm, name, parts, message)
+        return traced(answer, client.problem, self._algorithm, name, parts, message)
 
     # The capability -------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from ..algorithm import Algorithm
+from ..beginning import first_state
 from ..data import FederatedData
 from ..engines.base import Carry
 from ..engines.simulation import Simulation
@@ -83,7 +84,7 @@ def sweep(
     engine = engine or Simulation()
     inner_x, x_rest = trainable(x, "x")
     inner_y, y_rest = trainable(y, "y")
-    state = algorithm.init(inner_x, inner_y)
+    state = first_state(algorithm, inner_x, inner_y)
     execution = engine.bind(bind(problem, x_rest, y_rest), data, algorithm, state, key)
     iterations = rounds // execution.protocol.rounds_most
     check(iterations >= 1, f"{rounds} rounds are too few for one iteration of {type(algorithm).__name__}.")

@@ -9,13 +9,15 @@ from typing import TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ...algorithm import Algorithm
+from ...beginning import client_state
 from ...compiled import run
 from ...data import FederatedData
+from ...jaxprs import Tracer
 from ...problem import Problem, strong
-from ...protocol import client_state
 from ...watch import observe
 from ..base import all_finite, within
 from .books import CAPACITY, Books
@@ -164,4 +166,11 @@ def _held(
 
 def everybodys(one: PyTree, clients: int) -> PyTree:
     """The clients' states, leaves (clients, ...), from the one that all start with."""
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), one)
+
+    def everyone(leaf: Array) -> Array:
+        shape = clients, *leaf.shape
+        if isinstance(leaf, Tracer):
+            return jnp.broadcast_to(leaf, shape)
+        return jax.device_put(np.broadcast_to(np.asarray(leaf), shape))  # outside programs: it compiles nothing
+
+    return jax.tree.map(everyone, one)

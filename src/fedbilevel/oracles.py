@@ -1,0 +1,35 @@
+"""A problem whose oracles are traced once each, wherever and however often a program asks them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+from jaxtyping import PyTree
+
+from .compiled import traced
+from .problem import Problem
+from .program import ORACLES, program_of
+
+_NAMES = (*ORACLES, "row_features")
+
+
+def traced_once(problem: Problem) -> Problem:
+    """The same problem, each oracle of which is traced once at given shapes; as it is where it is not frozen.
+
+    An iteration asks the same oracle at several places: in loops, in rounds, and in the programs that it is part of.
+    """
+    if program_of(problem) is None:
+        return problem
+    shared = copy.copy(problem)
+    for name in _NAMES:
+        object.__setattr__(shared, name, functools.partial(_asked, problem, name))
+    return shared
+
+
+def _asked(problem: Problem, name: str, *args: PyTree) -> PyTree:
+    return traced(_oracle, problem, None, name, *args)
+
+
+def _oracle(problem: Problem, _: None, name: str, *args: PyTree) -> PyTree:
+    return getattr(problem, name)(*args)

@@ -1,0 +1,40 @@
+"""First states, computed as one program, are those computed operation by operation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fedbilevel as fb
+from fedbilevel.beginning import as_leaves, first_client_state, first_state
+
+X, Y = {"w": jnp.arange(3.0)}, jnp.array([0.5, -2.0])
+
+
+class Picky(fb.AggITD):
+    """Its first state is decided by Python, from values."""
+
+    def init(self, x, y):
+        return super().init(x, -y if float(y[0]) > 0 else y)
+
+
+@pytest.mark.parametrize("algorithm", [fb.AggITD(hessian_lr="auto"), fb.algorithms.Lockstep(), fb.algorithms.FedMSA()])
+def test_they_are_the_same(algorithm):
+    expected = algorithm.init(X, Y)
+    found = first_state(algorithm, X, Y)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    kept = algorithm.client_init(X, Y)
+    jax.tree.map(np.testing.assert_array_equal, first_client_state(algorithm, found), kept)
+
+
+def test_python_may_decide():
+    np.testing.assert_array_equal(Picky.init(Picky(), X, Y).y, -Y)
+    np.testing.assert_array_equal(first_state(Picky(), X, Y).y, -Y)
+
+
+def test_numbers_become_weakly_typed_arrays():
+    leaf = as_leaves(fb.algorithms.Lockstep(outer_lr=0.25)).outer_lr
+    assert (leaf.weak_type, leaf.dtype, float(leaf)) == (True, jnp.result_type(float), 0.25)
