@@ -206,5 +206,6 @@ def test_nothing_is_traced_again_between_iterations_and_runs():
     assert count(data=fb.FederatedData.stack([row + 1 for row in ROWS], ROWS)) == abstract
     assert count(metrics=METRICS, iterations=3) == abstract
     assert count(x=np.asarray(X)) == abstract
-    assert count(algorithm=dataclasses.replace(NEST, local_steps=3)) == abstract  # another program asks the same oracles
+    another = dataclasses.replace(NEST, local_steps=3)
+    assert count(algorithm=another) == abstract  # it asks the same oracles
     assert count(data=fb.FederatedData.stack([np.concatenate([row, row]) for row in ROWS], ROWS)) > abstract
