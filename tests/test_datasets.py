@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbilevel.datasets import DATASETS, IDX_FILES, LARGEST, idx_folder, load, read_idx
+from fedbilevel.datasets import DATASETS, IDX_FILES, LARGEST, embedded, idx_folder, load, read_idx
+from fedbilevel.datasets.shuffle import halves, stratified
 from fedbilevel.errors import InputError
 from helpers.places import DATA
 
@@ -207,3 +208,32 @@ def test_the_real_files(name):
     scale = {"mnist": 0.3081, "fashion-mnist": 0.3530}[name]
     assert abs(mean) < 0.5e-4 / scale * 1.1 and abs(deviation - 1) < 0.5e-4 / scale * 1.1
     assert np.bincount(data.y_test).min() > 800 and data.y_train.max() == 9
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("labels", [[0] * 7 + [1] * 7 + [2] * 3 + [4] * 30, [3, 1] * 50, list(range(4)) * 6])
+def test_the_rows_for_the_test_are_those_of_scikit_learn(labels, seed):
+    from sklearn.model_selection import train_test_split
+
+    labels, rows = np.array(labels), np.arange(len(labels))
+    settings = {"test_size": 0.25, "random_state": seed}
+    for ours, stratify in ((stratified(labels, seed), labels), (halves(len(labels), seed), None)):
+        for mine, theirs in zip(ours, train_test_split(rows, stratify=stratify, **settings), strict=True):
+            assert mine.tolist() == list(theirs)
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in ROWS])
+def test_the_files_of_scikit_learn_hold_what_its_functions_give(monkeypatch, name):
+    """Whatever became of its folder, the data set is the same."""
+    read = load(name)
+    monkeypatch.setattr(embedded, "table", lambda *_, **__: None)
+    asked = load(name)
+    for part in ("x_train", "y_train", "x_test", "y_test"):
+        np.testing.assert_array_equal(getattr(read, part), getattr(asked, part), strict=True)
+
+
+def test_a_file_that_is_not_there_or_has_other_numbers():
+    assert embedded.table("digits.csv.gz", 1_797, 65, ",") is not None
+    assert embedded.table("digits.csv.gz", 1_797, 64, ",") is None
+    assert embedded.table("breast_cancer.csv", 569, 31, ",") is None  # its first line is no row
+    assert embedded.table("nothing.csv", 1, 1) is None

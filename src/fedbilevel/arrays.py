@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from numpy.lib import format as npy
+from numpy.typing import ArrayLike, DTypeLike
 
 Concrete = jax.Array | np.ndarray | np.generic  # what is written
 
@@ -60,6 +61,11 @@ class Structure(Protocol):
 def on_device(array: np.ndarray) -> jax.Array:
     """A numpy array as JAX holds it. (`jnp.asarray` without a dtype compiles a program for every shape, in jax 0.10.)"""
     return jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
+
+
+def held(values: ArrayLike, dtype: DTypeLike = float) -> jax.Array:
+    """Numbers as JAX holds those of this type: in 32 bits, or in 64 with `jax_enable_x64`."""
+    return on_device(np.asarray(values, jax.dtypes.canonicalize_dtype(dtype)))
 
 
 def is_key(leaf: PyTree) -> TypeGuard[jax.Array]:

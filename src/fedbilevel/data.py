@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from .arrays import on_device
+from .arrays import held, on_device
 from .errors import InputError, check
 from .keys import KeyLike, as_key, random_below
 from .problem import Problem, Rows
@@ -254,19 +254,17 @@ class FederatedData(eqx.Module):
         m = len(one.counts)
         uniform = weights is None
         scale = np.ones(m) if uniform else p_outer / p_inner
-        real = jax.dtypes.canonicalize_dtype(float)
-        held = lambda values, dtype: on_device(np.asarray(values, dtype))
         as_level = lambda level, scale: Level(
             level.hand_over(),
             held(level.offsets, np.int32),
             held(level.counts, np.int32),
-            held(scale, real),
+            held(scale),
             int(level.counts.max()),
         )
         return cls(
             as_level(one, np.ones(m)),
             as_level(other, scale),
-            None if uniform else held(p_inner, real),
+            None if uniform else held(p_inner),
             Labels(
                 () if isinstance(names, Numbered) else tuple(names),
                 {level.level: level.columns for level in (one, other)},

@@ -6,6 +6,8 @@ another kind, and settings under which JAX makes its keys in another way, are le
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 from jaxtyping import Array, Key, UInt32
@@ -35,6 +37,31 @@ def folds(key: Key[Array, ""], count: int) -> UInt32[np.ndarray, "count words"]:
         return hashed(_words(key), np.arange(count, dtype=np.uint32))
     own = [jax.random.key_data(jax.random.fold_in(key, index)) for index in range(count)]
     return np.array(own, np.uint32).reshape(count, -1)
+
+
+def fold_in(key: Key[Array, ""], index: int) -> Key[Array, ""]:
+    """`jax.random.fold_in(key, index)`."""
+    if not _plain(key):
+        return jax.random.fold_in(key, index)
+    return _key(hashed(_words(key), np.array([index], np.uint32))[0])
+
+
+def uniform(key: Key[Array, ""], shape: tuple[int, ...], bound: float) -> np.ndarray:
+    """`jax.random.uniform(key, shape, minval=-bound, maxval=bound)` in JAX's own float: 32 bits, or 64.
+
+    The program that XLA makes of it for a processor multiplies and adds with one rounding. So does this: for bits u in
+    [0, 1) both round 2 bound (u - 1/2), in which the difference is exact.
+    """
+    dtype = np.dtype(jax.dtypes.canonicalize_dtype(float))
+    if not (_plain(key) and _setting("jax_threefry_partitionable")):
+        return np.asarray(jax.random.uniform(key, shape, minval=-bound, maxval=bound))
+    words = hashed(_words(key), np.arange(math.prod(shape), dtype=np.uint32))
+    if dtype == np.float32:
+        bits = (words[:, 0] ^ words[:, 1]) >> np.uint32(9)
+    else:
+        bits = ((words[:, 0].astype(np.uint64) << np.uint64(32)) | words[:, 1]) >> np.uint64(12)
+    share = bits.astype(dtype) * dtype.type(np.finfo(dtype).eps)
+    return (2 * dtype.type(bound) * (share - dtype.type(0.5))).reshape(shape)
 
 
 def hashed(key: np.ndarray, low: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..errors import check
+from .shuffle import halves, stratified
 
 Folder = str | os.PathLike[str] | None
 KINDS = ("images", "classes", "numbers")
@@ -89,12 +90,9 @@ def split(
         classes: how many there are; None where targets are numbers, which are standardised too.
         axis: 0 for columns on their own, None for all entries alike.
     """
-    from sklearn.model_selection import train_test_split
-
-    stratify = None if classes is None else targets
-    parts = train_test_split(features, targets, test_size=0.25, random_state=seed, stratify=stratify)
-    x_train, x_test, y_train, y_test = map(np.asarray, parts)
-    x_train, x_test = _standardised(x_train, x_test, axis)
+    train, test = halves(len(targets), seed) if classes is None else stratified(targets, seed)
+    y_train, y_test = targets[train], targets[test]
+    x_train, x_test = _standardised(features[train], features[test], axis)
     if classes is None:
         y_train, y_test = _standardised(y_train, y_test, 0)
         return Dataset(name, x_train, y_train, x_test, y_test, None, facts)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from .. import cache
 from ..algorithm import Algorithm
+from ..arrays import held, on_device
 from ..callbacks.base import Callback
 from ..data import FederatedData
 from ..datasets import DATASETS, Dataset, Facts, load
@@ -25,6 +26,7 @@ from ..given import Whole
 from ..metrics import Metric
 from ..partition import Parts, partition
 from ..problem import Loss, Problem
+from ..threefry import new_key, split_key
 
 DataDir = str | os.PathLike[str] | None
 Row = Mapping[str, Array]  # one row of a client's, its parts by name
@@ -101,7 +103,7 @@ class Options:
     def keys(self) -> list[Key[Array, ""]]:
         """Keys for the partition, the split, the start and the run."""
         cache.begin()  # a task's first program
-        return list(jax.random.split(jax.random.key(self.seed), 4))
+        return split_key(new_key(self.seed), 4)
 
 
 class Settings(TypedDict, total=False):
@@ -187,7 +189,7 @@ def validation_loss(outer_loss: Loss, data: FederatedData) -> Metric:
     """
     counts = data.count("outer")
     p = np.full(data.clients, 1 / data.clients) if data.weights is None else np.asarray(data.weights)
-    weights = jnp.asarray(np.repeat(p * np.asarray(data.outer.scale) / counts, counts), jnp.result_type(float))
+    weights = held(np.repeat(p * np.asarray(data.outer.scale) / counts, counts))
     return lambda x, y: _weighted_loss(outer_loss, x, y, data.outer.rows, weights)
 
 
@@ -207,7 +209,7 @@ def cross_entropy(logits: Float[Array, " classes"], label: Int[Array, ""]) -> Fl
 
 def classification_metrics(predict: Predict, dataset: Dataset) -> dict[str, Metric]:
     """test_accuracy in [0, 1] and test_loss of predict(x, y, features) -> logits (rows, classes)."""
-    features, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
+    features, labels = on_device(dataset.x_test), on_device(dataset.y_test)
 
     def accuracy(x: PyTree, y: PyTree) -> Float[Array, ""]:
         return _score(predict, x, y, features, labels)[0]
@@ -220,8 +222,8 @@ def classification_metrics(predict: Predict, dataset: Dataset) -> dict[str, Metr
 
 def balanced_accuracy(predict: Predict, dataset: Dataset) -> Metric:
     """The mean over the classes of the test rows of the share of each that predict(x, y, features) gets right."""
-    features, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
-    weights = jnp.asarray(class_weights(dataset.y_test), jnp.result_type(float))
+    features, labels = on_device(dataset.x_test), on_device(dataset.y_test)
+    weights = held(class_weights(dataset.y_test))
     return lambda x, y: _weighted_accuracy(predict, x, y, features, labels, weights)
 
 

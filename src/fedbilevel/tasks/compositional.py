@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arrays import held
 from ..keys import generator
 from .base import Kind, Options, Row, Task
 from .closed_form import Columns, synthetic
@@ -42,7 +43,7 @@ def build(options: Options) -> Task:
             noisy = lambda middle, rows=rows: middle + 0.1 * draw.normal(size=(rows, *middle.shape))
             yield {"R": noisy(R), "s": noisy(shift)}, {"t": noisy(wish + SPREAD * draw.normal(size=LOWER))}
 
-    start = lambda key: (jnp.asarray(generator(key).normal(size=UPPER), float), jnp.zeros((LOWER,)))
+    start = lambda key: (held(generator(key).normal(size=UPPER)), held(np.zeros(LOWER)))
     return synthetic("compositional", options, inner_loss, outer_loss, clients, start)
 
 

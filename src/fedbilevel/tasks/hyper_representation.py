@@ -13,6 +13,7 @@ import optax.tree
 from jaxtyping import Array, Float, PyTree
 
 from ..problem import Problem
+from ..threefry import split_key
 from .base import Kind, Options, Row, Task, classification_metrics, cross_entropy, federated, suited
 from .network import Layer, hidden, layer, logits
 
@@ -51,7 +52,7 @@ def build(options: Options) -> Task:
     )
     start, run = options.keys()[2:]
     inputs, width, classes = dataset.x_train.shape[1], int(dataset.facts.hidden or 0), int(dataset.classes or 0)
-    body, head = jax.random.split(start)
+    body, head = split_key(start, 2)
     return Task(
         "hyper-representation", name, Problem(InnerLoss(), outer_loss, features=features), data,
         layer(body, inputs, width), layer(head, width, classes),

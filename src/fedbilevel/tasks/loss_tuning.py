@@ -27,17 +27,18 @@ from collections.abc import Mapping
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax.tree
 from jaxtyping import Array, Float, Key
 
+from ..arrays import held
 from ..data import FederatedData
 from ..datasets import load
 from ..errors import check
 from ..keys import generator
 from ..partition import Parts, imbalanced
 from ..problem import Problem
+from ..threefry import fold_in, split_key
 from .base import (
     Kind,
     Options,
@@ -86,13 +87,13 @@ def build(options: Options) -> Task:
     place, split, start, run = options.keys()
     whole = load(name, options.data_dir)
     facts = whole.facts
-    kept = imbalanced(whole.y_train, facts.rarest, jax.random.fold_in(place, 0), facts.most)
+    kept = imbalanced(whole.y_train, facts.rarest, fold_in(place, 0), facts.most)
     dataset = dataclasses.replace(whole, x_train=whole.x_train[kept], y_train=whole.y_train[kept])
     parts = deal(options, dataset.y_train, facts.clients)
     data = clients_data(dataset.x_train, dataset.y_train, *levels(dataset.y_train, parts, split))
     inputs, width, classes = dataset.x_train.shape[1], int(facts.hidden or 0), int(dataset.classes or 0)
-    body, head = jax.random.split(start)
-    x = {"delta": jnp.zeros((classes,)), "iota": jnp.zeros((classes,))}
+    body, head = split_key(start, 2)
+    x = {"delta": held(np.zeros(classes)), "iota": held(np.zeros(classes))}
     y = {"body": layer(body, inputs, width), "head": layer(head, width, classes)}
     test = classification_metrics(predict, dataset)
     metrics = {
@@ -106,7 +107,7 @@ def build(options: Options) -> Task:
 
 def clients_data(a: np.ndarray, labels: np.ndarray, inner: Parts, outer: Parts) -> FederatedData:
     """The clients' rows at both levels, the outer ones with weights that make clients count in proportion to their rows."""
-    weights = np.zeros(len(labels), jnp.result_type(float))
+    weights = np.zeros(len(labels), jax.dtypes.canonicalize_dtype(float))
     held = np.concatenate(outer)
     weights[held] = class_weights(labels[held])
     for rows in outer:

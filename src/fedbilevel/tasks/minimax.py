@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arrays import held
 from ..keys import generator
 from .base import Kind, Options, Row, Task
 from .closed_form import Columns, synthetic
@@ -43,7 +44,7 @@ def build(options: Options) -> Task:
             noisy = {"A": A + 0.1 * draw.normal(size=(rows, *A.shape)), "b": b + 0.1 * draw.normal(size=(rows, LOWER))}
             yield noisy, noisy  # both levels judge the same rows
 
-    start = lambda key: (jnp.asarray(generator(key).normal(size=UPPER), float), jnp.zeros((LOWER,)))
+    start = lambda key: (held(generator(key).normal(size=UPPER)), held(np.zeros(LOWER)))
     return synthetic("minimax", options, inner_loss, outer_loss, clients, start)
 
 

@@ -7,16 +7,19 @@ from collections.abc import Mapping
 import jax
 from jaxtyping import Array, Float, Key
 
+from ..arrays import on_device
+from ..threefry import split_key, uniform
+
 Layer = Mapping[str, Array]  # "weight" (inputs, outputs) and "bias" (outputs,)
 
 
 def layer(key: Key[Array, ""], inputs: int, outputs: int) -> dict[str, Array]:
     """A dense layer, weight (inputs, outputs) and bias (outputs,), entries uniform in +-1/sqrt(inputs)."""
     bound = inputs**-0.5
-    weight, bias = jax.random.split(key)
+    weight, bias = split_key(key, 2)
     return {
-        "weight": jax.random.uniform(weight, (inputs, outputs), minval=-bound, maxval=bound),
-        "bias": jax.random.uniform(bias, (outputs,), minval=-bound, maxval=bound),
+        "weight": on_device(uniform(weight, (inputs, outputs), bound)),
+        "bias": on_device(uniform(bias, (outputs,), bound)),
     }
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arrays import held
 from ..keys import generator
 from .base import Kind, Options, Row, Task
 from .closed_form import Columns, synthetic
@@ -37,7 +38,7 @@ def build(options: Options) -> Task:
         cross = draw.normal(size=(LOWER, UPPER))
         return [_client(draw, common, cross, rows) for rows in counts]
 
-    start = lambda key: (jnp.asarray(generator(key).normal(size=UPPER), float), jnp.zeros((LOWER,)))
+    start = lambda key: (held(generator(key).normal(size=UPPER)), held(np.zeros(LOWER)))
     return synthetic("quadratic", options, inner_loss, outer_loss, clients, start)
 
 

@@ -8,8 +8,10 @@ loss does not contain x: the hypergradient has no direct part.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from ..arrays import held
 from ..problem import Problem
 from .base import Kind, Options, Row, Task, classification_metrics, cross_entropy, federated, suited, validation_loss
 from .network import Layer
@@ -38,8 +40,8 @@ def build(options: Options) -> Task:
     columns = lambda d, rows: {"a": d.x_train[rows], "label": d.y_train[rows]}
     dataset, data = federated(options, columns, outer=0.3)
     features, classes = dataset.x_train.shape[1], int(dataset.classes or 0)
-    x = jnp.zeros((features,))
-    y = {"weight": jnp.zeros((features, classes)), "bias": jnp.zeros((classes,))}
+    x = held(np.zeros(features))
+    y = {"weight": held(np.zeros((features, classes))), "bias": held(np.zeros(classes))}
     metrics = classification_metrics(predict, dataset) | {"validation_loss": validation_loss(outer_loss, data)}
     return Task("regularisation", name, Problem(inner_loss, outer_loss), data, x, y, metrics, options.keys()[3])
 

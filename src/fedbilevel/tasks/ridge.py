@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..arrays import held, on_device
 from ..datasets import Dataset
 from ..problem import Problem
 from .base import Kind, Options, Row, Task, classification_metrics, federated, suited
@@ -50,11 +51,11 @@ def build(options: Options) -> Task:
     columns = lambda d, rows: {"a": d.x_train[rows], "target": targets(d, d.y_train[rows])}
     dataset, data = federated(options, columns, outer=0.3)
     features, outputs = dataset.x_train.shape[1], dataset.classes or 1
-    x = jnp.zeros((features,))
-    y = {"weight": jnp.zeros((features, outputs)), "bias": jnp.zeros((outputs,))}
+    x = held(np.zeros(features))
+    y = {"weight": held(np.zeros((features, outputs))), "bias": held(np.zeros(outputs))}
     problem = Problem(inner_loss, outer_loss)
     if dataset.classes is None:
-        rows = {"a": jnp.asarray(dataset.x_test), "target": jnp.asarray(targets(dataset, dataset.y_test))}
+        rows = {"a": on_device(dataset.x_test), "target": on_device(targets(dataset, dataset.y_test))}
         error = jax.jit(lambda x, y: 2 * jnp.mean(jax.vmap(lambda row: outer_loss(x, y, row))(rows)))
         metrics = {"test_error": error}
     else:
