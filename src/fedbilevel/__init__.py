@@ -11,7 +11,8 @@ from .moved import install as _install
 from .version import __version__
 
 if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is first asked for
-    from . import algorithms, callbacks, datasets, engines, errors, partition, reference, results, tasks, testing, tune
+    from . import algorithms, callbacks, datasets, engines, errors, partition, processes, reference, results, tasks
+    from . import testing, tune
     from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
     from .algorithms.shipped import *  # noqa: F403  AggITD and all the others
     from .app import App
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is fir
     from .engines.shipped import *  # noqa: F403  Simulation and the others
     from .estimator import Estimator, estimator
     from .federation import Client, Federation, Reply, When
+    from .loader import load_clients
     from .problem import Problem, Rows
     from .protocol import Protocol, protocol
     from .result import History, Result

@@ -21,6 +21,7 @@ from .arrays import held, on_device
 from .errors import InputError, check
 from .keys import KeyLike, as_key, random_below
 from .problem import Problem, Rows
+from .processes import apart
 from .rows.alike import check_levels
 from .rows.clients import Clients, Names, NamesLike, Numbered, called, levels, listed
 from .rows.join import join
@@ -150,12 +151,15 @@ class FederatedData(eqx.Module):
         inner, outer: the two levels.
         weights: (clients,) the p_i of the inner level, summing to one; None when all clients count alike.
         labels: what clients and columns are called (see `names`, `columns`).
+        slots: (devices * most,) while it runs on a mesh: the clients, those whose rows lie on the same device side by
+            side, and -1 where a device has fewer than `most`.
     """
 
     inner: Level
     outer: Level
     weights: Float[Array, " clients"] | None = None
     labels: Labels = eqx.field(static=True, default=Labels())
+    slots: Int[Array, " slots"] | None = None
 
     @property
     def clients(self) -> int:
@@ -250,7 +254,7 @@ class FederatedData(eqx.Module):
         one, other = join(inner, "inner", names, chosen[0]), join(outer, "outer", names, chosen[1])
         check_levels(names[0], one.first, other.first)
         settle(one, other)
-        p_inner, p_outer = _weights(weights, one.counts, other.counts, names)
+        p_inner, p_outer = client_weights(weights, one.counts, other.counts, names)
         m = len(one.counts)
         uniform = weights is None
         scale = np.ones(m) if uniform else p_outer / p_inner
@@ -281,7 +285,24 @@ def _halves(counts: np.ndarray, outer: float, seeds: np.ndarray) -> tuple[Chosen
     return Chosen(order[~outside], counts - held), Chosen(order[outside], held)
 
 
-def _weights(
+def check_whole(data: FederatedData, what: str) -> None:
+    """Refuse data whose rows are loaded by several processes.
+
+    Args:
+        what: what needs all rows in this process.
+
+    Raises:
+        InputError: they are.
+    """
+    whole = not any(map(apart, jax.tree.leaves((data.inner.rows, data.outer.rows))))
+    check(
+        whole,
+        f"{what} needs all rows in one process, and each has loaded its own clients' alone: run the data on "
+        "fedbilevel.Simulation(mesh=...), or load them without mesh=.",
+    )
+
+
+def client_weights(
     weights: Weights, inner_counts: np.ndarray, outer_counts: np.ndarray, names: Names
 ) -> tuple[np.ndarray, np.ndarray]:
     m = len(inner_counts)

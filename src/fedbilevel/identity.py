@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +24,13 @@ from jaxtyping import Array, Float, Int, PyTree
 from .algorithm import Algorithm
 from .canonical import FORM, digest_of
 from .compiled import run
-from .data import FederatedData
+from .data import FederatedData, Level
 from .engines.base import Execution
 from .given import JSON
 from .problem import Problem
+from .processes import apart
 from .program import Settled, digest
+from .rows.spread import in_order
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _CLIENTS = 4  # whose rows the oracles are compared on
@@ -71,7 +74,7 @@ class Identity:
             "start": _numbers((x[0], y[0])),
             "other leaves": _numbers((x[1], y[1])),
             "structure": _short(_ADDRESS.sub("", str(jax.tree.structure((x, y))))),
-            "data": _numbers((data.inner, data.outer, data.weights)),
+            "data": _numbers((_in_order(data.inner), _in_order(data.outer), data.weights)),
             "losses": digest(execution.problem)[:16],
         }
 
@@ -132,6 +135,16 @@ def said(value: Any) -> str:
     words = repr(value)
     plain = not isinstance(value, (jax.Array, np.ndarray)) and not callable(value) and not _ADDRESS.search(words)
     return words if plain else _short(value)
+
+
+def _in_order(level: Level) -> Level:
+    """The same for any number of processes: where several hold the rows, they are read in the clients' order."""
+    if not any(map(apart, jax.tree.leaves(level.rows))):
+        return level
+    counts, offsets = np.asarray(level.counts), np.asarray(level.offsets)
+    rows = jax.tree.map(lambda leaf: in_order(leaf, offsets, counts), level.rows)
+    ends = np.cumsum(counts)
+    return eqx.tree_at(lambda kept: (kept.rows, kept.offsets), level, (rows, (ends - counts).astype(np.int32)))
 
 
 def _numbers(tree: PyTree) -> str:

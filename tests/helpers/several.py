@@ -46,14 +46,13 @@ def start():
     return {"t": np.array([0.3, -0.2, 0.1]), "k": np.array(-0.5)}, np.array([0.1, 0.2, -0.3])
 
 
-def data(mesh=None, names=None):
-    """All clients' rows in one process, or of each process its own."""
-    if mesh is None:
-        levels = [[rows(client, level) for client in range(CLIENTS)] for level in (0, 1)]
-        return fb.FederatedData.stack(*levels, weights=WEIGHTS)
-    own = fb.processes.mine(CLIENTS)
-    levels = [[rows(client, level) for client in own] for level in (0, 1)]
-    return fb.FederatedData.stack(*levels, weights=[WEIGHTS[client] for client in own], mesh=mesh)
+def load(client: int):
+    return rows(client, 0), rows(client, 1)
+
+
+def data(mesh=None):
+    """All clients' rows in each process; or over a mesh, of each process its own."""
+    return fb.load_clients(load, CLIENTS, mesh=mesh, weights=WEIGHTS)
 
 
 def norm(x, y):
@@ -81,8 +80,10 @@ def agree(out: Path) -> None:
     """Every case, of rows that all processes hold and of rows that each holds for itself."""
     mesh = fb.processes.join()
     found = {}
+    whole, own = data(), data(mesh)
     for name in CASES:
-        found[f"{name}/whole"] = numbers(run(name, data(), mesh))
+        found[f"{name}/whole"] = numbers(run(name, whole, mesh))
+        found[f"{name}/own"] = numbers(run(name, own, mesh, out))
     np.savez(out / f"numbers-{jax.process_index()}.npz", **found)
 
 

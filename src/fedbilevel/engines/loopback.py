@@ -20,7 +20,7 @@ from jaxtyping import Array, Key, PyTree
 
 from ..algorithm import Algorithm
 from ..cohorts import check_cohort, check_dropout
-from ..data import ClientRows, FederatedData
+from ..data import ClientRows, FederatedData, check_whole
 from ..given import Whole
 from ..problem import Problem, strong
 from ..program import freeze
@@ -69,6 +69,7 @@ class Loopback(Engine):
         key: Key[Array, ""],
         program: Program = iteration,
     ) -> _Looped:
+        check_whole(data, "Loopback()")
         cohort = check_cohort(self.cohort, data.clients)
         problem = freeze(problem, state.x, state.y, data)
         protocol = plan(self, problem, data, algorithm, state, cohort, program)

@@ -21,7 +21,7 @@ from ..beginning import as_leaves, first_client_state
 from ..clock import Stopwatch
 from ..cohorts import check_cohort, check_dropout
 from ..compiled import Bound, run
-from ..data import FederatedData
+from ..data import FederatedData, check_whole
 from ..errors import check
 from ..given import Whole, whole_number
 from ..problem import Problem, strong
@@ -31,8 +31,9 @@ from ..program import freeze
 from ..protocol import step as iteration
 from .base import Carry, Engine, Execution, Pass, Program, Record, plan
 from .simulated.books import CAPACITY
-from .simulated.federation import Static, spread_over
+from .simulated.federation import Static
 from .simulated.programs import Step, chunk, everybodys, many_chunks, once
+from .simulated.spread import spread_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Simulation(Engine):
         protocol = plan(self, problem, data, algorithm, state, cohort, program)
         if self.mesh is not None:
             data = spread_over(data, self.mesh)
+        else:
+            check_whole(data, "Simulation() without mesh=")
         return _Simulated(self, problem, data, key, protocol, program)
 
 

@@ -28,7 +28,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ..compiled import Kept, run
-from ..data import FederatedData
+from ..data import FederatedData, check_whole
 from ..errors import check, unknown_name, warn
 from ..influence import Level, influence, named
 from ..problem import Problem, bind
@@ -170,6 +170,7 @@ def _enter(
 
     Half precision is computed in 32 bits.
     """
+    check_whole(data, "fedbilevel.reference")
     (x, x_rest), (y, y_rest) = trainable(x, "x"), trainable(y, "y")
     if any(map(_half, jax.tree.leaves((x, y)))):
         x, y, data = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if _half(leaf) else leaf, (x, y, data))

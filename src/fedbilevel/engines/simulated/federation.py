@@ -1,14 +1,12 @@
-"""`fed` inside the simulated program, and rows over the devices of a mesh."""
+"""`fed` inside the simulated program."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ...algorithm import Algorithm
@@ -16,10 +14,11 @@ from ...cohorts import answered, client_key, combine_replies, full_weights, stay
 from ...data import FederatedData, entry
 from ...federation import Client, Combine, Flag, Reply
 from ...problem import Problem
-from ...processes import apart
 from ...protocol.sites import Path
 from ...protocol.traced import TracedFederation
+from ...rows.spread import by_client
 from ..base import Program
+from .spread import on_device, on_each, without_padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +40,9 @@ class SimulatedFederation(TracedFederation):
     Where exchanges ask the same clients (everyone, or a cohort that the program drew for them), the features of their
     rows at the iteration's x are computed once, before any loop; what no exchange uses, the compiler drops. Not so on a
     mesh, nor with `client_batch`, which bounds the memory that they would take: then once in each exchange.
+
+    On a mesh an exchange with everybody is computed where each client's rows lie. That with a cohort is dealt out to the
+    devices evenly, and the cohort's rows travel.
     """
 
     def __init__(
@@ -88,22 +90,31 @@ class SimulatedFederation(TracedFederation):
             cohort = self._known[0][0]
         index = self.sample(key) if cohort is None else cohort
         features = next((phi for known, phi in self._known if known is index), None)
-        size, slots = index.shape[0], index.shape[0]
-        if self._static.mesh is not None:  # pad to whole devices; the extra slots' replies are cut off again
-            devices = self._static.mesh.devices.shape[0]
-            slots = -(-size // devices) * devices
+        size, slots, real = index.shape[0], index.shape[0], None
+        mesh, lying = self._static.mesh, self._data.slots
+        if mesh is not None and lying is not None and size == self.clients:  # each where its rows lie
+            index, real, slots = jnp.maximum(lying, 0), lying >= 0, lying.shape[0]
+        elif mesh is not None:  # pad to whole devices; the extra slots' replies are cut off again
+            slots = -(-size // mesh.devices.shape[0]) * mesh.devices.shape[0]
             index = jnp.concatenate([index, jnp.broadcast_to(index[-1:], (slots - size,))])
-            index = jax.lax.with_sharding_constraint(index, by_client(self._static.mesh))
+            index = jax.lax.with_sharding_constraint(index, by_client(mesh))
         flags = tuple(jnp.asarray(flag, bool) for flag in wanted)
         present = None
         if self.drops:
-            present = stays(key, index[:size], self._dropout)
+            asked = index[:size] if real is None else jnp.arange(size, dtype=jnp.int32)
+            present = stays(key, asked, self._dropout)
             self._replied = jnp.sum(present, dtype=jnp.int32)
-            self._share = answered(self._data.weights, index[:size], present, self.clients)
+            self._share = answered(self._data.weights, asked, present, self.clients)
+        if real is not None:
+            present = real if present is None else real & present[index]
 
-        def one(slot: tuple[Int[Array, ""], PyTree]) -> tuple[PyTree, PyTree]:
+        def one(
+            slot: tuple[Int[Array, ""], PyTree], part: tuple[PyTree, PyTree] | None = None
+        ) -> tuple[PyTree, PyTree]:
             i, phi = slot
             inner, outer = self._data.inner.client(i), self._data.outer.client(i)
+            if part is not None:
+                inner, outer = on_device(inner, part[0]), on_device(outer, part[1])
             if phi is not None:
                 inner = dataclasses.replace(inner, features=phi, at=self._x)
             state = jax.tree.map(lambda leaf: entry(leaf, i), self.client_state)
@@ -112,35 +123,21 @@ class SimulatedFederation(TracedFederation):
             return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
 
         batch = self._static.client_batch
-        if batch is None or batch >= slots:
+        if real is not None and mesh is not None:
+            replies, states = on_each(one, index, (self._data.inner.rows, self._data.outer.rows), mesh)
+        elif batch is None or batch >= slots:
             replies, states = jax.vmap(one)((index, features))
         else:
             replies, states = jax.lax.map(one, (index, features), batch_size=batch)
-        if slots > size:
+        if slots > size and real is None:
             replies, states, index = jax.tree.map(lambda leaf: leaf[:size], (replies, states, index))
         if states is not None:
             to = index if present is None else jnp.where(present, index, self.clients)  # out of range: dropped
             put = lambda all, new: all.at[to].set(new.astype(all.dtype), mode="drop")
             self.client_state = jax.tree.map(put, self.client_state, states)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), replies)
-        return shapes, combine_replies(combine, replies, full_weights(self._data.weights, index, self.clients), present)
-
-
-def by_client(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
-
-
-def spread_over(data: FederatedData, mesh: jax.sharding.Mesh) -> FederatedData:
-    """Rows over the devices, padded to as many for each; what describes them stays everywhere."""
-    devices = mesh.devices.shape[0]
-
-    def spread(leaf: np.ndarray | Array) -> Array:
-        if isinstance(leaf, jax.Array) and apart(leaf):
-            return leaf
-        own = np.asarray(leaf)
-        short = -own.shape[0] % devices
-        padded = np.concatenate([own, np.zeros((short, *own.shape[1:]), own.dtype)]) if short else own
-        return jax.make_array_from_callback(padded.shape, by_client(mesh), lambda index: padded[index])
-
-    rows = lambda d: (d.inner.rows, d.outer.rows)
-    return eqx.tree_at(rows, data, jax.tree.map(spread, rows(data)))
+        weights = full_weights(self._data.weights, index, self.clients)
+        if real is not None and combine == "mean" and not self.drops:
+            replies, weights = without_padding(real, replies, weights, self.clients)
+            present = None
+        return shapes, combine_replies(combine, replies, weights, present)
