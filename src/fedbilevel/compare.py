@@ -21,7 +21,7 @@ from .description import Description
 from .engines import ENGINES
 from .engines.base import Engine
 from .engines.faults import Faults
-from .errors import RunError, unknown_name, warn, with_notes
+from .errors import RunError, check, unknown_name, warn, with_notes
 from .given import JSON
 from .identity import said
 from .result import History, Result
@@ -108,6 +108,7 @@ class Plan:
         iterations, rounds: one of the two.
         cohort, engine, evaluate_every, precision: how to run.
         check: whether the problem is looked at first.
+        compile: how a simulation is compiled (see `Simulation`).
         alone: whether its one run lies in the folder itself, as an application's does.
     """
 
@@ -122,6 +123,7 @@ class Plan:
     precision: int = 32
     check: bool = True
     alone: bool = False
+    compile: str = "auto"
 
     def choose(self, name: str) -> Chosen:
         """An algorithm with its settings, and where its step sizes come from."""
@@ -143,7 +145,12 @@ class Plan:
             raise unknown_name("engine", self.engine, ENGINES)
         kind, faults = ENGINES[self.engine], self.source.faults
         fail = {"faults": faults} if faults is not None and hasattr(kind, "faults") else {}
-        return kind(**{"cohort": self.cohort, **fail})
+        compiles = hasattr(kind, "compile")
+        check(
+            compiles or self.compile == "auto",
+            f"compile= is for the simulation, not for the engine {self.engine}: leave it out.",
+        )
+        return kind(**{"cohort": self.cohort, **fail, **({"compile": self.compile} if compiles else {})})
 
     def describe(self, task: Task, name: str, seed: int) -> Description:
         """One of its runs."""
@@ -169,6 +176,7 @@ class Plan:
             "steps": {**self.steps},
             "seeds": list(self.seeds),
             **{name: getattr(self, name) for name in how},
+            **({} if self.compile == "auto" else {"compile": self.compile}),  # as folders of earlier versions have it
             "clients_an_exchange": check_cohort(self.cohort, clients),
         }
 

@@ -79,7 +79,8 @@ class Bound:
         self._now = rest, structure, program_of(problem), static, whole
         self._problem = problem
         self._compiled = (_KEPT if kept is None else kept).get(
-            (compiled_as(problem), class_of(algorithm), whole, static, function), lambda: _Compiled(function, options)
+            (compiled_as(problem), class_of(algorithm), whole, static, function, options),
+            lambda: _Compiled(function, options),
         )
 
     def __call__(self, *args: PyTree) -> PyTree:

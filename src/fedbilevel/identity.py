@@ -67,6 +67,7 @@ class Identity:
             **{f.name: said(getattr(algorithm, f.name)) for f in dataclasses.fields(algorithm)},
             "cohort": execution.protocol.cohort,
             "dropout": float(getattr(execution.engine, "dropout", 0.0)),
+            "compile": execution.way,
             "evaluate_every": self._every,
             "key": np.asarray(jax.random.key_data(execution.key)).tolist(),
             "precision": 64 if jax.config.jax_enable_x64 else 32,  # pyright: ignore[reportAttributeAccessIssue]
@@ -82,6 +83,10 @@ class Identity:
         """What a checkpoint keeps: the fields, who wrote them, and the oracles' values at its x and y."""
         return {**self.fields, "written by": _WRITTEN_BY, "oracles": self._oracles(state)}
 
+    def follow(self, saved: Mapping[str, JSON]) -> None:
+        """Have the run compiled as that of a checkpoint was, where the engine leaves it open."""
+        self._execution.follow(str(saved.get("compile", "full")))
+
     def differences(self, saved: Mapping[str, JSON]) -> str:
         """What differs from a checkpoint's fields, in words; empty if nothing does.
 
@@ -92,6 +97,7 @@ class Identity:
                 "an earlier version of fedbilevel wrote it, which did not note what the losses compute "
                 "(that version can go on with it)"
             )
+        saved = {"compile": "full", **saved}  # earlier versions knew nothing else
         both = {**self.fields, "written by": _WRITTEN_BY, "oracles": None}
         left_out = {"written by", "oracles"}
         if saved.get("written by") != _WRITTEN_BY:

@@ -91,6 +91,7 @@ class Result:
             with a leading axis of clients, in their order; a client that was never asked has the start. y is then their
             mean, by the clients' weights. None for other algorithms, and over a network, where they stay at the sites.
         stopped: the reason for which a callback stopped the run; None where none did.
+        compiled: how its program was compiled, "quick" or "full" (see `Simulation`).
     """
 
     x: PyTree
@@ -101,6 +102,7 @@ class Result:
     iteration: int
     clients_y: PyTree = None
     stopped: str | None = None
+    compiled: str = "full"
 
     @property
     def seconds(self) -> float:

@@ -227,6 +227,7 @@ class Run:
     def _iterate(self) -> None:
         """The first row, stretches up to the goal or until it is stopped, the last row."""
         self.lower.tell()
+        self._execution.prepare(self.algorithm, self.carry, self._iterations_left(), self._limit)
         if not self.history:
             self._record([self._row(None)])
         while self.stopped is None and (length := self._next_stretch()) > 0:
@@ -237,6 +238,12 @@ class Run:
             self._record([self._row(self._last_info) | self._restored()])
         if self.stopped is not None:
             self.history.stop(self.stopped)
+
+    def _iterations_left(self) -> int:
+        """About how many iterations are to come."""
+        if self._budget is None:
+            return (self._most_iterations or 0) - self.iteration
+        return int((self._budget - self.rounds) / max(1.0, float(self.protocol.rounds)))
 
     # One stretch of iterations --------------------------------------------------------------------------------------
 
@@ -423,7 +430,8 @@ class Run:
         x, y = self.variables()
         own = self.lower.everybody(self.carry)
         state, stopped = self.carry.state, self.history.stopped
-        return Result(x, y, self.history, self.protocol, state, self.iteration, own, stopped)
+        how = self._execution.way
+        return Result(x, y, self.history, self.protocol, state, self.iteration, own, stopped, how)
 
 
 @contextlib.contextmanager

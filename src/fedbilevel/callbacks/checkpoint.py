@@ -143,6 +143,7 @@ def load(
             not other,
             f"the checkpoint in {folder} is of another run: {other}. Use the same settings, or another folder.",
         )
+        identity.follow(head["fingerprint"])
         refuse(identity.differences(head["fingerprint"]))
         state, client_state = (arrays.restore(tree, parts[name]) for name, tree in like.items())
         refuse(identity.other_oracles(head["fingerprint"], state))

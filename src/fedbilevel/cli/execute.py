@@ -29,7 +29,20 @@ def execute(plan: Plan, out: str | None, resume: bool, overwrite: bool, as_json:
         report.show(summary, Console(), report.told_apart(plan.steps))
         if folder is not None:
             print(f"Written to {folder}: config.json, history.csv, {', '.join(file.name for file in files)}")
+        say_compiled(outcomes)
     said(outcomes, as_json)
+
+
+def say_compiled(outcomes: list[Outcome]) -> None:
+    """How the programs of runs were compiled."""
+    ways = {}
+    for outcome in outcomes:
+        if outcome.result is not None:
+            ways.setdefault(outcome.result.compiled, {})[outcome.algorithm] = None
+    quick, full = (", ".join(ways.get(way, ())) for way in ("quick", "full"))
+    if quick:
+        rest = f" ({quick}), the rest in full" if full else ""
+        print(f"compiled: quickly{rest}, which is sooner done; --compile full for the numbers of long runs.")
 
 
 def started(plan: Plan, out: str | None, resume: bool, overwrite: bool) -> tuple[list[Outcome], Path | None]:

@@ -61,4 +61,10 @@ NoCache = Annotated[
     bool,
     typer.Option("--no-cache", callback=_without_cache, help="Neither read nor keep compiled programs on disk."),
 ]
+Compile = Annotated[
+    str,
+    typer.Option(
+        "--compile", help="quick, full or auto: how the simulation is compiled; auto takes what is done sooner."
+    ),
+]
 Precision = Annotated[int, typer.Option("--precision", help="32 or 64 bits.")]

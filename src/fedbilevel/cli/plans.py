@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TypedDict, Unpack
 
 import typer
 
 from ..compare import Plan, Shipped
 from ..engines import ENGINES
+from ..engines.simulated.compiling import check_way
 from ..errors import check, unknown_name
 from ..settings import algorithm_class, name_of, parse
 from ..tasks import TASKS, Options
@@ -34,6 +36,7 @@ class Words(TypedDict, total=False):
     evaluate_every: int
     precision: int
     no_check: bool
+    compile: str
 
 
 def is_app(task: str) -> bool:
@@ -58,8 +61,20 @@ def plan_of(
     check(words.get("iterations") is None or words.get("rounds") is None, "give --iterations or --rounds, not both.")
     if is_app(task):
         _only_for_tasks(context)
-        return _of_app(task, algorithms, seeds, alone, words)
-    return _of_task(task, algorithms or ["aggitd"], seeds, words)
+        plan = _of_app(task, algorithms, seeds, alone, words)
+    else:
+        plan = _of_task(task, algorithms or ["aggitd"], seeds, words)
+    return _compiled(plan, words.get("compile", "auto"))
+
+
+def _compiled(plan: Plan, how: str) -> Plan:
+    """The plan, compiled as `--compile` says."""
+    check(
+        how == "auto" or plan.engine == "simulation",
+        f"--compile is for --engine simulation; the engine is {plan.engine}.",
+    )
+    check_way(how)
+    return dataclasses.replace(plan, compile=how)
 
 
 def _of_task(task: str, algorithms: list[str], seeds: int, words: Words) -> Plan:

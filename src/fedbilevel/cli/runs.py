@@ -17,6 +17,7 @@ from .options import (
     Clients,
     Cohort,
     Command,
+    Compile,
     DataDir,
     Dataset,
     Engine,
@@ -50,7 +51,7 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition, the start and the run.")] = None,
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
-    no_check: NoCheck = False, no_cache: NoCache = False,
+    no_check: NoCheck = False, no_cache: NoCache = False, compile: Compile = "auto",
     poc: Annotated[
         bool, typer.Option("--poc", help="With --engine nvflare: provisioned, mutual TLS, a process for each site.")
     ] = False,
@@ -63,7 +64,7 @@ def run(
         context, task, None if algorithm is None else [algorithm], alone=is_app(task), dataset=dataset,
         data_dir=data_dir, partition=partition, alpha=alpha, clients=clients, cohort=cohort, iterations=iterations,
         rounds=rounds, seed=seed, sets=sets, engine=engine, evaluate_every=evaluate_every, precision=precision,
-        no_check=no_check,
+        no_check=no_check, compile=compile,
     )  # fmt: skip
     if is_app(task):
         from .apps import run_app
@@ -104,7 +105,7 @@ def compare(
     ] = None,
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
-    no_check: NoCheck = False, no_cache: NoCache = False,
+    no_check: NoCheck = False, no_cache: NoCache = False, compile: Compile = "auto",
 ):  # fmt: skip
     """Run several algorithms on the same task or application, data, cohorts and seeds."""
     from ..errors import check
@@ -115,7 +116,7 @@ def compare(
     plan = plan_of(
         context, task, names, seeds, dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha,
         clients=clients, cohort=cohort, iterations=iterations, rounds=rounds, seed=seed, sets=sets, engine=engine,
-        evaluate_every=evaluate_every, precision=precision, no_check=no_check,
+        evaluate_every=evaluate_every, precision=precision, no_check=no_check, compile=compile,
     )  # fmt: skip
     execute(plan, out, resume, overwrite, as_json)
 

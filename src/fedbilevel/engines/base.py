@@ -76,6 +76,7 @@ class Execution(abc.ABC):
     replays = True  # whether a stretch can be repeated with other settings, to find out what blew up
     holds_clients = True  # whether the clients' states are in this process
     traceable = False  # whether a pass (`once`) can be part of a program that JAX traces
+    way: str = "full"  # how its programs are compiled: "full", or "quick"
     processes = ALONE  # over which it runs
 
     def __init__(
@@ -93,6 +94,14 @@ class Execution(abc.ABC):
     @abc.abstractmethod
     def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
         """The carry before the first iteration."""
+
+    def follow(self, way: str) -> None:
+        """Be compiled as the run was that is gone on with, where the engine's settings leave that open."""
+        return None
+
+    def prepare(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> None:
+        """Hear that about so many iterations follow from `carry`: an engine may choose how to compile them."""
+        return None
 
     @abc.abstractmethod
     def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:

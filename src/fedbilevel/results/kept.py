@@ -50,7 +50,7 @@ def keep(
 def ended(result: Result) -> dict[str, JSON]:
     """How a run that ended well did, for outcome.json."""
     reason: dict[str, JSON] = {} if result.stopped is None else {STOPPED: result.stopped}
-    return {"status": "done", "iterations": result.iteration, **reason}
+    return {"status": "done", "iterations": result.iteration, "compiled": result.compiled, **reason}
 
 
 def tell(folder: Path, outcome: Mapping[str, JSON]) -> None:

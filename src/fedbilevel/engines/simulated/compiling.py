@@ -1,0 +1,63 @@
+"""How a simulated run is compiled: quickly, or in full; "auto" measures which of the two pays.
+
+Compiled quickly (XLA's older emitters, LLVM at level 0), a program of an iteration is there in a sixth of the time; its
+iterations take 2.5 to 3.3 times as long, and float32 numbers differ in the last places (by about 5e-8 after a few
+iterations). See `benchmarks/first_answer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import jax
+
+from ...compiled import Kept, Options
+from ...errors import check
+
+Way: TypeAlias = Literal["quick", "full"]
+
+QUICK: Options = (
+    ("xla_backend_optimization_level", 0),
+    ("xla_llvm_disable_expensive_passes", True),
+    ("xla_cpu_use_fusion_emitters", False),
+    ("xla_cpu_parallel_codegen_split_count", 1),
+)
+PAYS = 2.3  # seconds of quick iterations from which on compiling in full is the shorter way
+
+_PACES: Kept[float] = Kept(64)  # seconds of an iteration of a quick program, once measured
+
+
+def check_way(compile: str) -> None:
+    """Refuse what is no way to compile."""
+    check(
+        compile in ("auto", "quick", "full"),
+        f"compile= is 'auto', 'quick' or 'full'; got {compile!r}.",
+    )
+    check(
+        compile != "quick" or on_cpu(),
+        f"compile='quick' is for CPUs, and JAX runs on {jax.default_backend()} here: leave it out.",
+    )
+
+
+def on_cpu() -> bool:
+    """Whether JAX runs on CPUs."""
+    return jax.default_backend() == "cpu"
+
+
+def open_to_choice(processes: int) -> bool:
+    """Whether "auto" may choose: in 32 bits, on a CPU, in one process. Elsewhere it is "full"."""
+    wide = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    return on_cpu() and not wide and processes == 1
+
+
+def chosen(iterations: int, kind: tuple, pace: Callable[[], float]) -> Way:
+    """What is sooner there for so many iterations: a function of their number and their measured cost.
+
+    Args:
+        kind: what the program is known by; its cost is measured once in a process, so that runs alike choose alike.
+        pace: seconds of an iteration of the quick program, by running one.
+    """
+    if iterations == 1:
+        return "quick"
+    return "full" if iterations * _PACES.get(kind, pace) > PAYS else "quick"
