@@ -11,8 +11,20 @@ from .moved import install as _install
 from .version import __version__
 
 if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is first asked for
-    from . import algorithms, callbacks, datasets, engines, errors, partition, processes, reference, results, tasks
-    from . import testing, tune
+    from . import (
+        algorithms,
+        callbacks,
+        datasets,
+        engines,
+        errors,
+        partition,
+        processes,
+        reference,
+        results,
+        tasks,
+        testing,
+        tune,
+    )
     from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
     from .algorithms.shipped import *  # noqa: F403  AggITD and all the others
     from .app import App
