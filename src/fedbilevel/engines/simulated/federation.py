@@ -133,7 +133,7 @@ class SimulatedFederation(TracedFederation):
             replies, states, index = jax.tree.map(lambda leaf: leaf[:size], (replies, states, index))
         if states is not None:
             to = index if present is None else jnp.where(present, index, self.clients)  # out of range: dropped
-            put = lambda all, new: all.at[to].set(new.astype(all.dtype), mode="drop")
+            put = lambda all, new: all.at[to].set(self._after(new.astype(all.dtype), all, index), mode="drop")
             self.client_state = jax.tree.map(put, self.client_state, states)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), replies)
         weights = full_weights(self._data.weights, index, self.clients)
@@ -141,3 +141,12 @@ class SimulatedFederation(TracedFederation):
             replies, weights = without_padding(real, replies, weights, self.clients)
             present = None
         return shapes, combine_replies(combine, replies, weights, present)
+
+    def _after(self, new: Array, all: Array, index: Int[Array, " cohort"]) -> Array:
+        """`new`, as a value that XLA knows only once it has read what stood in its place.
+
+        Else it might write clients' states before it has read them, and to be safe copies all of them in every iteration.
+        """
+        old = jax.vmap(lambda i: entry(all, i))(index)
+        always = jnp.asarray(self._dropout) < 2  # a probability, of which the compiler knows nothing
+        return jnp.where(always, new, old)

@@ -1,0 +1,67 @@
+"""The program of an iteration does not touch the states of clients that it does not ask."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fedbilevel as fb
+from fedbilevel.beginning import as_leaves
+from fedbilevel.engines.simulated.federation import SimulatedFederation
+from fedbilevel.engines.simulated.programs import chunk
+
+CLIENTS = 977
+
+
+class Remembering(fb.Algorithm):
+    """Clients keep what they were sent, and say what they had kept: no reply needs what is kept next."""
+
+    def client_init(self, x, y):
+        return x
+
+    def step(self, fed, state):
+        return fb.State(state.x + fed.average(self.keep, state.x), state.y), {}
+
+    def keep(self, client, x):
+        return fb.Reply(x - client.state, x * jnp.sum(client.rows[0].all().examples))
+
+
+def copies():
+    """The loops' copies of all clients' states, and how often the compiled program has them at all."""
+    rows = np.ones((CLIENTS, 2))
+    data = fb.FederatedData.stack(rows, rows)
+    problem, algorithm, x = fb.Problem(lambda x, y, e: e * y**2, lambda x, y, e: e * y**2), Remembering(), jnp.ones(3)
+    bound = fb.Simulation(cohort=5).bind(problem, data, algorithm, algorithm.init(x, x[0]), jax.random.key(0))
+    carry = bound.start(algorithm, algorithm.init(x, x[0]))
+    own = lambda states, *rest: chunk(bound.problem, as_leaves(algorithm), bound._static(), data, states, *rest)
+    first, limit, dropout = np.int32(0), np.asarray(1e9), np.float32(0)
+    lowered = jax.jit(own).lower((carry.state, carry.client_state), jax.random.key(0), first, first, limit, dropout)
+    text = lowered.compile().as_text()
+    loops, entry = text.split("\nENTRY ")
+    copied = rf"f\d+\[{CLIENTS},3\]\S* copy\("
+    return len(re.findall(copied, loops)), len(re.findall(copied, entry))
+
+
+def test_clients_states_are_written_in_place(monkeypatch):
+    loops, entry = copies()
+    assert loops == 0 and entry == 1
+    monkeypatch.setattr(SimulatedFederation, "_after", lambda self, new, all, index: new)
+    assert copies()[0] > 0  # what it is there for: the day this fails, XLA has found out by itself
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_only_those_who_were_asked_and_answered_have_another_state(dropout):
+    rows = np.ones((CLIENTS, 2))
+    data = fb.FederatedData.stack(rows, rows)
+    problem, algorithm, x = fb.Problem(lambda x, y, e: e * y**2, lambda x, y, e: e * y**2), Remembering(), jnp.ones(3)
+    engine = fb.Simulation(cohort=40, dropout=dropout)
+    bound = engine.bind(problem, data, algorithm, algorithm.init(x, x[0]), jax.random.key(0))
+    carry, _ = bound.advance(algorithm, bound.start(algorithm, algorithm.init(x, x[0])), 1, 1e9)
+    states = np.asarray(carry.client_state)
+    changed = (states != 1).any(1)
+    assert (states[changed] == 2).all()
+    assert changed.sum() == 40 if not dropout else 5 < changed.sum() < 35
