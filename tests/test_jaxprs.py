@@ -135,5 +135,19 @@ def test_where_jax_asks_for_compiled_programs(monkeypatch):
     assert asked[0][1].startswith("jit__lambda")
 
 
+def _next(count, numbers):
+    assert isinstance(numbers, np.ndarray)
+    return [count + 1, numbers * count]
+
+
+def test_a_call_of_python_in_a_loop():
+    """In the order in which results are handed on; with numpy's arrays."""
+    call = lambda _, both: tuple(jaxprs.on_host(_next, both, *both))
+    begin = jnp.ones((), jnp.int32), jnp.ones(3)
+    count, numbers = jax.jit(lambda: jax.lax.fori_loop(0, 4, call, begin))()
+    assert count == 5
+    assert numbers.tolist() == [24.0] * 3
+
+
 def test_version_of_jaxlib():
     assert [int(part) for part in jaxprs.jaxlib_version.split(".")[:2]] >= [0, 10]

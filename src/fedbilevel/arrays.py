@@ -7,6 +7,9 @@ imported. Random keys are written as the numbers that they are made of.
 
 from __future__ import annotations
 
+import abc
+import io
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +21,8 @@ import numpy as np
 from jaxtyping import PyTree
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, DTypeLike
+
+_LARGE = 2**20  # bytes
 
 Concrete = jax.Array | np.ndarray | np.generic  # what is written
 
@@ -34,6 +39,10 @@ class Reads(Protocol):
     """A file to read bytes from."""
 
     def read(self, size: int = -1, /) -> bytes: ...
+
+    def seek(self, place: int, /) -> int: ...
+
+    def tell(self) -> int: ...
 
 
 @runtime_checkable
@@ -56,6 +65,27 @@ class Structure(Protocol):
             ValueError: it is of another structure.
         """
         ...
+
+
+class Elsewhere(abc.ABC):
+    """A leaf that stands for arrays (rows, ...) that need not be in memory, of which only some rows say something."""
+
+    @property
+    @abc.abstractmethod
+    def count(self) -> int:
+        """How many arrays `write` writes."""
+
+    @abc.abstractmethod
+    def write(self, file: Writes) -> None:
+        """The numbers of the rows that say something, and of each array these rows."""
+
+    @abc.abstractmethod
+    def restored(self, found: Sequence[np.ndarray]) -> Elsewhere:
+        """One like this, of what `write` wrote (`Touched`), or of whole arrays."""
+
+
+class Touched(list[np.ndarray]):
+    """What an `Elsewhere` wrote: the numbers of rows, and arrays of these rows."""
 
 
 def on_device(array: np.ndarray) -> jax.Array:
@@ -84,9 +114,14 @@ def write(file: Writes, array: np.ndarray) -> None:
     if array.dtype.isbuiltin != 2:  # numpy's own
         npy.write_array(file, array, allow_pickle=False)
         return
-    shape = {"descr": array.dtype.name, "fortran_order": False, "shape": array.shape}
-    npy.write_array_header_1_0(file, shape)
+    write_header(file, array.shape, array.dtype)
     file.write(array.tobytes())
+
+
+def write_header(file: Writes, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """What stands before an array's bytes."""
+    name = dtype.name if dtype.isbuiltin == 2 else npy.dtype_to_descr(dtype)
+    npy.write_array_header_1_0(file, {"descr": name, "fortran_order": False, "shape": shape})
 
 
 def write_named(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
@@ -98,27 +133,53 @@ def write_named(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) 
 
 
 def leaves_of(tree: PyTree) -> list[Concrete]:
-    """The arrays among a pytree's leaves: what `write_leaves` writes."""
+    """The arrays among a pytree's leaves."""
     return [leaf for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
 
 
-def write_leaves(file: Writes, tree: PyTree) -> None:
-    """The arrays among a pytree's leaves, one after the other."""
-    for leaf in leaves_of(tree):
+def count_of(part: PyTree) -> int:
+    """How many arrays `write_leaves` writes."""
+    return part.count if isinstance(part, Elsewhere) else len(leaves_of(part))
+
+
+def write_leaves(file: Writes, part: PyTree) -> None:
+    """The arrays among a pytree's leaves, one after the other; or what is elsewhere."""
+    if isinstance(part, Elsewhere):
+        part.write(file)
+        return
+    for leaf in leaves_of(part):
         write(file, numbers(leaf))
 
 
 def read_leaves(file: Reads, count: int) -> list[np.ndarray]:
-    """So many arrays."""
-    return [npy.read_array(file, allow_pickle=False) for _ in range(count)]
+    """So many arrays; large ones stay in the file until they are looked at."""
+    return [_read(file) for _ in range(count)]
+
+
+def _read(file: Reads) -> np.ndarray:
+    begin = file.tell()
+    if isinstance(file, io.BufferedReader) and npy.read_magic(file) == (1, 0):
+        shape, _, dtype = npy.read_array_header_1_0(file)
+        size = math.prod(shape) * dtype.itemsize
+        if size > _LARGE:
+            found = np.memmap(file, dtype, "r", file.tell(), shape)
+            file.seek(file.tell() + size)
+            return found
+    file.seek(begin)
+    return npy.read_array(file, allow_pickle=False)
 
 
 def restore(like: PyTree, found: Sequence[np.ndarray]) -> PyTree:
-    """A pytree like `like`, with the arrays that `write_leaves` wrote in place of its own.
+    """A pytree like `like`, with the arrays that `write_leaves` wrote in place of its own (of the rows that say nothing,
+    those of `like` stay).
 
     Raises:
         ValueError: they are other arrays than those of `like`, by number, shape or dtype.
     """
+    if isinstance(like, Elsewhere):
+        return like.restored(found)
+    if isinstance(found, Touched):
+        found = _with_rows(like, found)
     leaves, structure = jax.tree.flatten(like)
     expected = sum(map(_is_array, leaves))
     if expected != len(found):
@@ -128,12 +189,21 @@ def restore(like: PyTree, found: Sequence[np.ndarray]) -> PyTree:
     return jax.tree.unflatten(structure, back)
 
 
+def _with_rows(like: PyTree, touched: Touched) -> list[np.ndarray]:
+    index, *rows = touched
+    whole = [np.array(numbers(leaf)) for leaf in leaves_of(like)]
+    for leaf, new in zip(whole, rows, strict=True):
+        leaf[index] = new
+    return whole
+
+
 def _is_array(leaf: PyTree) -> TypeGuard[Concrete]:
     return isinstance(leaf, Concrete)
 
 
 def _like(leaf: Concrete, found: np.ndarray) -> Concrete:
     wanted = numbers(leaf)
+    found = np.array(found) if isinstance(found, np.memmap) else found
     if found.dtype.kind == "V" and found.dtype.itemsize == wanted.dtype.itemsize:
         found = found.view(wanted.dtype)  # as earlier versions wrote what numpy does not know
     if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):

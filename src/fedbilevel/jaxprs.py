@@ -3,15 +3,21 @@
 Traced programs and what runs them (`ClosedJaxpr`, `Jaxpr`, `JaxprEqn`, `Var`, `Literal`, `jaxpr_as_fun`), a traced
 program without what its results do not need (`dce_jaxpr`), a value inside a trace (`Tracer`), which trace we are in
 (`get_opaque_trace_state`), random bits without a key array (`threefry_2x32`), how events of compiling are called
-(`COMPILING`), where JAX asks for what it has compiled before (`compilation_cache`, whose `_cache` is a `CacheInterface`)
-and `jaxlib_version`. A test holds each to what we rely on.
+(`COMPILING`), a call of Python by a compiled program (`on_host`), where JAX asks for what it has compiled before
+(`compilation_cache`, whose `_cache` is a `CacheInterface`) and `jaxlib_version`. A test holds each to what we rely on.
 """
 
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
 from jax._src import compilation_cache
+from jax._src.callback import emit_python_callback
 from jax._src.compilation_cache_interface import CacheInterface
-from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, get_opaque_trace_state, jaxpr_as_fun
+from jax.core import ShapedArray, Tracer
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, get_opaque_trace_state, jaxpr_as_fun
 from jax.extend.random import threefry_2x32
+from jax.interpreters import mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxlib.version import __version__ as jaxlib_version
 
@@ -31,5 +37,41 @@ __all__ = [
     "get_opaque_trace_state",
     "jaxlib_version",
     "jaxpr_as_fun",
+    "on_host",
     "threefry_2x32",
 ]
+
+_on_host = Primitive("on_host")
+_on_host.multiple_results = True
+
+
+def on_host(
+    function: Callable[..., Sequence[np.ndarray]], like: Sequence[jax.ShapeDtypeStruct | jax.Array], *args: jax.Array
+) -> list[jax.Array]:
+    """`function(*args)` in Python, whenever a compiled program comes by; not under vmap or grad.
+
+    It is given numpy's arrays and returns some. (`io_callback` hands it JAX's, to be copied by threads that may all
+    wait for it.) Only what its results are used for puts calls in order: hand one on to the next.
+
+    Args:
+        function: of a module.
+        like: shapes and dtypes of what it returns.
+    """
+    shapes = tuple((tuple(one.shape), np.dtype(one.dtype)) for one in like)
+    return _on_host.bind(*args, function=function, shapes=shapes)
+
+
+@_on_host.def_abstract_eval
+def _shapes_on_host(*_, function, shapes):
+    return [ShapedArray(shape, dtype) for shape, dtype in shapes]
+
+
+def _lowered_on_host(context, *args, function, shapes):
+    results, _, _ = emit_python_callback(
+        context, lambda *given: tuple(function(*given)), None, list(args), context.avals_in, context.avals_out,
+        has_side_effect=True, returns_token=False,
+    )  # fmt: skip
+    return results
+
+
+mlir.register_lowering(_on_host, _lowered_on_host, cacheable=False)

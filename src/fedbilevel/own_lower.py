@@ -89,7 +89,7 @@ class Lower:
     def _stacked(self, carry: Carry) -> PyTree:
         if not (self.own and self._execution.holds_clients):
             return None
-        return jax.vmap(lambda state: own_lower(self._algorithm, state))(self._execution.client_states(carry))
+        return self._execution.of_clients(lambda state: own_lower(self._algorithm, state), carry)
 
 
 class Away:

@@ -88,8 +88,10 @@ def write(path: Path, head: dict[str, JSON], parts: dict[str, PyTree]) -> None:
     """A line of JSON, `head` with the format's number and what follows, and the parts' arrays one after the other."""
     beside = path.with_suffix(".new")
     with beside.open("wb") as file:
-        count = {name: len(arrays.leaves_of(part)) for name, part in parts.items()}
-        file.write((json.dumps({"format": FORMAT, **head, "parts": count}) + "\n").encode())
+        count = {name: arrays.count_of(part) for name, part in parts.items()}
+        some = [name for name, part in parts.items() if isinstance(part, arrays.Elsewhere)]
+        told = {"format": FORMAT, **head, "parts": count} | ({"touched": some} if some else {})
+        file.write((json.dumps(told) + "\n").encode())
         for part in parts.values():
             arrays.write_leaves(file, part)
     os.replace(beside, path)
@@ -120,6 +122,7 @@ def read(path: Path, like: dict[str, PyTree]) -> Saved:
         )
         count = head["parts"] if number > 1 else {name: len(arrays.leaves_of(part)) for name, part in like.items()}
         parts = {name: arrays.read_leaves(file, length) for name, length in count.items()}
+        parts |= {name: arrays.Touched(parts[name]) for name in head.get("touched", ())}
         return Saved(head, parts | {name: reordered(tree, parts[name], number) for name, tree in like.items()})
 
 

@@ -135,6 +135,10 @@ class Execution(abc.ABC):
         """The clients' states, leaves (clients, ...); None if they keep none."""
         return carry.client_state
 
+    def of_clients(self, function: Callable[[PyTree], PyTree], carry: Carry) -> PyTree:
+        """A function of each client's state, leaves (clients, ...)."""
+        return jax.vmap(function)(self.client_states(carry))
+
     def keep(self, carry: Carry) -> None:
         """Hear that the run will not come back to anything before `carry` (an engine may then forget it)."""
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Hashable
 from typing import ClassVar, NamedTuple
 
@@ -33,7 +34,9 @@ from .base import Carry, Engine, Execution, Pass, Program, Record, plan
 from .simulated.books import CAPACITY
 from .simulated.compiling import QUICK, check_way, chosen, open_to_choice
 from .simulated.federation import Static
+from .simulated.on_disk import Store, Version
 from .simulated.programs import Step, chunk, everybodys, many_chunks, once
+from .simulated.room import IN_MEMORY, check_place, room
 from .simulated.spread import spread_over
 
 
@@ -54,6 +57,9 @@ class Simulation(Engine):
             fast as it gets; "auto": whichever is done sooner, by the number of iterations and the measured cost of one,
             and "full" in 64 bits, over several processes and on other devices. It is chosen once, at the start of a run,
             and part of what makes it itself: the two differ in float32's last places.
+        client_state: where the states lie that clients keep (control variates): "memory", or "disk" for a file in the
+            folder of temporary files, or a folder for it. The numbers are the same. In memory all clients' states are
+            held several times while an iteration runs; on disk those of a cohort.
     """
 
     name: ClassVar[str] = "simulation"
@@ -64,6 +70,7 @@ class Simulation(Engine):
     mesh: jax.sharding.Mesh | None = None
     dropout: float = 0.0
     compile: str = "auto"
+    client_state: str | os.PathLike[str] = IN_MEMORY
 
     def __post_init__(self):
         if self.cohort is not None:
@@ -83,6 +90,12 @@ class Simulation(Engine):
             "mesh= spreads the cohort over devices and client_batch= runs it piecewise: use one.",
         )
         over(self.mesh)
+        check_place(self.client_state)
+        check(
+            self.client_state == IN_MEMORY or self.mesh is None,
+            f"client_state={self.client_state!r} keeps clients' states in a file, which devices of a mesh cannot share: "
+            "leave client_state= or mesh= out.",
+        )
 
     def bind(
         self,
@@ -155,7 +168,10 @@ class _Simulated(Execution):
             self._ready.clear()
 
     def _pace(self, algorithm: Algorithm, carry: Carry, limit: float) -> float:
-        """Seconds of the first iteration, whose outcome is kept for `advance`."""
+        """Seconds of the first iteration, whose outcome is kept for `advance` (not so where it changes a file)."""
+        if isinstance(carry.client_state, Version):
+            at = lambda kept: dataclasses.replace(carry, client_state=kept)
+            return carry.client_state.changed(lambda kept: self._pace(algorithm, at(kept), limit))[1]
         self._compile(algorithm, carry, limit)
         watch = Stopwatch()
         out = jax.block_until_ready(self._run(algorithm, carry, 1, limit))
@@ -168,9 +184,19 @@ class _Simulated(Execution):
         return set()
 
     def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
-        return Carry(strong(state), everybodys(first_client_state(algorithm, state), self.data.clients), 0)
+        one, clients = first_client_state(algorithm, state), self.data.clients
+        place = room(self.engine.client_state, type(algorithm).__name__, one, clients, self.protocol.cohort)
+        kept = everybodys(one, clients) if place is None else Version(Store(place, one, clients))
+        return Carry(strong(state), kept, 0)
 
     def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
+        if not isinstance(carry.client_state, Version):
+            return self._advance(algorithm, carry, iterations, limit)
+        go = lambda kept: self._advance(algorithm, dataclasses.replace(carry, client_state=kept), iterations, limit)
+        after, (there, record) = carry.client_state.changed(go)
+        return dataclasses.replace(there, client_state=after), record
+
+    def _advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         rounds, down, up, infos, seconds = [], [], [], [], 0.0
         finite, left, spent = True, iterations, (0, 0, 0)
         self._compile(algorithm, carry, limit)
@@ -212,6 +238,7 @@ class _Simulated(Execution):
             (the carry after; rounds, bytes down and up of each, (many, iterations); iterations that ended well, (many,)).
         """
         asked = min(iterations, CAPACITY)
+        self._in_memory("several runs in one program")
         (state, client_state), counts, _, done = jax.block_until_ready(
             self._run(algorithms, carry, asked, limit, many_chunks)
         )
@@ -220,7 +247,12 @@ class _Simulated(Execution):
         return Carry(state, client_state, carry.iteration + asked), rounds, down, up, np.asarray(done)
 
     def client_states(self, carry: Carry) -> PyTree:
-        return here(carry.client_state)
+        kept = carry.client_state
+        return kept.whole() if isinstance(kept, Version) else here(kept)
+
+    def of_clients(self, function: Callable[[PyTree], PyTree], carry: Carry) -> PyTree:
+        kept = carry.client_state
+        return kept.each(function) if isinstance(kept, Version) else super().of_clients(function, carry)
 
     def _compile(self, algorithm: Algorithm, carry: Carry, limit: float) -> None:
         """Compile, if need be, so that it is not timed."""
@@ -266,8 +298,13 @@ class _Simulated(Execution):
         rounds = tuple(sorted(path for path, site in self.protocol.sites.items() if site.round))
         return Static(self.program, self.protocol.cohort, batch, engine.mesh, layout, engine.dropout > 0, rounds)
 
+    def _in_memory(self, what: str) -> None:
+        given = self.engine.client_state
+        check(given == IN_MEMORY, f"{what} keep clients' states in memory: leave client_state={given!r} out.")
+
     def step(self) -> Step:
         """One iteration as a function of JAX."""
+        self._in_memory("iterations within a program of your own")
         return Step(self.problem, self.data, jnp.asarray(self.engine.dropout, jnp.float32), self._static())
 
     def once(self, algorithm: Algorithm, state: PyTree) -> Pass:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ...algorithm import Algorithm
 from ...cohorts import answered, client_key, combine_replies, full_weights, stays
@@ -18,6 +18,7 @@ from ...protocol.sites import Path
 from ...protocol.traced import TracedFederation
 from ...rows.spread import by_client
 from ..base import Program
+from .on_disk import Filed
 from .spread import on_device, on_each, without_padding
 
 
@@ -108,16 +109,21 @@ class SimulatedFederation(TracedFederation):
         if real is not None:
             present = real if present is None else real & present[index]
 
+        kept = None
+        if isinstance(self.client_state, Filed):
+            self.client_state, kept = self.client_state.read(index)
+
         def one(
-            slot: tuple[Int[Array, ""], PyTree], part: tuple[PyTree, PyTree] | None = None
+            slot: tuple[Int[Array, ""], PyTree, PyTree], part: tuple[PyTree, PyTree] | None = None
         ) -> tuple[PyTree, PyTree]:
-            i, phi = slot
+            i, phi, state = slot
             inner, outer = self._data.inner.client(i), self._data.outer.client(i)
             if part is not None:
                 inner, outer = on_device(inner, part[0]), on_device(outer, part[1])
             if phi is not None:
                 inner = dataclasses.replace(inner, features=phi, at=self._x)
-            state = jax.tree.map(lambda leaf: entry(leaf, i), self.client_state)
+            if kept is None:
+                state = jax.tree.map(lambda leaf: entry(leaf, i), self.client_state)
             client = Client(self._problem, (inner, outer), state, client_key(key, i), flags, i)
             out = self.replied(name, method, client, message)
             return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
@@ -126,21 +132,29 @@ class SimulatedFederation(TracedFederation):
         if real is not None and mesh is not None:
             replies, states = on_each(one, index, (self._data.inner.rows, self._data.outer.rows), mesh)
         elif batch is None or batch >= slots:
-            replies, states = jax.vmap(one)((index, features))
+            replies, states = jax.vmap(one)((index, features, kept))
         else:
-            replies, states = jax.lax.map(one, (index, features), batch_size=batch)
+            replies, states = jax.lax.map(one, (index, features, kept), batch_size=batch)
         if slots > size and real is None:
             replies, states, index = jax.tree.map(lambda leaf: leaf[:size], (replies, states, index))
         if states is not None:
-            to = index if present is None else jnp.where(present, index, self.clients)  # out of range: dropped
-            put = lambda all, new: all.at[to].set(self._after(new.astype(all.dtype), all, index), mode="drop")
-            self.client_state = jax.tree.map(put, self.client_state, states)
+            self._keep(index, present, states)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), replies)
         weights = full_weights(self._data.weights, index, self.clients)
         if real is not None and combine == "mean" and not self.drops:
             replies, weights = without_padding(real, replies, weights, self.clients)
             present = None
         return shapes, combine_replies(combine, replies, weights, present)
+
+    def _keep(self, index: Int[Array, " cohort"], present: Bool[Array, " cohort"] | None, states: PyTree) -> None:
+        """The new states of those of a cohort who are present (None: all)."""
+        if isinstance(self.client_state, Filed):
+            here = jnp.ones(index.shape, bool) if present is None else present
+            self.client_state = self.client_state.write(index, here, states)
+            return
+        to = index if present is None else jnp.where(present, index, self.clients)  # out of range: dropped
+        put = lambda all, new: all.at[to].set(self._after(new.astype(all.dtype), all, index), mode="drop")
+        self.client_state = jax.tree.map(put, self.client_state, states)
 
     def _after(self, new: Array, all: Array, index: Int[Array, " cohort"]) -> Array:
         """`new`, as a value that XLA knows only once it has read what stood in its place.
