@@ -59,3 +59,10 @@ def test_they_give_the_same_and_are_traced_once(problem, calls):
 
 def test_a_problem_that_is_not_frozen_stays_as_it_is(problem):
     assert traced_once(problem) is problem
+
+
+def test_arguments_may_be_named(problem):
+    frozen = freeze(problem, X, Y, DATA)
+    rows = DATA.inner.alone(0).all()
+    ask = lambda problem: problem.hessian_vector(X, rows=rows, v=V, y=Y)
+    np.testing.assert_array_equal(ask(traced_once(frozen)), ask(problem))

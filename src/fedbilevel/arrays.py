@@ -98,6 +98,11 @@ def held(values: ArrayLike, dtype: DTypeLike = float) -> jax.Array:
     return on_device(np.asarray(values, jax.dtypes.canonicalize_dtype(dtype)))
 
 
+def entry(leaf: jax.Array, index: jax.Array | int) -> jax.Array:
+    """`leaf[index]` for indices known to lie in it, without the look at negative ones, of which a run would be full."""
+    return leaf.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 def is_key(leaf: PyTree) -> TypeGuard[jax.Array]:
     """Whether a leaf is a `jax.random.key`, or several."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -2,7 +2,9 @@
 
 A level holds the rows of every client in one array, client after client, with offsets: nothing is padded in memory
 (padding to the largest client costs six times the memory at Dirichlet 0.1), minibatches are gathered straight from
-it, and only a full batch is padded, for the clients of one cohort, while it is used.
+it, and only a full batch is padded, for the clients of one cohort, while it is used. Where clients differ so much that
+padding costs much more than the rows do (one of 100,000 rows beside many of five), full batches are not padded either:
+oracles take them block by block (`blocks`).
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from .arrays import held, on_device
+from .arrays import entry, held, on_device
+from .blocks import Cut, Sizes, Window, filled
 from .errors import InputError, check
 from .keys import KeyLike, as_key, random_below
-from .problem import Problem, Rows
+from .problem import Problem, Rows, in_blocks, own_oracles
 from .processes import apart
 from .rows.alike import check_levels
 from .rows.clients import Clients, Names, NamesLike, Numbered, called, levels, listed
@@ -36,11 +39,6 @@ LevelName = Literal["inner", "outer"]
 Weights = Literal["rows"] | Sequence[float] | np.ndarray | Array | Mapping[str, float] | None
 
 
-def entry(leaf: Array, index: Array | int) -> Array:
-    """`leaf[index]` for indices known to lie in it, without the look at negative ones, of which a run would be full."""
-    return leaf.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
 class ClientRows(eqx.Module):
     """One client's rows at one level: a window on a flat array.
 
@@ -48,7 +46,9 @@ class ClientRows(eqx.Module):
         rows: pytree of arrays (total, ...), of which the client's are `offset : offset + count`.
         scale: () what the rows' weights sum to: 1, or the client's outer weight over its inner one.
         most: how many rows a full batch is padded to (at least `count`).
-        features, at: `Problem.features` of a full batch, leaves (most, ...), and the x they were computed at; or None.
+        cut: how oracles take a full batch block by block; None: padded.
+        features, at: `Problem.features` of a full batch, leaves (rows, ...), and the x they were computed at; or None.
+        base: where among these rows the client's begin; None: at the first.
     """
 
     rows: PyTree[Shaped[Array, "total ..."]]
@@ -58,13 +58,12 @@ class ClientRows(eqx.Module):
     most: int = eqx.field(static=True)
     features: PyTree = None
     at: PyTree = None
+    base: Int[Array, ""] | None = None
+    cut: Cut | None = eqx.field(static=True, default=None)
 
     def all(self) -> Rows:
         """All rows; padding repeats a real row and has weight zero."""
-        place = jnp.arange(self.most, dtype=jnp.int32)
-        weights = jnp.where(place < self.count, self.scale / self.count.astype(self.scale.dtype), 0.0)
-        examples = self._take(jnp.minimum(place, self.count - 1))
-        return Rows(examples, weights, self.count, features=self.features, at=self.at)
+        return self._all(None)
 
     def draw(self, key: Key[Array, ""], stream: Int[Array, ""] | int, size: int | None) -> Rows:
         """`size` rows, uniform with replacement: they depend on the key, the stream and the client's own count only.
@@ -73,25 +72,48 @@ class ClientRows(eqx.Module):
         """
         own = jax.random.fold_in(key, stream)
         if size is None:
-            return dataclasses.replace(self.all(), key=own)
+            return self._all(own)
         place = random_below(key, stream, jnp.broadcast_to(self.count, (size,)))
         weights = jnp.full((size,), self.scale / size)
-        features = jax.tree.map(lambda leaf: entry(leaf, place), self.features)
-        return Rows(self._take(place), weights, jnp.asarray(size, jnp.int32), own, features, self.at)
+        return Rows(self._take(place), weights, jnp.asarray(size, jnp.int32), own, self._features(place), self.at)
 
     def with_features(self, problem: Problem, x: PyTree) -> ClientRows:
-        """The same rows with their features at x computed, once for each."""
+        """The same rows with their features at x computed, once for each; as they are where that takes too much memory."""
         if self.all().computed_at(x):
             return self
-        return dataclasses.replace(self, features=problem.row_features(x, self.all().examples), at=x)
+        if self.cut is None or own_oracles(type(problem)):
+            return dataclasses.replace(self, features=problem.row_features(x, self.all().examples), at=x, base=None)
+        if self.cut.capacity == 0:
+            return self.without_features()
+        arrays, rest = eqx.partition(problem, eqx.is_array)
+        phi = lambda given, examples: eqx.combine(given[0], rest).row_features(given[1], examples)
+        features, base = filled(phi, (arrays, x), self._window(None))
+        return dataclasses.replace(self, features=features, at=x, base=base)
 
     def without_features(self) -> ClientRows:
         """The same rows without computed features."""
-        return dataclasses.replace(self, features=None, at=None)
+        return dataclasses.replace(self, features=None, at=None, base=None)
+
+    def _all(self, key: Key[Array, ""] | None) -> Rows:
+        place = jnp.arange(self.most, dtype=jnp.int32)
+        weights = jnp.where(place < self.count, self.scale / self.count.astype(self.scale.dtype), 0.0)
+        inside = jnp.minimum(place, self.count - 1)
+        features = self.features if self.base is None else self._features(inside)
+        rows = Rows(self._take(inside), weights, self.count, key, features, self.at)
+        return rows if self.cut is None else in_blocks(rows, self._window(self.features))
+
+    def _window(self, features: PyTree) -> Window:
+        assert self.cut is not None
+        base = None if features is None else self.base
+        return Window(self.rows, self.offset, self.count, self.scale, self.cut, features, base)
 
     def _take(self, place: Int[Array, " n"]) -> PyTree:
         index = self.offset + place
         return jax.tree.map(lambda leaf: entry(leaf, index), self.rows)
+
+    def _features(self, place: Int[Array, " n"]) -> PyTree:
+        index = place if self.base is None else self.base + place
+        return jax.tree.map(lambda leaf: entry(leaf, index), self.features)
 
 
 class Level(eqx.Module):
@@ -102,6 +124,7 @@ class Level(eqx.Module):
         offsets, counts: (clients,) int32, where each client's rows begin and how many they are.
         scale: (clients,) what each client's row weights sum to.
         most: the largest count.
+        sizes: how uneven the counts are; None where padding is cheap.
     """
 
     rows: PyTree[Shaped[Array, "total ..."]]
@@ -109,11 +132,16 @@ class Level(eqx.Module):
     counts: Int[Array, " clients"]
     scale: Float[Array, " clients"]
     most: int = eqx.field(static=True)
+    sizes: Sizes | None = eqx.field(static=True, default=None)
 
-    def client(self, index: Int[Array, ""] | int) -> ClientRows:
-        """A window on the rows of one client (the index may be traced)."""
+    def client(self, index: Int[Array, ""] | int, cut: Cut | None = None) -> ClientRows:
+        """A window on the rows of one client (the index may be traced); how full batches are cut, as `cut` says."""
         offset, count, scale = (entry(leaf, index) for leaf in (self.offsets, self.counts, self.scale))
-        return ClientRows(self.rows, offset, count, scale, self.most)
+        return ClientRows(self.rows, offset, count, scale, self.most, cut=cut)
+
+    def cut(self, at_once: int, keeps: bool = True) -> Cut | None:
+        """How full batches of so many clients at once are cut (`blocks.Sizes.cut`); None: they are padded."""
+        return None if self.sizes is None else self.sizes.cut(at_once, keeps)
 
     def alone(self, index: int) -> ClientRows:
         """The rows of one client, cut out and unpadded: what it would hold in a process of its own."""
@@ -264,6 +292,7 @@ class FederatedData(eqx.Module):
             held(level.counts, np.int32),
             held(scale),
             int(level.counts.max()),
+            Sizes.of(level.counts),
         )
         return cls(
             as_level(one, np.ones(m)),

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .arrays import on_device
+from .blocks import Sizes
 from .data import FederatedData, Labels, Level, LevelName, Weights, client_weights
 from .errors import InputError, RunError, check
 from .given import JSON, Whole, whole_number
@@ -119,7 +120,7 @@ def _level(
     rows = jax.tree.map(spread, own.rows)
     real = jax.dtypes.canonicalize_dtype(float)
     return Level(rows, on_device(where.offsets), on_device(counts.astype(np.int32)), on_device(scale.astype(real)),
-                 int(counts.max()))  # fmt: skip
+                 int(counts.max()), Sizes.of(counts))  # fmt: skip
 
 
 def _devices(rows: np.ndarray, sizes: Sequence[int], mesh: jax.sharding.Mesh) -> np.ndarray:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 
 from jaxtyping import PyTree
 
+from .blocks import Window
 from .compiled import traced
-from .problem import Problem
-from .program import ORACLES, program_of
+from .problem import ORACLES, Problem, blocks_of, in_blocks
+from .program import program_of
 
 _NAMES = (*ORACLES, "row_features")
 
@@ -27,9 +29,11 @@ def traced_once(problem: Problem) -> Problem:
     return shared
 
 
-def _asked(problem: Problem, name: str, *args: PyTree) -> PyTree:
-    return traced(_oracle, problem, None, name, *args)
+def _asked(problem: Problem, name: str, *args: PyTree, **named: PyTree) -> PyTree:
+    args = inspect.signature(getattr(problem, name)).bind(*args, **named).args
+    return traced(_oracle, problem, None, name, tuple(map(blocks_of, args)), *args)
 
 
-def _oracle(problem: Problem, _: None, name: str, *args: PyTree) -> PyTree:
-    return getattr(problem, name)(*args)
+def _oracle(problem: Problem, _: None, name: str, windows: tuple[Window | None, ...], *args: PyTree) -> PyTree:
+    given = [arg if window is None else in_blocks(arg, window) for arg, window in zip(args, windows, strict=True)]
+    return getattr(problem, name)(*given)

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
+from .blocks import Window, summed
 from .canonical import Traced, trace
 from .errors import InputError, check
 
@@ -57,6 +61,74 @@ class Rows(eqx.Module):
         return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
+Oracle = TypeVar("Oracle", bound=Callable[..., PyTree])
+
+ORACLES = {
+    "inner_value": 0,
+    "inner_gradient": 0,
+    "inner_gradient_x": 0,
+    "hessian_vector": 1,
+    "cross_vector": 1,
+    "outer_value": 0,
+    "outer_gradients": 0,
+}  # and how many vectors they take
+
+
+def in_blocks(rows: Rows, window: Window) -> Rows:
+    """The same full batch, which oracles take block by block.
+
+    It is these very rows that are known to be all of a client's: what is made of them by `dataclasses.replace` or by
+    `jax.tree.map` is taken as it is.
+    """
+    object.__setattr__(rows, "_window", window)
+    return rows
+
+
+def blocks_of(rows: PyTree) -> Window | None:
+    """The window of a full batch that is taken block by block; None for anything else."""
+    return rows.__dict__.get("_window") if isinstance(rows, Rows) else None
+
+
+def _by_blocks(oracle: Oracle) -> Oracle:
+    """The oracle; of a full batch `in_blocks` the sum over its blocks."""
+    signature = inspect.signature(oracle)
+
+    @functools.wraps(oracle)
+    def whole(*args: PyTree, **named: PyTree) -> PyTree:
+        problem, *at, rows = signature.bind(*args, **named).arguments.values()
+        window = blocks_of(rows)
+        if window is None or own_oracles(type(problem)):
+            return oracle(*args, **named)
+        return _summed(oracle, problem, tuple(at), rows, window)
+
+    return whole  # type: ignore[return-value]
+
+
+def _summed(oracle: Callable, problem: Problem, at: tuple[PyTree, ...], rows: Rows, window: Window) -> PyTree:
+    arrays, rest = eqx.partition(problem, eqx.is_array)
+    known = rows.computed_at(at[0])
+    padded = Rows(rows.examples, rows.weights, rows.count)
+    window = window if known else dataclasses.replace(window, features=None, base=None)
+
+    def part(given: PyTree, examples: PyTree, weights: Float[Array, " rows"], features: PyTree) -> PyTree:
+        arrays, at = given
+        count = jnp.asarray(weights.shape[0], jnp.int32)
+        block = Rows(examples, weights, count, None, features, at[0] if known else None)
+        return oracle(eqx.combine(arrays, rest), *at, block)
+
+    # a derivative of the sum is that of the oracle on padded rows: of the loop there is none in reverse
+    @jax.custom_jvp
+    def over_blocks(arrays: PyTree, at: PyTree, window: Window, padded: Rows) -> PyTree:
+        return summed(part, (arrays, at), window)
+
+    @over_blocks.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
+        plain = lambda arrays, at, _, padded: oracle(eqx.combine(arrays, rest), *at, padded)
+        return jax.jvp(plain, primals, tangents)
+
+    return over_blocks(arrays, at, window, padded)
+
+
 class Problem(eqx.Module):
     """The two losses, and the oracles derived from them by automatic differentiation.
 
@@ -89,6 +161,7 @@ class Problem(eqx.Module):
 
     # The oracles ----------------------------------------------------------------------------------------------------
 
+    @_by_blocks
     def inner_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
         """g(x, y): the weighted mean of the inner loss over the rows."""
         if self.features is None:
@@ -103,23 +176,28 @@ class Problem(eqx.Module):
             return None
         return phi(x, examples) if self.batched else jax.vmap(lambda example: phi(x, example))(examples)
 
+    @_by_blocks
     def outer_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
         """f(x, y): the weighted mean of the outer loss over the rows."""
         return self._mean(self.outer, x, y, rows)
 
+    @_by_blocks
     def inner_gradient(self, x: PyTree, y: PyTree, rows: Rows) -> PyTree:
         """d_y g(x, y), like y."""
         return jax.grad(lambda y: self.inner_value(x, y, rows))(y)
 
+    @_by_blocks
     def inner_gradient_x(self, x: PyTree, y: PyTree, rows: Rows) -> PyTree:
         """d_x g(x, y), like x."""
         return jax.grad(lambda x: self.inner_value(x, y, rows))(x)
 
+    @_by_blocks
     def hessian_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
         """d2_yy g(x, y) v, like y; forward over reverse."""
         with told_of_reverse_rules():
             return jax.jvp(lambda y: self.inner_gradient(x, y, rows), (y,), (v,))[1]
 
+    @_by_blocks
     def cross_vector(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> PyTree:
         """d2_xy g(x, y) v = d_x <d_y g(x, y), v>, like x; reverse over forward."""
 
@@ -128,6 +206,7 @@ class Problem(eqx.Module):
         with told_of_reverse_rules():
             return jax.grad(directional)(x)
 
+    @_by_blocks
     def outer_gradients(self, x: PyTree, y: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
         """(d_x f, d_y f) at (x, y), like x and like y."""
         return jax.grad(self.outer_value, argnums=(0, 1))(x, y, rows)
@@ -137,6 +216,11 @@ class Problem(eqx.Module):
             return loss(x, y, rows.examples, rows.weights, *features)
         losses = jax.vmap(lambda example, *phi: loss(x, y, example, *phi))(rows.examples, *features)
         return jnp.sum(rows.weights.astype(losses.dtype) * losses)
+
+
+def own_oracles(kind: type[Problem]) -> bool:
+    """Whether a class of problems brings oracles of its own."""
+    return any(getattr(kind, name) is not getattr(Problem, name) for name in (*ORACLES, "row_features", "_mean"))
 
 
 @contextlib.contextmanager

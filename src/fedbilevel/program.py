@@ -25,17 +25,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from .canonical import Traced, canonical, digest_of, digest_of_class, trace
 from .data import FederatedData, Level
 from .jaxprs import jaxpr_as_fun
-from .problem import Problem, Rows, check_losses, trace_oracle
-
-ORACLES = {
-    "inner_value": 0,
-    "inner_gradient": 0,
-    "inner_gradient_x": 0,
-    "hessian_vector": 1,
-    "cross_vector": 1,
-    "outer_value": 0,
-    "outer_gradients": 0,
-}  # and how many vectors they take
+from .problem import ORACLES, Problem, Rows, check_losses, own_oracles, trace_oracle
 
 _HELPERS = jax.make_user_context(None)  # part of what JAX knows nested functions by: loops' bodies, branches, `jit`s
 _fresh = itertools.count()
@@ -151,8 +141,7 @@ def _traced(problem: Problem, x: PyTree, y: PyTree, inner: _Drawn, outer: _Drawn
 def _own(problem: Problem) -> type | None:
     """The class of a problem that brings oracles of its own."""
     kind = type(problem)
-    names = [name for name in (*ORACLES, "row_features", "_mean") if getattr(kind, name) is not getattr(Problem, name)]
-    return kind if names else None
+    return kind if own_oracles(kind) else None
 
 
 def _oracles(problem: Problem, x: PyTree, y: PyTree, inner: _Drawn, outer: _Drawn) -> list[Traced]:

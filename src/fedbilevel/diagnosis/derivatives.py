@@ -66,5 +66,5 @@ def _found_first(problem: Problem, _: None, data: FederatedData, x: PyTree, y: P
 
 def _by_client(data: FederatedData, of: Callable[[Rows, Rows], tuple[PyTree, ...]]) -> tuple[PyTree, ...]:
     finite = lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
-    rows = lambda i: (data.inner.client(i).all(), data.outer.client(i).all())
+    rows = lambda i: [level.client(i, level.cut(data.clients)).all() for level in (data.inner, data.outer)]
     return jax.vmap(lambda i: finite(of(*rows(i))))(jnp.arange(data.clients, dtype=jnp.int32))

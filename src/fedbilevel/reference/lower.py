@@ -57,14 +57,14 @@ class Lower(NamedTuple):
 
     def mean(self, level: str, oracle: Callable, *args: PyTree) -> PyTree:
         """sum_i p_i oracle(x, *args, rows of client i), eight clients at a time: memory does not grow with clients."""
-        m, together = self.data.clients, min(self.data.clients, 8)
+        m, together, clients = self.data.clients, min(self.data.clients, 8), getattr(self.data, level)
         p = self.data.weights  # of both levels: the outer rows' own weights carry p_outer / p_inner
         p = jnp.pad(jnp.full((m,), 1 / m) if p is None else p, (0, -m % together)).reshape(-1, together)
         index = jnp.minimum(jnp.arange(p.size, dtype=jnp.int32), m - 1).reshape(p.shape)
 
         @jax.jit  # traced once, for its shapes and for the loop
         def reply(index: Count, p: Scalar) -> PyTree:
-            out = oracle(self.x, *args, getattr(self.data, level).client(index).all())
+            out = oracle(self.x, *args, clients.client(index, clients.cut(together)).all())
             return jax.tree.map(lambda leaf: p.astype(leaf.dtype) * leaf, out)
 
         def some(index: Int[Array, " together"], p: Float[Array, " together"]) -> PyTree:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ...algorithm import Algorithm
+from ...arrays import entry
+from ...blocks import Cut
 from ...cohorts import answered, client_key, combine_replies, full_weights, stays
-from ...data import FederatedData, entry
+from ...data import FederatedData, Level
 from ...federation import Client, Combine, Flag, Reply
-from ...problem import Problem
+from ...problem import Problem, own_oracles
 from ...protocol.sites import Path
 from ...protocol.traced import TracedFederation
 from ...rows.spread import by_client
@@ -61,7 +63,7 @@ class SimulatedFederation(TracedFederation):
         super().__init__(algorithm, data.clients, static.cohort, data.weights, key, dict(static.layout))
         self._static, self._problem, self._data, self._x = static, problem, data, state.x
         self.client_state = client_state
-        self._known: list[tuple[Int[Array, " cohort"], PyTree]] = []  # (cohort, features of its clients' inner rows)
+        self._known: list[_Known] = []
         if static.cohort == data.clients:
             self._remember(jnp.arange(data.clients, dtype=jnp.int32))
 
@@ -71,11 +73,33 @@ class SimulatedFederation(TracedFederation):
         return cohort
 
     def _remember(self, cohort: Int[Array, " cohort"]) -> None:
+        size = cohort.shape[0]
+        if self._problem.features is None or self._static.mesh is not None or self._at_once(size) < size:
+            return
+        inner = self._data.inner
+        cut = self._cut(inner, size)
+
+        def features(i: Int[Array, ""]) -> tuple[PyTree, Int[Array, ""] | None]:
+            rows = inner.client(i, cut).with_features(self._problem, self._x)
+            return rows.features, rows.base
+
+        each = cut is None or own_oracles(type(self._problem))  # or else one buffer for all
+        phi, base = jax.vmap(features, out_axes=(0 if each else None, 0))(cohort)
+        if phi is not None:
+            self._known.append(_Known(cohort, phi, base, each))
+
+    def _at_once(self, slots: int) -> int:
         batch = self._static.client_batch
-        at_once = self._static.mesh is None and (batch is None or batch >= cohort.shape[0])
-        if self._problem.features is not None and at_once:
-            features = lambda i: self._data.inner.client(i).with_features(self._problem, self._x).features
-            self._known.append((cohort, jax.vmap(features)(cohort)))
+        return slots if batch is None else min(batch, slots)
+
+    def _cut(self, level: Level, slots: int) -> Cut | None:
+        """How full batches of a level are cut for so many clients of an exchange."""
+        twice = self._data.weights is not None and slots < self.clients  # a cohort drawn with replacement
+        return level.cut(self._at_once(slots), keeps=self._static.mesh is None and not twice)
+
+    def _smallest(self) -> Int[Array, ""]:
+        """The client that stands where a device has no other: what it says there does not count."""
+        return jnp.argmin(self._data.inner.counts + self._data.outer.counts).astype(jnp.int32)
 
     def exchange(
         self,
@@ -88,13 +112,13 @@ class SimulatedFederation(TracedFederation):
         cohort: Int[Array, " cohort"] | None,
     ) -> tuple[PyTree, PyTree]:
         if cohort is None and self._static.cohort == self.clients and self._known:
-            cohort = self._known[0][0]
+            cohort = self._known[0].cohort
         index = self.sample(key) if cohort is None else cohort
-        features = next((phi for known, phi in self._known if known is index), None)
+        known = next((known for known in self._known if known.cohort is index), None)
         size, slots, real = index.shape[0], index.shape[0], None
         mesh, lying = self._static.mesh, self._data.slots
         if mesh is not None and lying is not None and size == self.clients:  # each where its rows lie
-            index, real, slots = jnp.maximum(lying, 0), lying >= 0, lying.shape[0]
+            index, real, slots = jnp.where(lying >= 0, lying, self._smallest()), lying >= 0, lying.shape[0]
         elif mesh is not None:  # pad to whole devices; the extra slots' replies are cut off again
             slots = -(-size // mesh.devices.shape[0]) * mesh.devices.shape[0]
             index = jnp.concatenate([index, jnp.broadcast_to(index[-1:], (slots - size,))])
@@ -112,29 +136,31 @@ class SimulatedFederation(TracedFederation):
         kept = None
         if isinstance(self.client_state, Filed):
             self.client_state, kept = self.client_state.read(index)
+        cuts = self._cut(self._data.inner, slots), self._cut(self._data.outer, slots)
 
         def one(
             slot: tuple[Int[Array, ""], PyTree, PyTree], part: tuple[PyTree, PyTree] | None = None
         ) -> tuple[PyTree, PyTree]:
-            i, phi, state = slot
-            inner, outer = self._data.inner.client(i), self._data.outer.client(i)
+            i, own, state = slot
+            inner, outer = self._data.inner.client(i, cuts[0]), self._data.outer.client(i, cuts[1])
             if part is not None:
                 inner, outer = on_device(inner, part[0]), on_device(outer, part[1])
-            if phi is not None:
-                inner = dataclasses.replace(inner, features=phi, at=self._x)
+            if known is not None:
+                phi, base = own if known.each else (known.features, own)
+                inner = dataclasses.replace(inner, features=phi, at=self._x, base=base)
             if kept is None:
                 state = jax.tree.map(lambda leaf: entry(leaf, i), self.client_state)
             client = Client(self._problem, (inner, outer), state, client_key(key, i), flags, i)
             out = self.replied(name, method, client, message)
             return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
 
-        batch = self._static.client_batch
+        own = None if known is None else (known.features, known.base) if known.each else known.base
         if real is not None and mesh is not None:
             replies, states = on_each(one, index, (self._data.inner.rows, self._data.outer.rows), mesh)
-        elif batch is None or batch >= slots:
-            replies, states = jax.vmap(one)((index, features, kept))
+        elif (batch := self._at_once(slots)) == slots:
+            replies, states = jax.vmap(one)((index, own, kept))
         else:
-            replies, states = jax.lax.map(one, (index, features, kept), batch_size=batch)
+            replies, states = jax.lax.map(one, (index, own, kept), batch_size=batch)
         if slots > size and real is None:
             replies, states, index = jax.tree.map(lambda leaf: leaf[:size], (replies, states, index))
         if states is not None:
@@ -164,3 +190,17 @@ class SimulatedFederation(TracedFederation):
         old = jax.vmap(lambda i: entry(all, i))(index)
         always = jnp.asarray(self._dropout) < 2  # a probability, of which the compiler knows nothing
         return jnp.where(always, new, old)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """Features of a cohort's inner rows, once for all exchanges that ask it.
+
+    Attributes:
+        each: whether `features` are those of each client; else of all in one buffer, each from `base` on.
+    """
+
+    cohort: Int[Array, " cohort"]
+    features: PyTree
+    base: Int[Array, " cohort"] | None
+    each: bool
