@@ -23,6 +23,7 @@ from numpy.lib import format as npy
 from numpy.typing import ArrayLike, DTypeLike
 
 _LARGE = 2**20  # bytes
+_ALIGNED = 64  # bytes
 
 Concrete = jax.Array | np.ndarray | np.generic  # what is written
 
@@ -86,6 +87,17 @@ class Elsewhere(abc.ABC):
 
 class Touched(list[np.ndarray]):
     """What an `Elsewhere` wrote: the numbers of rows, and arrays of these rows."""
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array for numbers to come, which JAX on a processor will hold as it is, without a copy.
+
+    It begins at a multiple of 64 bytes, as JAX asks; and a long one lies in large pages, as numpy asks of Linux.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    space = np.empty(size + _ALIGNED, np.uint8)
+    begin = -space.ctypes.data % _ALIGNED
+    return space[begin : begin + size].view(dtype).reshape(shape)
 
 
 def on_device(array: np.ndarray) -> jax.Array:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..arrays import aligned
 from ..errors import InputError, check
 from .joined import Chosen, Joined
 from .narrow import narrowed
@@ -31,7 +32,7 @@ def join(sets: Sets, level: str, names: Sequence[str], chosen: Chosen | None = N
     joined = Joined(names, level, sets.first, counts, np.cumsum(counts) - counts, chosen)
     joined.doubts += sets.doubts
     for index, (like, arrays) in enumerate(zip(sets.first.leaves, sets.leaves, strict=True)):
-        flat = np.empty((int(counts.sum()), *like.shape[1:]), like.dtype)
+        flat = aligned((int(counts.sum()), *like.shape[1:]), like.dtype)
         _fill(flat, arrays, sets.counts, chosen)
         joined.leaves.append(narrowed(joined, index, flat))
     return joined

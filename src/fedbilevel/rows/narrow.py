@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..arrays import aligned
 from ..errors import InputError, warn
 from .joined import Joined
 from .values import Whose, shown, whole
@@ -38,8 +39,11 @@ def narrowed(joined: Joined, leaf: int, flat: np.ndarray) -> np.ndarray:
     target = held(flat.dtype)
     if flat.dtype.kind in "iu" and target != flat.dtype and flat.size:
         _check_range(joined, leaf, flat, np.iinfo(target))
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        cast = flat if target == flat.dtype else flat.astype(target)
+    cast = flat
+    if target != flat.dtype:
+        cast = aligned(flat.shape, target)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.copyto(cast, flat, casting="unsafe")
     if not jnp.issubdtype(target, jnp.inexact) or not flat.size:
         return cast
     finite = np.isfinite(cast)

@@ -19,7 +19,7 @@ from ..errors import InputError
 from .alike import check_alike
 from .one import Read, read
 
-_BLOCK = 2**12  # clients whose trees are open at the same time
+_BLOCK = 2**8  # clients whose trees are open at a time; of more, Python would look for garbage
 
 
 @dataclasses.dataclass
