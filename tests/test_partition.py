@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbilevel.errors import InputError
-from fedbilevel.partition import PARTITIONS, by_quantity, dirichlet, iid, imbalanced, partition, shards
+from fedbilevel.partition import PARTITIONS, _top_up, by_quantity, dirichlet, iid, imbalanced, partition, shards
 
 KEY = jax.random.key(7)
 seeds = st.integers(0, 2**32 - 1)
@@ -225,3 +225,45 @@ def test_the_key_decides_which_rows_an_imbalance_leaves():
     np.testing.assert_array_equal(kept[0], kept[1])
     assert len(kept[0]) == len(kept[2]) and not np.array_equal(kept[0], kept[2])
     assert not np.array_equal(kept[0][labels[kept[0]] == 9], np.flatnonzero(labels == 9)[:4])  # not just the first
+
+
+def one_by_one(parts, least):
+    """Topping up as it is described: a row at a time, the last one of the first of the largest."""
+    hands = [list(part) for part in parts]
+    for hand in hands:
+        while len(hand) < least:
+            hand.append(max(hands, key=len).pop())
+    return hands
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_topping_up_all_at_once_moves_the_rows_that_one_by_one_moves(seed):
+    draw = np.random.default_rng(seed)
+    counts = draw.integers(0, (2, 5, 40)[seed % 3], draw.integers(1, 12))
+    least = int(draw.integers(0, counts.sum() // len(counts) + 1))
+    rows = draw.permutation(counts.sum())
+    flat, sizes = _top_up(rows, counts, least)
+    expected = one_by_one(np.split(rows, np.cumsum(counts)[:-1]), least)
+    assert sizes.tolist() == [len(hand) for hand in expected]
+    assert [set(part) for part in np.split(flat, np.cumsum(sizes)[:-1])] == [set(hand) for hand in expected]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_are_those_of_a_plain_loop(seed):
+    """The same draws in the same order, client by client."""
+    labels, key, clients = np.random.default_rng(seed).integers(0, 4, 120), jax.random.key(seed), 9
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    parts = [[] for _ in range(clients)]
+    for label in np.unique(labels):
+        order = rng.permutation(np.flatnonzero(labels == label))
+        cuts = np.rint(np.cumsum(rng.dirichlet(np.full(clients, 0.3)))[:-1] * len(order)).astype(int)
+        parts = [[*part, *dealt] for part, dealt in zip(parts, np.split(order, cuts), strict=True)]
+    expected = one_by_one([rng.permutation(np.array(part, int)) for part in parts], 2)
+    assert [part.tolist() for part in dirichlet(labels, clients, key, 0.3)] == [sorted(hand) for hand in expected]
+
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    order = rng.permutation(120)
+    pieces = np.array_split(order[np.argsort(labels[order], kind="stable")], 27)
+    hands = rng.permutation(27).reshape(clients, 3)
+    expected = [sorted(np.concatenate([pieces[piece] for piece in hand])) for hand in hands]
+    assert [part.tolist() for part in shards(labels, clients, key, 3)] == expected

@@ -34,7 +34,7 @@ def iid(rows: int, clients: int, key: Key[Array, ""]) -> Parts:
         InputError: fewer than one client, or fewer rows than clients.
     """
     rows, clients = _sizes(rows, clients)
-    return _ascending(np.array_split(generator(key).permutation(rows), clients))
+    return _ascending(generator(key).permutation(rows), _even(rows, clients))
 
 
 def shards(labels: ArrayLike, clients: int, key: Key[Array, ""], per_client: int = 2) -> Parts:
@@ -57,9 +57,10 @@ def shards(labels: ArrayLike, clients: int, key: Key[Array, ""], per_client: int
     rng = generator(key)
     order = rng.permutation(rows)
     order = order[np.argsort(labels[order], kind="stable")]
-    pieces = np.array_split(order, clients * per_client)
-    hands = rng.permutation(clients * per_client).reshape(clients, per_client)
-    return _ascending([np.concatenate([pieces[piece] for piece in hand]) for hand in hands])
+    pieces = clients * per_client
+    owner = np.empty(pieces, np.int64)
+    owner[rng.permutation(pieces)] = np.repeat(np.arange(clients), per_client)
+    return _ascending(*_together(order, np.repeat(owner, _even(rows, pieces)), clients))
 
 
 def dirichlet(labels: ArrayLike, clients: int, key: Key[Array, ""], alpha: float = 0.5, min_rows: int = 2) -> Parts:
@@ -80,11 +81,14 @@ def dirichlet(labels: ArrayLike, clients: int, key: Key[Array, ""], alpha: float
     labels = _labels(labels)
     _, clients = _sizes(len(labels), clients, _whole("min_rows", min_rows), "min_rows=")
     alpha, rng = _concentration(alpha), generator(key)
-    parts: Parts = [np.empty(0, np.int64)] * clients
+    orders, owners = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for label in np.unique(labels):
-        dealt = _deal(rng.permutation(np.flatnonzero(labels == label)), clients, alpha, rng)
-        parts = [np.concatenate(both) for both in zip(parts, dealt, strict=True)]
-    return _ascending(_top_up([rng.permutation(part) for part in parts], min_rows))
+        orders.append(rng.permutation(np.flatnonzero(labels == label)))
+        owners.append(np.repeat(np.arange(clients), _dealt(len(orders[-1]), clients, alpha, rng)))
+    flat, counts = _together(np.concatenate(orders), np.concatenate(owners), clients)
+    for part in _parts(flat, counts):
+        rng.shuffle(part)
+    return _ascending(*_top_up(flat, counts, min_rows))
 
 
 def by_quantity(rows: int, clients: int, key: Key[Array, ""], alpha: float = 0.5, min_rows: int = 2) -> Parts:
@@ -99,7 +103,8 @@ def by_quantity(rows: int, clients: int, key: Key[Array, ""], alpha: float = 0.5
     """
     rows, clients = _sizes(rows, clients, _whole("min_rows", min_rows), "min_rows=")
     alpha, rng = _concentration(alpha), generator(key)
-    return _ascending(_top_up(_deal(rng.permutation(rows), clients, alpha, rng), min_rows))
+    order = rng.permutation(rows)
+    return _ascending(*_top_up(order, _dealt(rows, clients, alpha, rng), min_rows))
 
 
 PARTITIONS: dict[str, Callable[..., Parts]] = {
@@ -164,30 +169,63 @@ def imbalanced(labels: ArrayLike, ratio: float, key: Key[Array, ""], largest: in
     return np.sort(np.concatenate([np.empty(0, np.int64), *kept]))
 
 
-def _deal(order: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> Parts:
-    """Cut `order` in Dirichlet proportions; rounding the cumulative shares places every row once."""
+# Clients' rows lie side by side, client after client, with the number of each one's: a million clients are no loop. --
+
+
+def _even(rows: int, clients: int) -> np.ndarray:
+    """(clients,) as many rows each, the first ones one more where it does not come out even."""
+    return rows // clients + (np.arange(clients) < rows % clients)
+
+
+def _dealt(rows: int, clients: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+    """(clients,) how many rows each gets in Dirichlet proportions; the cumulative shares are rounded, so none is lost."""
     shares = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1]
-    return np.split(order, np.rint(shares * len(order)).astype(np.int64))
+    return np.diff(np.rint(shares * rows).astype(np.int64), prepend=0, append=rows)
 
 
-def _top_up(parts: Parts, min_rows: int) -> Parts:
-    """Move rows, last first, from whoever has most to those with fewer than `min_rows`; parts are in random order.
+def _together(rows: np.ndarray, owner: np.ndarray, clients: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Rows client after client, in their order; how many each has), from whose each of them is."""
+    return rows[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=clients)
 
-    Somebody has more than `min_rows` while anybody has fewer, because there are at least clients * min_rows rows.
+
+def _top_up(rows: np.ndarray, counts: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Move rows, last first, from whoever has most (the first of these) to those with fewer than `least`, in turn.
+
+    Somebody has more while anybody has fewer, because there are at least clients * least rows.
+
+    Args:
+        rows: of the clients, in random order.
     """
-    hands = [part.tolist() for part in parts]
-    sizes = np.array([len(hand) for hand in hands])
-    for short in np.flatnonzero(sizes < min_rows):
-        while sizes[short] < min_rows:
-            most = int(sizes.argmax())
-            hands[short].append(hands[most].pop())
-            sizes[short] += 1
-            sizes[most] -= 1
-    return [np.array(hand, np.int64) for hand in hands]
+    missing = np.maximum(least - counts, 0)
+    givers, places = _givers(counts, least, int(missing.sum()))
+    starts, owner = np.cumsum(counts) - counts, np.repeat(np.arange(len(counts)), counts)
+    owner[starts[givers] + places] = np.repeat(np.arange(len(counts)), missing)
+    return _together(rows, owner, len(counts))
 
 
-def _ascending(parts: Parts) -> Parts:
-    return [np.sort(part).astype(np.int64) for part in parts]
+def _givers(counts: np.ndarray, least: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Who gives the rows away, which of its own), in this order: all who have most one each, then all who then do."""
+    order = np.argsort(-counts, kind="stable")
+    sizes, ends = np.unique(-counts[order], return_counts=True)
+    givers, places = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for many, size, below in zip(np.cumsum(ends), -sizes, [*-sizes[1:], least], strict=True):
+        turns = min(size - max(below, least), -(-total // many)) if total else 0
+        if turns <= 0:
+            break
+        own = np.tile(np.sort(order[:many]), turns)[:total]
+        givers.append(own)
+        places.append(np.repeat(size - 1 - np.arange(turns), many)[:total])
+        total -= len(own)
+    return np.concatenate(givers), np.concatenate(places)
+
+
+def _ascending(rows: np.ndarray, counts: np.ndarray) -> Parts:
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return _parts(rows[np.lexsort((rows, owner))].astype(np.int64), counts)
+
+
+def _parts(rows: np.ndarray, counts: np.ndarray) -> Parts:
+    return np.split(rows, np.cumsum(counts)[:-1])
 
 
 def _labels(labels: ArrayLike) -> np.ndarray:
