@@ -35,6 +35,7 @@ def run(
     algorithm: PyTree,
     *args: PyTree,
     options: Options = (),
+    spent: PyTree = None,
 ) -> PyTree:
     """`function(problem, algorithm, *args)`, compiled; what is compiled is shared between equal frozen problems.
 
@@ -43,8 +44,9 @@ def run(
         algorithm: an algorithm (or None) whose numbers are arrays (`as_leaves`).
         args: pytrees; leaves that are no arrays are static, and must be hashable.
         options: of the compiler.
+        spent: arrays among `args` that nobody needs any more: what is returned may take their place in memory.
     """
-    return Bound(function, problem, algorithm, options)(*args)
+    return Bound(function, problem, algorithm, options)(*args, spent=spent)
 
 
 def traced(function: Callable[..., PyTree], problem: Problem, algorithm: PyTree, *args: PyTree) -> PyTree:
@@ -83,10 +85,16 @@ class Bound:
             lambda: _Compiled(function, options),
         )
 
-    def __call__(self, *args: PyTree) -> PyTree:
+    def __call__(self, *args: PyTree, spent: PyTree = None) -> PyTree:
         leaves, structure = jax.tree.flatten(args)
         arrays, static = _apart(leaves)
-        return self.at(_Static(static, structure), arrays)
+        if spent is None:
+            return self.at(_Static(static, structure), arrays)
+        gone = {id(leaf) for leaf in jax.tree.leaves(spent)}
+        order = sorted(range(len(arrays)), key=lambda place: id(arrays[place]) in gone)
+        kept = [arrays[place] for place in order if id(arrays[place]) not in gone]
+        where = tuple(int(place) for place in np.argsort(order))
+        return self.at(_Static(static, structure, where), kept, [arrays[place] for place in order[len(kept) :]])
 
     def given(self, *first: PyTree) -> Callable[..., PyTree]:
         """The same with its first arguments given once for all; the leaves of the others are arrays."""
@@ -102,10 +110,10 @@ class Bound:
 
         return call
 
-    def at(self, static: _Static, arrays: list[Concrete]) -> PyTree:
-        """The value at these arrays."""
+    def at(self, static: _Static, arrays: list[Concrete], spent: list[Concrete] | None = None) -> PyTree:
+        """The value at these arrays, and others after them whose memory it may take."""
         with helpers_of(self._problem), told_of_reverse_rules():  # JAX may find such a rule after the oracle's end only
-            return self._compiled(self._now, static, self._own, self._algorithm, arrays)
+            return self._compiled(self._now, static, self._own, self._algorithm, arrays, spent or [])
 
 
 def _apart(leaves: list[PyTree]) -> tuple[list[Concrete], Static]:
@@ -130,26 +138,45 @@ class _Compiled:
         functools.update_wrapper(named, function)  # what JAX calls it in its log and in profiles
         # over several processes, all results lie whole in each: so that each can read them
         self._jitted = functools.cache(
-            lambda place: jax.jit(named, static_argnums=0, compiler_options=dict(options) or None, out_shardings=place)
+            lambda place: jax.jit(
+                named,
+                static_argnums=0,
+                donate_argnums=4,
+                compiler_options=dict(options) or None,
+                out_shardings=place,
+            )
         )
 
     def __call__(
-        self, now: tuple, static: _Static, own: list[Concrete], algorithm: list[Concrete], arrays: list[Concrete]
+        self,
+        now: tuple,
+        static: _Static,
+        own: list[Concrete],
+        algorithm: list[Concrete],
+        arrays: list[Concrete],
+        spent: list[Concrete],
     ) -> PyTree:
         before, self._now = self._now, now
         try:
-            return self._jitted(whole_over(arrays))(static, own, algorithm, arrays)
+            return self._jitted(whole_over(arrays))(static, own, algorithm, arrays, spent)
         finally:
             self._now = before
 
     def _traced(
-        self, static: _Static, own: list[Concrete], algorithm: list[Concrete], arrays: list[Concrete]
+        self,
+        static: _Static,
+        own: list[Concrete],
+        algorithm: list[Concrete],
+        arrays: list[Concrete],
+        spent: list[Concrete],
     ) -> PyTree:
         assert self._now is not None
         # of this very call, not of the one that was compiled first
         problem, structure, program, fixed, whole = self._now
         problem = known_as(eqx.combine(jax.tree.unflatten(structure, own), problem), program)
-        given = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in arrays]  # numpy's, without jit
+        given = [
+            leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in [*arrays, *spent]
+        ]  # numpy's, without jit
         args = static.together(given)
         return self._function(problem, _together(fixed, whole, algorithm), *args)
 

@@ -39,6 +39,8 @@ from .simulated.programs import Step, chunk, everybodys, many_chunks, once
 from .simulated.room import IN_MEMORY, check_place, room
 from .simulated.spread import spread_over
 
+LARGE = 2**24  # bytes of clients' states from which on they are written in place from chunk to chunk
+
 
 @dataclasses.dataclass(frozen=True)
 class Simulation(Engine):
@@ -114,6 +116,15 @@ class Simulation(Engine):
         else:
             check_whole(data, "Simulation() without mesh=")
         return _Simulated(self, problem, data, key, protocol, program)
+
+
+def _large(clients: PyTree) -> bool:
+    """Whether clients' states are so large that another copy of them takes longer than to say so."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(clients)) >= LARGE
+
+
+def _copied(leaf: Array) -> Array:
+    return jax.device_put(leaf, may_alias=False)
 
 
 class Ahead(NamedTuple):
@@ -201,7 +212,7 @@ class _Simulated(Execution):
         finite, left, spent = True, iterations, (0, 0, 0)
         self._compile(algorithm, carry, limit)
         while left > 0 and finite:
-            asked, out, took = self._stretch(algorithm, carry, min(left, CAPACITY), limit)
+            asked, out, took = self._stretch(algorithm, carry, min(left, CAPACITY), limit, spend=bool(infos))
             (state, client_state), counts, info, done = out
             seconds += took
             done, left = int(done), left - asked
@@ -215,13 +226,19 @@ class _Simulated(Execution):
         info, seen = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos) if infos else (None, None)
         return carry, Record(len(rounds), rounds, down, up, info, finite, seconds, seen=seen, spent=spent)
 
-    def _stretch(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[int, PyTree, float]:
-        """(How many iterations were run, what the program gave, seconds): the first one may have been run already."""
+    def _stretch(
+        self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float, spend: bool
+    ) -> tuple[int, PyTree, float]:
+        """(How many iterations were run, what the program gave, seconds): the first one may have been run already.
+
+        Args:
+            spend: whether nobody else needs the carry.
+        """
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.of(algorithm, carry, limit):
             return 1, ahead.out, ahead.seconds
         watch = Stopwatch()
-        out = jax.block_until_ready(self._run(algorithm, carry, iterations, limit))
+        out = jax.block_until_ready(self._run(algorithm, carry, iterations, limit, spend=spend))
         return iterations, out, self.processes.said(watch.seconds)
 
     def advance_many(
@@ -275,16 +292,19 @@ class _Simulated(Execution):
         iterations: int,
         limit: float,
         program: Callable[..., PyTree] | None = None,
+        spend: bool = False,
     ) -> PyTree:
         count = lambda n: np.asarray(n, np.int32)
-        mesh, clients = self.engine.mesh, carry.client_state
+        mesh, clients, spent = self.engine.mesh, carry.client_state, None
         if mesh is not None and self.processes.count > 1:
             clients = everywhere(clients, mesh)
+        elif mesh is None and program is None and _large(clients):  # written in place, in a copy where need be
+            spent = clients = clients if spend else jax.tree.map(_copied, clients)
         return run(
             program or chunk, self.problem, as_leaves(algorithm), self._static(), self.data,
             (carry.state, clients), self.key, count(carry.iteration), count(iterations),
             np.asarray(limit, jnp.result_type(float)), np.asarray(self.engine.dropout, np.float32),
-            options=self._options,
+            options=self._options, spent=spent,
         )  # fmt: skip
 
     @property

@@ -11,6 +11,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.beginning import as_leaves
+from fedbilevel.engines import simulation
 from fedbilevel.engines.simulated.federation import SimulatedFederation
 from fedbilevel.engines.simulated.programs import chunk
 
@@ -65,3 +66,27 @@ def test_only_those_who_were_asked_and_answered_have_another_state(dropout):
     changed = (states != 1).any(1)
     assert (states[changed] == 2).all()
     assert changed.sum() == 40 if not dropout else 5 < changed.sum() < 35
+
+
+def test_large_states_are_written_in_place_from_chunk_to_chunk_and_the_start_stays(monkeypatch):
+    rows = np.ones((CLIENTS, 2))
+    data = fb.FederatedData.stack(rows, rows)
+    problem, algorithm, x = fb.Problem(lambda x, y, e: e * y**2, lambda x, y, e: e * y**2), Remembering(), jnp.ones(3)
+    bound = fb.Simulation(cohort=40).bind(problem, data, algorithm, algorithm.init(x, x[0]), jax.random.key(0))
+    start = bound.start(algorithm, algorithm.init(x, x[0]))
+    monkeypatch.setattr(simulation, "CAPACITY", 3)
+    expected, record = bound.advance(algorithm, start, 7, 1e9)
+    monkeypatch.setattr(simulation, "LARGE", 0)
+    copied, copy = [], simulation._copied
+    monkeypatch.setattr(simulation, "_copied", lambda leaf: copied.append(copy(leaf)) or copied[-1])
+    bound.advance(algorithm, start, 0, 1e9)  # compiled
+    for _ in range(2):
+        copied.clear()
+        after, again = bound.advance(algorithm, start, 7, 1e9)
+        assert len(copied) == 1 and copied[0].is_deleted()  # for the first of three chunks, and then written to
+        np.testing.assert_array_equal(after.client_state, expected.client_state)
+        np.testing.assert_array_equal(after.state.x, expected.state.x)
+        assert again.rounds == record.rounds and after.iteration == 7
+    assert (np.asarray(start.client_state) == 1).all()
+    after, _ = bound.advance(algorithm, after, 1, 1e9)  # goes on from there
+    assert not np.array_equal(after.client_state, expected.client_state)
