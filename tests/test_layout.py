@@ -40,7 +40,7 @@ LIBRARY = Tree(
         " recorded typing wheel",
         "algorithms": "bias estimator family_messages family_methods family fields properties second_moment whole",
         "diagnosis": "divergence",
-        "engines": "dropout_weights same_cohort",
+        "engines": "dropout_weights same_cohort several",
         "protocol": "nested",
         "tasks": "saddle_and_composition",
     },

@@ -71,12 +71,13 @@ def test_a_refusal_in_one_is_everybodys(monkeypatch):
 
 
 def test_an_error_of_jax_about_the_others_becomes_a_sentence(monkeypatch):
+    monkeypatch.setattr(processes, "_left", [])
     pair = Pair(monkeypatch, 1)
     assert isinstance(pair.judged(fb.RunError("diverged")), fb.RunError) and not pair.lost
     said = pair.judged(jax.errors.JaxRuntimeError("Gloo all-reduce failed: Connection closed by peer"))
     assert pair.lost and "another process of the run has ended, so that process 1 cannot go on" in str(said)
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-    assert Pair(monkeypatch, 1).judged(full) is full
+    assert Pair(monkeypatch, 1).judged(full) is full and processes.left()
 
 
 def test_callbacks_are_called_in_process_0_and_those_that_save_in_all(monkeypatch):
@@ -125,7 +126,7 @@ def test_each_process_loads_a_block_of_clients(monkeypatch):
 
 
 def test_a_process_that_was_started_alone_is_alone(monkeypatch):
-    for pair in processes._RANKS:
+    for pair in processes.RANKS:
         for name in pair:
             monkeypatch.delenv(name, raising=False)
     mesh = processes.join("hospitals")

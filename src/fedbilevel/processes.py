@@ -7,10 +7,12 @@ by itself (reading its own rows) and may refuse is done in all, and one refusal 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -24,14 +26,19 @@ from .jaxprs import Tracer
 
 HEARTBEAT = 20  # seconds without a sign of life until JAX takes a process for dead; JAX's own 100 are too many
 COUNT, INDEX = "FEDBILEVEL_PROCESSES", "FEDBILEVEL_PROCESS"  # how our launcher tells a process
+ADDRESS = "JAX_COORDINATOR_ADDRESS"  # where process 0 is, host:port
 NOTES = "FEDBILEVEL_NOTES"  # a folder in which processes leave a word for the launcher
-_RANKS = ((COUNT, INDEX), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"),
+CHECKPOINT, GONE = "checkpoint", "gone"  # the words: where the last one is; that another process has ended
+RANKS = ((COUNT, INDEX), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"),
           ("SLURM_NTASKS", "SLURM_PROCID"))  # fmt: skip
-_ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _SMALL = 1024  # bytes told at once: one compiled program does for nearly all there is to tell
-_GONE = ("gloo", "connection", "unavailable", "heartbeat", "coordination", "deadline", "socket", "nccl")
+_OTHERS = ("gloo", "connection", "unavailable", "heartbeat", "coordination", "deadline", "socket", "nccl")
 
 Thing = TypeVar("Thing")
+
+
+class ProcessGone(RunError):
+    """Another process of the run has ended, so that this one cannot go on."""
 
 
 class Processes:
@@ -73,6 +80,12 @@ class Processes:
 
 
 ALONE = Processes()
+_left: list[BaseException] = []  # what ended runs over several processes, in this one and maybe in no other
+
+
+def left() -> bool:
+    """Whether this process has left a run that others may still be in."""
+    return bool(_left)
 
 
 class Several(Processes):
@@ -101,10 +114,11 @@ class Several(Processes):
         if isinstance(error, (InputError, RunError)):
             return error
         self.lost = True  # this one ends by itself, or another has: nobody waits for anybody any more
-        if not isinstance(error, jax.errors.JaxRuntimeError) or not _of_another(error):
+        _left.append(error)
+        if not of_another(error):
             return error
         first = (str(error).strip().splitlines() or [""])[0][:200]
-        gone = RunError(
+        gone = ProcessGone(
             f"another process of the run has ended, so that process {self.index} cannot go on: start all of them again, "
             f"with resume= a folder that has a checkpoint. (JAX says: {first})"
         )
@@ -144,7 +158,7 @@ def join(axis: str = "clients") -> jax.sharding.Mesh:
         InputError: it is not known where process 0 is (set JAX_COORDINATOR_ADDRESS=host:port), or JAX has computed
             something already.
     """
-    count, index = _rank()
+    count, index = rank()
     if count > 1 and not jax.distributed.is_initialized():
         try:
             jax.distributed.initialize(
@@ -152,7 +166,7 @@ def join(axis: str = "clients") -> jax.sharding.Mesh:
             )  # fmt: skip
         except ValueError as error:
             raise InputError(
-                f"process {index} of {count} is not told where process 0 is: set {_ADDRESS}=host:port in all of them."
+                f"process {index} of {count} is not told where process 0 is: set {ADDRESS}=host:port in all of them."
             ) from error
         except RuntimeError as error:
             raise InputError(f"fedbilevel.processes.join() comes before all else: {error}") from error
@@ -173,9 +187,9 @@ def mine(clients: Whole) -> range:
     return range(m * index // count, m * (index + 1) // count)
 
 
-def _rank() -> tuple[int, int]:
+def rank() -> tuple[int, int]:
     """(How many processes there are, which is this one), as the environment says."""
-    for count, index in _RANKS:
+    for count, index in RANKS:
         given = os.environ.get(count, ""), os.environ.get(index, "")
         if all(text.isdigit() for text in given):
             return int(given[0]), int(given[1])
@@ -276,6 +290,17 @@ def _padded(words: bytes, length: int) -> np.ndarray:
     return out
 
 
-def _of_another(error: BaseException) -> bool:
-    """Whether it tells of another process, not of this one's own computation."""
-    return any(word in str(error).lower() for word in _GONE)
+def of_another(error: BaseException) -> bool:
+    """Whether an error tells of another process that has ended, not of this one's own work."""
+    told = isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error).lower() for word in _OTHERS)
+    return told or isinstance(error, ProcessGone)
+
+
+def note(name: str, words: str) -> None:
+    """Leave a word for the launcher, if there is one."""
+    if NOTES in os.environ:
+        place = Path(os.environ[NOTES]) / name
+        with contextlib.suppress(OSError):  # it has gone
+            beside = place.with_name(f"{name}.new")
+            beside.write_text(words)
+            os.replace(beside, place)

@@ -5,7 +5,10 @@ Each process leaves `OUT/numbers-PROCESS.npz`, the numbers and the books of each
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -62,10 +65,18 @@ def norm(x, y):
 def run(name: str, clients: fb.FederatedData, mesh, folder: Path | None = None, iterations: int = 6, **more):
     algorithm, cohort = CASES[name]
     files = [] if folder is None else [fb.callbacks.CSV(folder / f"{name}.csv"), fb.callbacks.Checkpoint(folder, 0.0)]
+    given = {"metrics": {"norm": norm}, "evaluate_every": 2, "callbacks": files} | more
+    engine = fb.Simulation(cohort, mesh=mesh)
     return fb.solve(
-        fb.Problem(inner, outer), clients, algorithm, *start(), iterations, key=jax.random.key(3),
-        engine=fb.Simulation(cohort, mesh=mesh), metrics={"norm": norm}, evaluate_every=2, callbacks=files, **more,
-    )  # fmt: skip
+        fb.Problem(inner, outer),
+        clients,
+        algorithm,
+        *start(),
+        iterations,
+        key=jax.random.key(3),
+        engine=engine,
+        **given,
+    )
 
 
 def numbers(result: fb.Result) -> np.ndarray:
@@ -80,13 +91,70 @@ def agree(out: Path) -> None:
     """Every case, of rows that all processes hold and of rows that each holds for itself."""
     mesh = fb.processes.join()
     found = {}
-    whole, own = data(), data(mesh)
+    own = data(mesh)
     for name in CASES:
-        found[f"{name}/whole"] = numbers(run(name, whole, mesh))
         found[f"{name}/own"] = numbers(run(name, own, mesh, out))
+    if jax.process_count() < 3:
+        found["lockstep/whole"] = numbers(run("lockstep", data(), mesh))
     np.savez(out / f"numbers-{jax.process_index()}.npz", **found)
+
+
+class Dying(fb.callbacks.Callback):
+    """Ends its process, in the middle of a run."""
+
+    saves = True  # called in all processes
+
+    def __init__(self, how: str, who: int):
+        self.how, self.who = how, who
+
+    def advance(self, run):
+        if jax.process_index() == self.who and run.iteration >= 5:
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "raise":
+                raise ValueError("what nobody has thought of")
+            sys.exit(int(self.how))
+
+
+def slow(x, y):
+    time.sleep(0.05)  # in process 0: iterations go on for long enough to be ended in their middle
+    return np.linalg.norm(y)
+
+
+def dies(out: Path, how: str, who: str) -> None:
+    """A run of hours, of which a process dies."""
+    mesh = fb.processes.join()
+    (out / f"pid-{jax.process_index()}").write_text(str(os.getpid()))
+    ends = [fb.callbacks.Checkpoint(out, 0.0), Dying(how, int(who))]
+    run("lockstep", data(mesh), mesh, iterations=10**6, callbacks=ends, metrics={"norm": slow})
+
+
+def resumes(out: Path, iterations: str) -> None:
+    """The rest of it."""
+    mesh = fb.processes.join()
+    np.save(out / "resumed.npy", numbers(run("lockstep", data(mesh), mesh, iterations=int(iterations), resume=out)))
+
+
+def whole(out: Path, iterations: str) -> None:
+    """A run that is not interrupted."""
+    np.save(out / "whole.npy", numbers(run("lockstep", data(), None, iterations=int(iterations))))
+
+
+def refused(out: Path) -> None:
+    """One of the last process's clients has a row that is no number; every process says so, and is done."""
+    mesh = fb.processes.join()
+
+    def load(client):
+        inner, outer = rows(client, 0), rows(client, 1)
+        return inner, (outer[0], outer[1] * np.nan) if client == CLIENTS - 1 else outer
+
+    try:
+        fb.load_clients(load, CLIENTS, mesh=mesh, names=[f"site {client}" for client in range(CLIENTS)])
+    except fb.InputError as error:
+        (out / f"said-{jax.process_index()}").write_text(str(error))
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    {"agree": agree}[sys.argv[2]](Path(sys.argv[1]))
+    folder, what, *words = sys.argv[1:]
+    {"agree": agree, "dies": dies, "resumes": resumes, "whole": whole, "refused": refused}[what](Path(folder), *words)

@@ -16,7 +16,7 @@ from ..engines.base import Carry
 from ..errors import InputError, check
 from ..given import JSON
 from ..identity import Identity
-from ..processes import ALONE, Processes
+from ..processes import ALONE, CHECKPOINT, Processes, note
 from ..result import EMPTY
 from .base import Callback, Row, Running
 from .earlier import TYPED, reordered
@@ -55,7 +55,11 @@ class Checkpoint(Callback):
 
     def _save(self, run: Running) -> None:
         fingerprint = run.fingerprint()  # of several processes, of what all of them hold
-        write = lambda: save(self.folder / FILE, run.carry, run.totals(), list(run.history), fingerprint, run.snapshot)
+
+        def write() -> None:
+            save(self.folder / FILE, run.carry, run.totals(), list(run.history), fingerprint, run.snapshot)
+            note(CHECKPOINT, json.dumps({"folder": str(self.folder.absolute()), "iteration": run.iteration}))
+
         run.processes.said(write)
         run.keep(run.carry)
         self._saved = time.monotonic()

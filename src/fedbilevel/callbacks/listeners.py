@@ -131,7 +131,11 @@ class Listeners:
         reason = self._processes.said(ask)
         if reason is not None:
             run.stop(reason)
-        act(saving)
+        try:
+            act(saving)
+        except Exception:  # in this process, and nobody knows whether in the others: they are asked nothing more
+            self._processes.lost = True
+            raise
 
 
 def _apart(callbacks: Sequence[Callback]) -> tuple[list[Callback], list[Callback]]:

@@ -92,6 +92,28 @@ def deploy(
     deploy_app(file, out, clients, resume, settings)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def launch(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(help="A Python file; what follows it are its own arguments.")],
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", help="How many to start here; default two, within mpirun or srun one."),
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option("--coordinator", help="Over several machines: HOST:PORT of process 0.")
+    ] = None,
+    of: Annotated[int | None, typer.Option("--of", help="How many processes there are on all machines.")] = None,
+    first: Annotated[int, typer.Option("--first", help="Which of all is the first on this machine.")] = 0,
+):
+    """Run a script as several processes that share one simulation (see the page "Several machines")."""
+    from ..launch.launcher import launch as start
+
+    start(script, context.args, processes, coordinator=coordinator, of=of, first=first)
+
+
 @app.command(cls=Command)
 def compare(
     context: typer.Context,
