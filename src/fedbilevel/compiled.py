@@ -25,6 +25,13 @@ TRACED = 8  # problems of which parts are kept traced: about 2 MB each
 _ARRAY = object()  # where an array stood
 
 Options: TypeAlias = tuple[tuple[str, bool | int | float | str], ...]  # of the compiler
+CHEAPLY: Options = (
+    ("xla_backend_optimization_level", 0),
+    ("xla_llvm_disable_expensive_passes", True),
+    ("xla_cpu_use_fusion_emitters", False),
+    ("xla_cpu_parallel_codegen_split_count", 1),
+)  # for what runs once or a few times: compiling is what it costs
+
 Static: TypeAlias = tuple[Hashable, ...]  # leaves, or what stands in the place of arrays
 Thing = TypeVar("Thing")
 

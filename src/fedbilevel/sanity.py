@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from .compiled import Kept, run
+from .compiled import CHEAPLY, Kept, run
 from .data import FederatedData, Level, entry
 from .errors import check, warn
 from .given import Received
@@ -30,11 +30,6 @@ ROWS = 512  # rows of all clients together that are looked at first
 _BLOCK, _TOGETHER = 64, 8  # rows of one client in a block, and blocks at a time: they bound the memory
 _NUMBERS = 2**23  # the most numbers in all directions together
 _SMALL = 64  # up to so many numbers in y, mixed signs are looked for in the plane of all directions
-_CHEAPLY = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}  # it runs once: compiling is what it costs
 
 NO_CHECK = "(check=False, or --no-check, goes on without asking)"
 _NEEDS = {
@@ -106,7 +101,7 @@ def measure(
 ) -> Figures:
     """The figures of some blocks of rows, in one compiled call."""
     rows = data.inner.rows, data.outer.rows
-    found = run(_figures, problem, None, x, y, v, rows, blocks, options=tuple(_CHEAPLY.items()))
+    found = run(_figures, problem, None, x, y, v, rows, blocks, options=CHEAPLY)
     return jax.tree.map(np.asarray, found)
 
 

@@ -7,6 +7,7 @@ of the state is, and how far it moved, tells what blew up first; a sketch of the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import ModuleType
 
 import equinox as eqx
@@ -84,8 +85,8 @@ def _numbers(tree: PyTree, xp: ModuleType) -> list[Vector]:
 
 
 def _largest(vectors: list[Vector], xp: ModuleType) -> Number:
-    zero = xp.zeros((1,), jax.dtypes.canonicalize_dtype(float))
-    return xp.max(xp.stack([xp.max(xp.abs(xp.concatenate([vector, zero]))) for vector in (*vectors, zero)]))
+    zero = xp.zeros((), jax.dtypes.canonicalize_dtype(float))
+    return functools.reduce(xp.maximum, [xp.max(xp.abs(vector), initial=0) for vector in vectors], zero)
 
 
 def _sketch(vectors: list[Vector], xp: ModuleType) -> Sketch:

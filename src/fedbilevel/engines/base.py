@@ -201,11 +201,9 @@ def plan(
 def within(state: PyTree, info: PyTree, limit: Float[Array, ""]) -> Bool[Array, ""]:
     """Whether the state stays within the limit and the diagnostics are finite (NaN fails both)."""
     inexact = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
-    small = [jnp.all(jnp.abs(leaf) <= limit.astype(leaf.real.dtype)) for leaf in inexact(state)]
-    finite = [
-        jnp.all(jnp.isfinite(leaf)) for leaf in inexact((state, info))
-    ]  # the limit may be infinite in half precision
-    return jnp.all(jnp.stack([*small, *finite]))
+    small = lambda leaf: (jnp.abs(leaf) <= limit.astype(leaf.real.dtype)) & jnp.isfinite(leaf)  # it may be infinite
+    fine = [jnp.all(small(leaf)) for leaf in inexact(state)]
+    return jnp.all(jnp.stack([*fine, *[jnp.all(jnp.isfinite(leaf)) for leaf in inexact(info)]]))
 
 
 def all_finite(state: PyTree) -> Bool[Array, ""]:

@@ -31,8 +31,9 @@ from ..processes import of as over
 from ..program import compiled_as, freeze
 from ..protocol import step as iteration
 from .base import Carry, Engine, Execution, Pass, Program, Record, plan
-from .simulated.books import CAPACITY
+from .simulated.books import CAPACITY, Books, expected
 from .simulated.compiling import QUICK, check_way, chosen, open_to_choice
+from .simulated.draws import fits
 from .simulated.federation import Static
 from .simulated.on_disk import Store, Version
 from .simulated.programs import Step, chunk, everybodys, many_chunks, once
@@ -156,6 +157,7 @@ class _Simulated(Execution):
 
     _chosen: str | None = None  # how the run is compiled, once that is chosen
     _ahead: Ahead | None = None  # what was run to choose it
+    _where: Books | None = None
 
     @property
     def way(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -213,7 +215,8 @@ class _Simulated(Execution):
         self._compile(algorithm, carry, limit)
         while left > 0 and finite:
             asked, out, took = self._stretch(algorithm, carry, min(left, CAPACITY), limit, spend=bool(infos))
-            (state, client_state), counts, info, done = out
+            (state, client_state), buffers, done = out
+            counts, info = self._books(state).unpacked(buffers)
             seconds += took
             done, left = int(done), left - asked
             finite = done == asked
@@ -256,9 +259,10 @@ class _Simulated(Execution):
         """
         asked = min(iterations, CAPACITY)
         self._in_memory("several runs in one program")
-        (state, client_state), counts, _, done = jax.block_until_ready(
+        (state, client_state), buffers, done = jax.block_until_ready(
             self._run(algorithms, carry, asked, limit, many_chunks)
         )
+        counts, _ = self._books(jax.tree.map(lambda leaf: leaf[0], state)).unpacked(buffers)
         ledgers = [self.ledger({path: count[k] for path, count in counts.items()}, asked) for k in range(done.shape[0])]
         rounds, down, up = (np.array([ledger[i] for ledger in ledgers], object) for i in range(3))
         return Carry(state, client_state, carry.iteration + asked), rounds, down, up, np.asarray(done)
@@ -307,6 +311,13 @@ class _Simulated(Execution):
             options=self._options, spent=spent,
         )  # fmt: skip
 
+    def _books(self, state: PyTree) -> Books:
+        """Where the books of iterations say what; they look the same for the whole run."""
+        if self._where is None:
+            static = self._static()
+            self._where = expected(static.layout, static.drops, self.protocol.info, state)
+        return self._where
+
     @property
     def _options(self) -> Options:
         return QUICK if self.way == "quick" else ()
@@ -316,7 +327,10 @@ class _Simulated(Execution):
         engine = self.engine
         batch = None if engine.client_batch is None else int(engine.client_batch)
         rounds = tuple(sorted(path for path, site in self.protocol.sites.items() if site.round))
-        return Static(self.program, self.protocol.cohort, batch, engine.mesh, layout, engine.dropout > 0, rounds)
+        exchanges = self.protocol.taken_most or 0
+        exchanges = exchanges if fits(exchanges, self.protocol.cohort) else 0
+        drops = engine.dropout > 0
+        return Static(self.program, self.protocol.cohort, batch, engine.mesh, layout, drops, rounds, exchanges)
 
     def _in_memory(self, what: str) -> None:
         given = self.engine.client_state

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ..beginning import client_state
 from ..canonical import canonical
-from ..compiled import Kept
+from ..compiled import CHEAPLY, Kept
 from ..jaxprs import ClosedJaxpr, dce_jaxpr, jaxpr_as_fun
 from ..problem import Problem
 from .abstract import AbstractFederation, Given, Program, unknown
@@ -70,7 +70,7 @@ class Counting:
             kept = client_state(algorithm, state)
             fed = AbstractFederation(algorithm, problem, data, cohort, key, sites, opaque, numbers, kept, most)
             program(algorithm, fed, filled)
-            return fed.counts
+            return fed.counts, fed.taken
 
         opaque, key = unknown()
         drawn = jax.ShapeDtypeStruct(draws[0].shape, draws.dtype)
@@ -85,7 +85,13 @@ class Counting:
         self._run = _COUNTERS.get(name, lambda: _vectorised(jaxpr_as_fun(counting), by_draw, self.depends))
         self._counts: list[np.ndarray] | None = None
 
-    def __call__(self, given: Given) -> PyTree:
+    @property
+    def varies(self) -> bool:
+        """Whether the counts depend on numbers of the algorithm or of the state."""
+        return any(self._used)
+
+    def __call__(self, given: Given) -> tuple[PyTree, np.ndarray]:
+        """(Counts by site, how many exchanges and draws there are), each with a leading axis of draws."""
         if self._counts is None or any(self._used):
             leaves = jax.tree.leaves(eqx.filter(given, eqx.is_array))
             used = [leaf for leaf, used in zip(leaves, self._used, strict=True) if used]
@@ -95,11 +101,12 @@ class Counting:
 
 def _keys(count: int | None) -> Key[Array, " *rows"]:
     """A key for each row of draws; None: one, which decides nothing."""
-    key = jax.random.key(0)
+    key = jax.random.wrap_key_data(np.zeros(2, np.uint32), impl="threefry2x32")  # `key(0)`, which would be compiled
     return key if count is None else jax.random.split(key, count)
 
 
 def _vectorised(counting: Callable[..., list[Array]], by_draw: bool, depends: bool) -> Callable[..., list[Array]]:
     opaque = (np.zeros((), jnp.result_type(float)),) if depends else ()
     one = lambda draw, key, used: counting(*opaque, draw, key, *used)
-    return jax.jit(jax.vmap(one, in_axes=(0, 0 if by_draw else None, None)))
+    every = jax.vmap(one, in_axes=(0, 0 if by_draw else None, None))
+    return jax.jit(every, compiler_options=dict(CHEAPLY) if jax.default_backend() == "cpu" else None)

@@ -7,6 +7,7 @@ expected and the largest rounds and bytes of an iteration exactly.
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Hashable
 
@@ -108,10 +109,12 @@ class _Known:
             self._counting, self._kind = counting(True), "bound"
 
     def protocol(self, algorithm: Algorithm, given: Given) -> Protocol:
-        counts = self._counting(given)
+        counts, taken = self._counting(given)
         if self._kind == "bound":
             counts = jax.tree.map(lambda value: value.max(axis=0, keepdims=True), counts)
-        return summary(algorithm, self._clients, self._cohort, self._sites, counts, self._kind, self._info)
+        known = summary(algorithm, self._clients, self._cohort, self._sites, counts, self._kind, self._info)
+        certain = self._kind != "sampled" and not self._counting.varies
+        return dataclasses.replace(known, taken_most=int(taken.max()) if certain else None)
 
 
 _KNOWN: Kept[_Known] = Kept(64)

@@ -58,6 +58,7 @@ class Protocol:
         kind: "exact", "sampled" (the server draws too many numbers to enumerate) or "bound" (the number of rounds
             depends on the data: the expected values are then the most).
         sites, info: the call sites by path and the shapes of the diagnostics, for engines.
+        taken_most: the most exchanges and draws of the server together; None where that is not certain.
     """
 
     algorithm: str
@@ -73,6 +74,7 @@ class Protocol:
     kind: str
     sites: Mapping[Path, Site] = dataclasses.field(repr=False, compare=False)
     info: PyTree = dataclasses.field(repr=False, compare=False)
+    taken_most: int | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, JSON]:
         """Everything that can be printed, for JSON."""

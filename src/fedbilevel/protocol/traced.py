@@ -122,7 +122,7 @@ class TracedFederation(Federation):
         name, method = client_method(self._algorithm, method)
         message, sent = normalise(message)
         wanted = wanted_flags(replies)
-        key = exchange_key(self._key, self._counter)
+        key = self._own_key()
         given = check_given(cohort, self.clients)
         self._asked = self.cohort_size if given is None else given.shape[0]
         self._share = answered(self._weights, self._asked, None, self.clients)
@@ -139,6 +139,11 @@ class TracedFederation(Federation):
             self.counts = {**self.counts, path: self.counts[path] + travelled}
         self._counter = self._counter + 1
         return reply
+
+    @property
+    def taken(self) -> Int[Array, ""]:
+        """How many exchanges and draws there were so far."""
+        return self._counter
 
     def travelled(self, flags: list[Flag]) -> list[Flag]:
         """What is counted for the conditional parts of an exchange."""
@@ -166,15 +171,19 @@ class TracedFederation(Federation):
     def randint(self, low: int, high: int) -> Int[Array, ""]:
         self._scopes.advance()
         check(low < high, f"fed.randint(low, high) needs low < high; got {low}, {high}.")
-        key = exchange_key(self._key, self._counter)
+        key = self._own_key()
         self._counter = self._counter + 1
         return jax.random.randint(key, (), low, high, dtype=jnp.int32)
 
     def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
         self._scopes.advance()
-        key = exchange_key(self._key, self._counter)
+        cohort = self.sample(self._own_key(), size)
         self._counter = self._counter + 1
-        return self.sample(key, size)
+        return cohort
+
+    def _own_key(self) -> Key[Array, ""]:
+        """The key of the exchange (or draw) that is being made."""
+        return exchange_key(self._key, self._counter)
 
     def sample(self, key: Key[Array, ""], size: int | None = None) -> Int[Array, " cohort"]:
         """The cohort of one exchange."""

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeAlias
+
 import jax
+import numpy as np
 from jaxtyping import Array, PyTree
+
+from ...protocol.sites import Path
+from ...watch import observe
+
+Layout: TypeAlias = tuple[tuple[Path, int], ...]
+Shape: TypeAlias = jax.ShapeDtypeStruct | Array
 
 CAPACITY = 256  # the most iterations of one compiled chunk: bounds its buffers of diagnostics
 
@@ -33,10 +43,28 @@ class Books:
             parts[kind].append(jax.lax.reshape(leaf, (leaf.size,)))
         return {kind: jax.lax.concatenate(leaves, 0) for kind, leaves in parts.items()}
 
-    def unpacked(self, buffers: dict[str, Array]) -> PyTree:
-        """Of buffers of such rows, the tree with a leading axis."""
-        cut = lambda leaf, kind, start: jax.lax.reshape(
-            jax.lax.slice_in_dim(buffers[kind], start, start + leaf.size, axis=1), (CAPACITY, *leaf.shape)
-        )
+    def unpacked(self, buffers: Mapping[str, Array]) -> PyTree:
+        """Of buffers of such rows, the tree with their leading axes, as numpy's: nothing is compiled for it."""
+        held = {kind: np.asarray(buffer) for kind, buffer in buffers.items()}
+        assert {kind: buffer.shape[-1] for kind, buffer in held.items()} == self.sizes, "other books than expected"
+
+        def cut(leaf: Shape, kind: str, start: int) -> np.ndarray:
+            buffer = held[kind]
+            return buffer[..., start : start + leaf.size].reshape(*buffer.shape[:-1], *leaf.shape)
+
         leaves = [cut(leaf, *place) for leaf, place in zip(self._leaves, self._places, strict=True)]
         return jax.tree.unflatten(self._structure, leaves)
+
+
+def expected(layout: Layout, drops: bool, info: PyTree, state: PyTree) -> Books:
+    """The books of iterations: (counts by site, (diagnostics, what was seen of the state)).
+
+    Args:
+        layout: how many flags each site has.
+        drops: whether replies are counted too.
+        info: shapes of the diagnostics.
+        state: of the server.
+    """
+    rows = (2,) if drops else ()
+    counts = {path: jax.ShapeDtypeStruct((*rows, 1 + flags), np.int32) for path, flags in layout}
+    return Books((counts, (info, jax.eval_shape(observe, state, state))))

@@ -12,17 +12,12 @@ from typing import Literal, TypeAlias
 
 import jax
 
-from ...compiled import Kept, Options
+from ...compiled import CHEAPLY, Kept, Options
 from ...errors import check
 
 Way: TypeAlias = Literal["quick", "full"]
 
-QUICK: Options = (
-    ("xla_backend_optimization_level", 0),
-    ("xla_llvm_disable_expensive_passes", True),
-    ("xla_cpu_use_fusion_emitters", False),
-    ("xla_cpu_parallel_codegen_split_count", 1),
-)
+QUICK: Options = CHEAPLY
 PAYS = 2.3  # seconds of quick iterations from which on compiling in full is the shorter way
 
 _PACES: Kept[float] = Kept(64)  # seconds of an iteration of a quick program, once measured

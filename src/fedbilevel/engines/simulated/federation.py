@@ -20,6 +20,7 @@ from ...protocol.sites import Path
 from ...protocol.traced import TracedFederation
 from ...rows.spread import by_client
 from ..base import Program
+from .draws import Draws, draw
 from .on_disk import Filed
 from .spread import on_device, on_each, without_padding
 
@@ -35,6 +36,7 @@ class Static:
     layout: tuple[tuple[Path, int], ...]
     drops: bool = False
     rounds: tuple[Path, ...] = ()  # the exchanges that are rounds of their own
+    exchanges: int = 0  # what so many exchanges draw is drawn at once; 0: each draws its own
 
 
 class SimulatedFederation(TracedFederation):
@@ -63,9 +65,20 @@ class SimulatedFederation(TracedFederation):
         super().__init__(algorithm, data.clients, static.cohort, data.weights, key, dict(static.layout))
         self._static, self._problem, self._data, self._x = static, problem, data, state.x
         self.client_state = client_state
+        self._draws: Draws | None = None
+        if static.exchanges:
+            self._draws = draw(key, static.exchanges, data.clients, static.cohort, data.weights)
         self._known: list[_Known] = []
         if static.cohort == data.clients:
             self._remember(jnp.arange(data.clients, dtype=jnp.int32))
+
+    def _own_key(self) -> Key[Array, ""]:
+        return super()._own_key() if self._draws is None else self._draws.key(self._counter)
+
+    def sample(self, key: Key[Array, ""], size: int | None = None) -> Int[Array, " cohort"]:
+        usual = self._draws is not None and size in (None, self.cohort_size)
+        known = self._draws.cohort(self._counter) if self._draws is not None and usual else None
+        return super().sample(key, size) if known is None else known
 
     def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
         cohort = super().draw_cohort(size)
@@ -111,6 +124,7 @@ class SimulatedFederation(TracedFederation):
         key: Key[Array, ""],
         cohort: Int[Array, " cohort"] | None,
     ) -> tuple[PyTree, PyTree]:
+        chosen = cohort is not None  # by the program
         if cohort is None and self._static.cohort == self.clients and self._known:
             cohort = self._known[0].cohort
         index = self.sample(key) if cohort is None else cohort
@@ -123,6 +137,9 @@ class SimulatedFederation(TracedFederation):
             slots = -(-size // mesh.devices.shape[0]) * mesh.devices.shape[0]
             index = jnp.concatenate([index, jnp.broadcast_to(index[-1:], (slots - size,))])
             index = jax.lax.with_sharding_constraint(index, by_client(mesh))
+        keys = None
+        if self._draws is not None and mesh is None and not chosen:
+            keys = self._draws.client_keys(self._counter)
         flags = tuple(jnp.asarray(flag, bool) for flag in wanted)
         present = None
         if self.drops:
@@ -139,9 +156,9 @@ class SimulatedFederation(TracedFederation):
         cuts = self._cut(self._data.inner, slots), self._cut(self._data.outer, slots)
 
         def one(
-            slot: tuple[Int[Array, ""], PyTree, PyTree], part: tuple[PyTree, PyTree] | None = None
+            slot: tuple[Int[Array, ""], PyTree, PyTree, Key[Array, ""] | None], part: tuple[PyTree, PyTree] | None = None
         ) -> tuple[PyTree, PyTree]:
-            i, own, state = slot
+            i, own, state, secret = slot
             inner, outer = self._data.inner.client(i, cuts[0]), self._data.outer.client(i, cuts[1])
             if part is not None:
                 inner, outer = on_device(inner, part[0]), on_device(outer, part[1])
@@ -150,7 +167,8 @@ class SimulatedFederation(TracedFederation):
                 inner = dataclasses.replace(inner, features=phi, at=self._x, base=base)
             if kept is None:
                 state = jax.tree.map(lambda leaf: entry(leaf, i), self.client_state)
-            client = Client(self._problem, (inner, outer), state, client_key(key, i), flags, i)
+            secret = client_key(key, i) if secret is None else secret
+            client = Client(self._problem, (inner, outer), state, secret, flags, i)
             out = self.replied(name, method, client, message)
             return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
 
@@ -158,9 +176,9 @@ class SimulatedFederation(TracedFederation):
         if real is not None and mesh is not None:
             replies, states = on_each(one, index, (self._data.inner.rows, self._data.outer.rows), mesh)
         elif (batch := self._at_once(slots)) == slots:
-            replies, states = jax.vmap(one)((index, own, kept))
+            replies, states = jax.vmap(one)((index, own, kept, keys))
         else:
-            replies, states = jax.lax.map(one, (index, own, kept), batch_size=batch)
+            replies, states = jax.lax.map(one, (index, own, kept, keys), batch_size=batch)
         if slots > size and real is None:
             replies, states, index = jax.tree.map(lambda leaf: leaf[:size], (replies, states, index))
         if states is not None:

@@ -40,8 +40,12 @@ def chunk(
     iterations: Int[Array, ""],
     limit: Float[Array, ""],
     dropout: Float[Array, ""],
-) -> tuple[States, PyTree, PyTree, Int[Array, ""]]:
-    """Up to `iterations` iterations, counted from `first`; stops after one that blows up."""
+) -> tuple[States, dict[str, Array], Int[Array, ""]]:
+    """Up to `iterations` iterations, counted from `first`; stops after one that blows up.
+
+    Returns:
+        (the states after; the books of the iterations, see `books`; how many ended well).
+    """
 
     @jax.jit  # traced once, for the buffers' shapes and for the loop
     def one(k: Int[Array, ""], states: States) -> tuple[States, PyTree, tuple[PyTree, PyTree]]:
@@ -67,8 +71,7 @@ def chunk(
 
     start = (jnp.zeros((), jnp.int32), jnp.asarray(True), states, buffers)
     k, fine, states, buffers = jax.lax.while_loop(going, body, start)
-    counts, info = books.unpacked(buffers)
-    return states, counts, info, jnp.where(fine, k, k - 1)
+    return states, buffers, jnp.where(fine, k, k - 1)
 
 
 def many_chunks(
@@ -82,7 +85,7 @@ def many_chunks(
     iterations: Int[Array, ""],
     limit: Float[Array, ""],
     dropout: Float[Array, ""],
-) -> tuple[States, PyTree, PyTree, Int[Array, " many"]]:
+) -> tuple[States, dict[str, Array], Int[Array, " many"]]:
     """`chunk` over a leading axis of the algorithm's leaves and of the states; what is drawn is common to all."""
     run = lambda algorithm, states: chunk(
         problem, algorithm, static, data, states, key, first, iterations, limit, dropout

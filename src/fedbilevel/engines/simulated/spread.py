@@ -54,7 +54,7 @@ def _spread(level: Level, device: np.ndarray, mesh: jax.sharding.Mesh) -> Level:
 
 
 def on_each(
-    one: Callable[[tuple[Int[Array, ""], PyTree, PyTree], tuple[_Part, _Part]], PyTree],
+    one: Callable[[tuple[Int[Array, ""], None, None, None], tuple[_Part, _Part]], PyTree],
     index: Int[Array, " slots"],
     rows: tuple[PyTree, PyTree],
     mesh: jax.sharding.Mesh,
@@ -71,7 +71,7 @@ def on_each(
     begins = [jnp.arange(devices, dtype=jnp.int32) * (jax.tree.leaves(of)[0].shape[0] // devices) for of in rows]
 
     def device(own: Int[Array, " some"], inner: _Part, outer: _Part) -> PyTree:
-        return jax.vmap(lambda i: one((i, None, None), (inner, outer)))(own)
+        return jax.vmap(lambda i: one((i, None, None, None), (inner, outer)))(own)
 
     mine, theirs = (jax.tree.map(parted, of) for of in rows)
     index = jax.lax.with_sharding_constraint(parted(index), by_client(mesh))
