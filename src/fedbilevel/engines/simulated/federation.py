@@ -156,7 +156,8 @@ class SimulatedFederation(TracedFederation):
         cuts = self._cut(self._data.inner, slots), self._cut(self._data.outer, slots)
 
         def one(
-            slot: tuple[Int[Array, ""], PyTree, PyTree, Key[Array, ""] | None], part: tuple[PyTree, PyTree] | None = None
+            slot: tuple[Int[Array, ""], PyTree, PyTree, Key[Array, ""] | None],
+            part: tuple[PyTree, PyTree] | None = None,
         ) -> tuple[PyTree, PyTree]:
             i, own, state, secret = slot
             inner, outer = self._data.inner.client(i, cuts[0]), self._data.outer.client(i, cuts[1])
