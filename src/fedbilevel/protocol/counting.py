@@ -101,7 +101,9 @@ class Counting:
 
 def _keys(count: int | None) -> Key[Array, " *rows"]:
     """A key for each row of draws; None: one, which decides nothing."""
-    key = jax.random.wrap_key_data(np.zeros(2, np.uint32), impl="threefry2x32")  # `key(0)`, which would be compiled
+    key = jax.random.wrap_key_data(
+        jax.device_put(np.zeros(2, np.uint32)), impl="threefry2x32"
+    )  # `key(0)`, which would be compiled
     return key if count is None else jax.random.split(key, count)
 
 
