@@ -30,7 +30,7 @@ ADDRESS = "JAX_COORDINATOR_ADDRESS"  # where process 0 is, host:port
 NOTES = "FEDBILEVEL_NOTES"  # a folder in which processes leave a word for the launcher
 CHECKPOINT, GONE = "checkpoint", "gone"  # the words: where the last one is; that another process has ended
 RANKS = ((COUNT, INDEX), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"),
-          ("SLURM_NTASKS", "SLURM_PROCID"))  # fmt: skip
+          ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))  # fmt: skip
 _SMALL = 1024  # bytes told at once: one compiled program does for nearly all there is to tell
 _OTHERS = ("gloo", "connection", "unavailable", "heartbeat", "coordination", "deadline", "socket", "nccl")
 
@@ -170,6 +170,8 @@ def join(axis: str = "clients") -> jax.sharding.Mesh:
             ) from error
         except RuntimeError as error:
             raise InputError(f"fedbilevel.processes.join() comes before all else: {error}") from error
+        # they meet now: gloo waits for 30 seconds when processes talk for the first time, and reading rows may take longer
+        multihost_utils.sync_global_devices("fedbilevel")
     return jax.make_mesh((len(jax.devices()),), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
@@ -301,6 +303,6 @@ def note(name: str, words: str) -> None:
     if NOTES in os.environ:
         place = Path(os.environ[NOTES]) / name
         with contextlib.suppress(OSError):  # it has gone
-            beside = place.with_name(f"{name}.new")
+            beside = place.with_name(f"{name}.{os.getpid()}")
             beside.write_text(words)
             os.replace(beside, place)

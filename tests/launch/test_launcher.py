@@ -60,10 +60,11 @@ def test_the_first_that_died_by_itself_is_named(tmp_path, monkeypatch):
         "process 0 of 4 was ended by SIGKILL; all others are ended: there is no checkpoint"
     )
     note(f"{GONE}-0", "")
-    note(CHECKPOINT, json.dumps({"folder": "/runs/one", "iteration": 40}))
+    (tmp_path / "checkpoint.eqx").write_text(json.dumps({"iteration": 40}) + "\n...")
+    note(CHECKPOINT, str(tmp_path / "checkpoint.eqx"))
     assert _said(tmp_path, 1, 3) == (
-        "process 1 of 4 has ended with exit code 3; all others are ended: go on with resume='/runs/one', whose checkpoint "
-        "is of iteration 40."
+        f"process 1 of 4 has ended with exit code 3; all others are ended: go on with resume='{tmp_path}', whose "
+        "checkpoint is of iteration 40."
     )
     note(f"{GONE}-1", "")
     assert _said(tmp_path, 1, 1).startswith("another process of the run, on another machine, has ended")

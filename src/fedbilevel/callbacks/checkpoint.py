@@ -55,12 +55,9 @@ class Checkpoint(Callback):
 
     def _save(self, run: Running) -> None:
         fingerprint = run.fingerprint()  # of several processes, of what all of them hold
-
-        def write() -> None:
-            save(self.folder / FILE, run.carry, run.totals(), list(run.history), fingerprint, run.snapshot)
-            note(CHECKPOINT, json.dumps({"folder": str(self.folder.absolute()), "iteration": run.iteration}))
-
+        write = lambda: save(self.folder / FILE, run.carry, run.totals(), list(run.history), fingerprint, run.snapshot)
         run.processes.said(write)
+        note(CHECKPOINT, str((self.folder / FILE).absolute()))
         run.keep(run.carry)
         self._saved = time.monotonic()
 

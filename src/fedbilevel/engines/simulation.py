@@ -54,8 +54,12 @@ class Simulation(Engine):
             does): its reply is missing from the mean, whose weights are scaled to sum to one, and its state stays. Where
             clients' weights differ, that mean is biased towards light ones: of two that count 0.9 and 0.1, the first
             weighs 0.70 on average with a dropout of 0.3.
-        mesh: a `jax.make_mesh((devices,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))`: the cohort is
-            spread over its first axis, rows too; several processes or hosts after `jax.distributed.initialize()`.
+        mesh: the devices to spread clients and rows over: `fedbilevel.processes.join()` gives those of this process, or of
+            all that were started together, on one machine or several (see "Several machines"); as does
+            `jax.make_mesh((devices,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))`. An exchange with everybody
+            is computed where the rows lie; a cohort is dealt out evenly, and its rows travel. The numbers are those of one
+            device, to rounding. Of several processes all have to call `solve`, and all get the result; callbacks and
+            metrics are called in process 0 alone.
         compile: "quick": in a sixth of the time, for iterations that take 2.5 to 3.3 times as long (on a CPU); "full": as
             fast as it gets; "auto": whichever is done sooner, by the number of iterations and the measured cost of one,
             and "full" in 64 bits, over several processes and on other devices. It is chosen once, at the start of a run,

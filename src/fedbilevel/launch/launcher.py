@@ -149,11 +149,13 @@ class _Running:
         return f"{who}; all others are ended: {self._resume()}"
 
     def _resume(self) -> str:
-        note = self._notes / CHECKPOINT
-        if not note.is_file():
+        try:
+            file = Path((self._notes / CHECKPOINT).read_text())
+            with file.open("rb") as lines:
+                iteration = json.loads(lines.readline())["iteration"]
+        except OSError:
             return "there is no checkpoint to go on from (callbacks=[fb.callbacks.Checkpoint(folder)] writes them)."
-        said = json.loads(note.read_text())
-        return f"go on with resume={said['folder']!r}, whose checkpoint is of iteration {said['iteration']}."
+        return f"go on with resume={str(file.parent)!r}, whose checkpoint is of iteration {iteration}."
 
 
 def _ending(code: int) -> str:

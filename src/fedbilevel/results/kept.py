@@ -11,6 +11,7 @@ from ..description import Description
 from ..errors import RunError, with_notes
 from ..given import JSON
 from ..metrics import STOPPED
+from ..processes import of as over
 from ..result import Result, save_variables
 from .folder import CHECKPOINT, HISTORY, OUTCOME, VARIABLES
 
@@ -35,16 +36,22 @@ def keep(
     ours: list[Callback] = [CSV(place / HISTORY, columns), Checkpoint(place, every)]
     ours += [] if quiet else [Progress(description.name)]
     going_on = place if resume and (place / CHECKPOINT).is_file() else None
+    leads = over(getattr(description.engine, "mesh", None)).leads  # of several processes one writes
     try:
         result = description.run(callbacks=[*ours, *callbacks], resume=going_on)
     except RunError as failure:
-        if failure.result is not None:
-            save_variables(failure.result, place / VARIABLES)
-        tell(place, {"status": "failed", "sentence": with_notes(failure)})
+        if leads:
+            _leave(place, failure.result, {"status": "failed", "sentence": with_notes(failure)})
         raise
-    save_variables(result, place / VARIABLES)
-    tell(place, ended(result))
+    if leads:
+        _leave(place, result, ended(result))
     return result
+
+
+def _leave(place: Path, result: Result | None, outcome: Mapping[str, JSON]) -> None:
+    if result is not None:
+        save_variables(result, place / VARIABLES)
+    tell(place, outcome)
 
 
 def ended(result: Result) -> dict[str, JSON]:
