@@ -1,10 +1,11 @@
 """Full batches of clients that differ much in size: memory and time, against the same rows dealt evenly.
 
-    python benchmarks/uneven.py [--quick] [--against PATH]
+    python benchmarks/uneven.py [--quick] [--rows ROWS] [--against PATH]
 
 100 clients, of which a few are large; network 64-64-10 with `features`, AggITD (N = 5) and Lockstep, full batches. Every
 measurement is a process of its own: what `solve` adds to its peak memory beyond the data, and the cpu time of an iteration.
-With --against, the same of another checkout of the library, in turns.
+With --against, the same of another checkout of the library, in turns (one that pads 100,000 rows a hundred times needs 28
+GB: try --rows 10000).
 """
 
 from __future__ import annotations
@@ -88,9 +89,10 @@ def main() -> None:
     parser.add_argument(
         "--against", type=Path, help="another checkout of the library, whose time and memory to compare"
     )
+    parser.add_argument("--rows", type=int, default=100_000, help="of all clients together, at each level")
     parser.add_argument("--iterations", type=int, default=5)
     given = parser.parse_args()
-    rows, iterations = (500, 1) if given.quick else (100_000, given.iterations)
+    rows, iterations = (500, 1) if given.quick else (given.rows, given.iterations)
     lines = [("AggITD", "one", None, None), ("Lockstep", "one", None, None), ("Lockstep", "four", None, None),
              ("AggITD", "Dirichlet", None, None), ("AggITD", "one", 10, None), ("AggITD", "one", None, 10)]  # fmt: skip
     print(f"{'':40} {'MB':>7} {'cpu, ms':>9} | {'even: MB':>8} {'cpu, ms':>9} {'ratio':>6} | the other checkout")

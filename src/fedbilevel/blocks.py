@@ -24,10 +24,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from .arrays import entry
 
-TURN = 4096  # rows of one turn of the loop: bounds its memory
+TURN = 1024  # rows of one turn of the loop: bounds its memory
 SPARE = 2**14  # rows of padding that are cheaper than a loop is to compile
-_EACH = 64  # what a block costs beside its rows, in rows
-_SIZES = tuple(2**k for k in range(11))
+_EACH = 16  # what a block costs beside its rows, in rows
+_SIZES = tuple(2**k for k in range(8))
 _ROOM = 32  # a buffer of features may have so many times the rows that are expected
 
 Part: TypeAlias = Callable[..., PyTree]  # (args, examples, weights, features) -> the weighted mean over these rows
