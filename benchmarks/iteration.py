@@ -4,8 +4,8 @@
 
 The rival is one jitted program with the same oracle calls on rows that are already gathered: no federation, no cohort or
 minibatch draws, no ledger, no checks, no state of other clients. Both compute the same numbers (asserted). Cpu time of 16
-iterations as in a run, against as many calls; in turn, in one process; the ratio of medians is what counts. AggITD with a fixed
-Q, so that every iteration has the same exchanges.
+iterations as in a run, against as many calls; in turn, in one process; the ratio of medians is what counts. AggITD has a
+fixed Q, so that every iteration has the same exchanges.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def aggitd_rows(alg, data, key):
     base = jax.random.fold_in(key, 0)
     Q = alg.truncation.value
     rows = lambda counter, *what: drawn(alg, data, exchange_key(base, counter), *what)
-    draws = lambda counter, *what: several(alg, data, exchange_key(base, counter), *what)
+    draws = lambda counter, *what: by_client(alg, several(alg, data, exchange_key(base, counter), *what))
     N, tau = alg.inner_rounds, alg.local_steps
     turns = []
     for t in range(N):
@@ -107,7 +107,6 @@ def aggitd(alg, state, Q, turns, final):
     x, y = state.x, state.y
     N, lam = alg.inner_rounds, alg.hessian_lr
     over = lambda f, *rows: mean(jax.vmap(f)(*rows))
-    swap = lambda rows: by_client(alg, rows)
 
     def vector(t, y, r, inner, outer):
         factor = lambda: over(lambda rows: hessian_factor(PROBLEM, x, y, r, lam, rows), inner)
@@ -121,7 +120,7 @@ def aggitd(alg, state, Q, turns, final):
         local = lambda rows: fedsvrg(
             lambda s: lambda z: PROBLEM.inner_gradient(x, z, at(alg, rows, s)), y, q, alg.inner_lr, alg.local_steps
         )
-        return over(local, swap(steps)), r
+        return over(local, steps), r
 
     r = jax.tree.map(jnp.zeros_like, y)
     for t in range(N):  # in Python: nothing is cut out of a stack of all turns' rows
@@ -134,7 +133,7 @@ def aggitd(alg, state, Q, turns, final):
         on_rows = lambda s: lambda z: hypergradient(PROBLEM, z, y, v, at(alg, inner, s), at(alg, outer, s))
         return fedsvrg(on_rows, x, h, alg.outer_lr, alg.outer_steps)
 
-    return (over(move, swap(u_inner), swap(u_outer)), y), None
+    return (over(move, u_inner, u_outer), y), None
 
 
 # Lockstep and SimFBO ----------------------------------------------------------------------------------------------------

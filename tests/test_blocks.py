@@ -165,6 +165,6 @@ def test_padding_stays_where_it_is_cheap(monkeypatch):
 def test_blocks_fit_most_clients(monkeypatch):
     monkeypatch.undo()
     of = lambda *counts: Sizes.of(np.array(counts))
-    assert of(*[5] * 99, 100_000).size == 256
+    assert of(*[5] * 99, 100_000).size == 128
     assert of(*[5] * 100_000, 100_000).size == 8
-    assert of(100_000, 300_000, 7, 7, 7).size == 1024
+    assert of(100_000, 300_000, 7, 7, 7).size == 128
