@@ -44,6 +44,7 @@ from .watch import Seen, precision
 _STRETCH = 0.5  # seconds between looks at a run: progress, Ctrl-C, checkpoints
 _RECENT = 64  # stretches of which is remembered how large the state was, where they cannot be repeated
 _AT_LEAST_ONE = "{}= is a whole number of at least 1"
+_APART = 5.0  # seconds of a run between the states that are kept, where each takes long to copy
 _BLOWN_UP = 1e10  # how far beyond the start's size an iterate counts as diverged
 
 
@@ -121,7 +122,7 @@ class Run:
         self.stopped: str | None = None
         self._limit = _BLOWN_UP * max(1.0, largest(state))
         self._first: Carry | None = self.carry  # for as long as a run that blows up is repeated from there
-        self._healthy = self.carry
+        self._healthy, self._healthy_at = self.carry, 0.0
         self._recovery = recovery(self._execution, algorithm, self.carry)
         self._pace: float | None = None
         self._last: Record | None = None
@@ -156,6 +157,8 @@ class Run:
             self._trail.restore(totals.pop("trail"))
         for name, value in totals.items():
             setattr(self, name, value)
+        if self._execution.heavy:
+            self._healthy, self._healthy_at = self.carry, self.seconds
 
     @property
     def x(self) -> PyTree:
@@ -270,10 +273,10 @@ class Run:
     def _stretch(self, length: int) -> bool:
         """Advance by `length` iterations; False if they do not fit the budget (nothing is changed then)."""
         before = self.carry
-        after, record = self._execution.advance(self.algorithm, before, length, self._limit)
-        blown = record.spent[0] if self._recovery is not None else 0
-        if self._budget is not None and self.rounds + sum(record.rounds) + blown > self._budget:
+        after, record = self._advance(before, length)
+        if not self._fits(record):
             return False
+        before = self.carry
         if not record.finite:
             return self._go_back(before, after, record) or self._fail(before, after, record)
         self.carry = after if self._recovery is None else self._recovery.note(after)
@@ -283,11 +286,36 @@ class Run:
         if not self._execution.replays and record.seen is not None:
             self._recent.append(record.seen)
         self._account(before.iteration, record)
-        if largest((after.state.x, after.state.y)) <= 10 * (1 + self._limit / _BLOWN_UP):
-            self._healthy = after
+        due = not self._execution.heavy or self.seconds - self._healthy_at >= _APART
+        if due and largest((after.state.x, after.state.y)) <= 10 * (1 + self._limit / _BLOWN_UP):
+            self._healthy, self._healthy_at = after, self.seconds
         if after.iteration > LEAST:
             self._first = None
         return True
+
+    def _fits(self, record: Record) -> bool:
+        """Whether a stretch is within the budget."""
+        blown = record.spent[0] if self._recovery is not None else 0
+        return self._budget is None or self.rounds + sum(record.rounds) + blown <= self._budget
+
+    def _advance(self, before: Carry, length: int) -> tuple[Carry, Record]:
+        """What the engine gives, who may write over `before`; where it is needed after all, it is computed anew."""
+        over = (
+            self._execution.heavy
+            and self._recovery is None
+            and all(before is not kept for kept in (self._healthy, self._first))
+        )
+        if over:
+            self._execution.write_over(before)
+        good = False
+        try:
+            after, record = self._execution.advance(self.algorithm, before, length, self._limit)
+            good = record.finite and self._fits(record)
+        finally:
+            if over and not good:
+                missing = before.iteration - self._healthy.iteration
+                self.carry, _ = self._execution.advance(self.algorithm, self._healthy, missing, self._limit)
+        return after, record
 
     def _account(self, first: int, record: Record) -> None:
         rows = []

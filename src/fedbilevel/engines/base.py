@@ -77,6 +77,7 @@ class Execution(abc.ABC):
     holds_clients = True  # whether the clients' states are in this process
     traceable = False  # whether a pass (`once`) can be part of a program that JAX traces
     way: str = "full"  # how its programs are compiled: "full", or "quick"
+    heavy = False  # whether clients' states are so large that to copy them for a stretch takes long
     processes = ALONE  # over which it runs
 
     def __init__(
@@ -138,6 +139,10 @@ class Execution(abc.ABC):
     def of_clients(self, function: Callable[[PyTree], PyTree], carry: Carry) -> PyTree:
         """A function of each client's state, leaves (clients, ...)."""
         return jax.vmap(function)(self.client_states(carry))
+
+    def write_over(self, carry: Carry) -> None:
+        """Hear that the next `advance` is from `carry`, which nobody needs then: a heavy engine may write over it."""
+        return None
 
     def keep(self, carry: Carry) -> None:
         """Hear that the run will not come back to anything before `carry` (an engine may then forget it)."""

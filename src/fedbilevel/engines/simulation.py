@@ -162,6 +162,7 @@ class _Simulated(Execution):
     _chosen: str | None = None  # how the run is compiled, once that is chosen
     _ahead: Ahead | None = None  # what was run to choose it
     _where: Books | None = None
+    _over: Carry | None = None  # what the next stretch may write over
 
     @property
     def way(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -204,7 +205,11 @@ class _Simulated(Execution):
         one, clients = first_client_state(algorithm, state), self.data.clients
         place = room(self.engine.client_state, type(algorithm).__name__, one, clients, self.protocol.cohort)
         kept = everybodys(one, clients) if place is None else Version(Store(place, one, clients))
+        self.heavy = place is None and self.engine.mesh is None and _large(kept)
         return Carry(strong(state), kept, 0)
+
+    def write_over(self, carry: Carry) -> None:
+        self._over = carry
 
     def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         if not isinstance(carry.client_state, Version):
@@ -216,9 +221,10 @@ class _Simulated(Execution):
     def _advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         rounds, down, up, infos, seconds = [], [], [], [], 0.0
         finite, left, spent = True, iterations, (0, 0, 0)
+        ours, self._over = carry is self._over, None
         self._compile(algorithm, carry, limit)
         while left > 0 and finite:
-            asked, out, took = self._stretch(algorithm, carry, min(left, CAPACITY), limit, spend=bool(infos))
+            asked, out, took = self._stretch(algorithm, carry, min(left, CAPACITY), limit, spend=ours or bool(infos))
             (state, client_state), buffers, done = out
             counts, info = self._books(state).unpacked(buffers)
             seconds += took
