@@ -179,8 +179,9 @@ def _read(file: Reads) -> np.ndarray:
         shape, _, dtype = npy.read_array_header_1_0(file)
         size = math.prod(shape) * dtype.itemsize
         if size > _LARGE:
-            found = np.memmap(file, dtype, "r", file.tell(), shape)
-            file.seek(file.tell() + size)
+            place = file.tell()
+            found = np.memmap(file, dtype, "r", place, shape)  # which moves on to some other place
+            file.seek(place + size)
             return found
     file.seek(begin)
     return npy.read_array(file, allow_pickle=False)

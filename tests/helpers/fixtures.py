@@ -26,6 +26,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 os.environ["FEDBILEVEL_STORE"] = os.devnull + "/none.toml"  # what the person who tests has found is not ours
+os.environ["FEDBILEVEL_CACHE"] = "off"  # nor is what was compiled for them
 
 gc.set_threshold(200_000, 50, 100)  # tracing makes millions of small objects, and a look at them all takes its time
 pytest.raises = unchecked_where_refused(pytest.raises)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
+from fedbilevel import arrays
 from fedbilevel.engines.simulated import on_disk
 from fedbilevel.engines.simulated.layout import layout_of
 from fedbilevel.engines.simulated.on_disk import Store, Version
@@ -45,7 +46,8 @@ def test_the_numbers_are_those_of_memory(algorithm, tmp_path):
 
 
 @pytest.mark.parametrize("pair", [("memory", "disk"), ("disk", "memory"), ("disk", "disk")], ids="-".join)
-def test_a_resumed_run_goes_on_wherever_states_lie(pair, tmp_path):
+def test_a_resumed_run_goes_on_wherever_states_lie(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "_LARGE", 16)  # bytes from which on an array is left in the checkpoint
     whole = solve(KINDS[0], "memory")
     first, then = (tmp_path if where == "disk" else where for where in pair)
     solve(KINDS[0], first, 2, callbacks=[fb.callbacks.Checkpoint(tmp_path)])
