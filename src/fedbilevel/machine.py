@@ -26,7 +26,8 @@ class Machine(NamedTuple):
 
 @functools.cache
 def machine() -> Machine:
-    """This one. JAX's own key holds the compiler's version and flags, devices and options, but no processor."""
+    """This one. JAX's own key holds the compiler's version and flags, the devices and the options, but not the number of
+    cores, for which loops are split."""
     versions = f"jax-{jax.__version__}-jaxlib-{jaxlib_version}"
     system = f"{platform.system()}-{platform.machine()}".lower()
     told = "\n".join([versions, system, f"cores {_cores()}", *_processor()])
@@ -35,7 +36,7 @@ def machine() -> Machine:
 
 
 def _cores() -> int:
-    """Loops are split among as many when they are compiled."""
+    """As many as this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
