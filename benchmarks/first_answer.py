@@ -5,7 +5,7 @@ first `solve` of one iteration, with a cohort of 5 and nothing compiled before; 
 process has kept what it compiled; "50 iterations" the iterations after the first, in the same process. Cpu seconds of the
 process, beyond importing and building; of `make demo`'s command wall seconds, the second time.
 
-With --against, another checkout (a folder with `src`) is measured in turn with this one, and a ratio stands beside each line.
+With --against, another checkout (a folder with `src`) is measured in turn with this one, and a ratio beside each line.
 There a program is compiled in the one way it knows; its cache of compiled programs is JAX's own, with every entry kept.
 """
 

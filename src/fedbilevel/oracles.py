@@ -14,6 +14,7 @@ from .problem import ORACLES, Problem, blocks_of, in_blocks
 from .program import program_of
 
 _NAMES = (*ORACLES, "row_features")
+_LOSSES = ("inner", "outer", "features")
 
 
 def traced_once(problem: Problem) -> Problem:
@@ -36,4 +37,23 @@ def _asked(problem: Problem, name: str, *args: PyTree, **named: PyTree) -> PyTre
 
 def _oracle(problem: Problem, _: None, name: str, windows: tuple[Window | None, ...], *args: PyTree) -> PyTree:
     given = [arg if window is None else in_blocks(arg, window) for arg, window in zip(args, windows, strict=True)]
-    return getattr(problem, name)(*given)
+    return getattr(losses_traced_once(problem), name)(*given)
+
+
+def losses_traced_once(problem: Problem) -> Problem:
+    """The same problem, each loss of which is traced once: batches and derivatives of it are made of that trace."""
+    if program_of(problem) is None:
+        return problem
+    shared = copy.copy(problem)
+    for name in _LOSSES:
+        if getattr(problem, name) is not None:
+            object.__setattr__(shared, name, functools.partial(_valued, problem, name))
+    return shared
+
+
+def _valued(problem: Problem, name: str, *args: PyTree) -> PyTree:
+    return traced(_loss, problem, None, name, *args)
+
+
+def _loss(problem: Problem, _: None, name: str, *args: PyTree) -> PyTree:
+    return getattr(problem, name)(*args)

@@ -22,6 +22,7 @@ from .data import FederatedData, Level, entry
 from .errors import check, warn
 from .given import Received
 from .influence import compared, influence
+from .oracles import losses_traced_once
 from .problem import Problem, Rows
 from .program import compiled_as
 
@@ -292,7 +293,7 @@ def _figures(
     rows: tuple[PyTree, PyTree],
     blocks: tuple[Blocks, Blocks],
 ) -> Figures:
-    v = jax.tree.map(jnp.asarray, v)
+    v, problem = jax.tree.map(jnp.asarray, v), losses_traced_once(problem)
 
     def lower(block: Rows) -> tuple[Float[Array, "k k"], Float[Array, " k"]]:
         gradient, product = _derivatives(problem, x, y, v, block)
