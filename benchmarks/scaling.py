@@ -8,7 +8,7 @@ its time; where that would take minutes the other is measured at a smaller size,
 
 - building: `FederatedData.stack` and `split` of clients of five rows, cpu time a client
 - clients: an iteration of Lockstep and AggITD, cohort 100, multinomial regression with a penalty for each of 20 features,
-  five rows a client, in stretches of 1,000; peak memory over that of rows and clients' states
+  five rows a client, 5,000 iterations of `solve`; peak memory over that of rows and clients' states
 - uneven: one client of 100,000 rows beside 99 of five against the same rows dealt evenly, full batches (`uneven.py`)
 - network: AggITD on hyper-representation (64-64-10), 20 inner and 10 outer rows a client, minibatches of 16
 """
@@ -16,6 +16,7 @@ its time; where that would take minutes the other is measured at a smaller size,
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import resource
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import psutil
@@ -61,8 +63,8 @@ def build(how: str, form: str, clients: int) -> dict[str, float]:
     return {"us": 1e6 * spent / clients}
 
 
-def grow(name: str, clients: int, stretch: int) -> dict[str, float]:
-    """Milliseconds of an iteration, and MB: at most beyond what importing takes, of rows and clients' states."""
+def grow(name: str, clients: int, iterations: int) -> dict[str, float]:
+    """Milliseconds of an iteration of `solve`, and MB: at most beyond importing, of rows and clients' states."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -81,19 +83,21 @@ def grow(name: str, clients: int, stretch: int) -> dict[str, float]:
     steps = {"inner_lr": 0.01, "hessian_lr": 0.01, "outer_lr": 0.001, "local_steps": 5}
     alg = fb.AggITD(inner_rounds=5, **steps) if name == "AggITD" else fb.Lockstep(**steps)
     x, y = jnp.zeros(FEATURES), {"weight": jnp.zeros((FEATURES, KINDS)), "bias": jnp.zeros(KINDS)}
-    engine, key = fb.Simulation(cohort=COHORT), jax.random.key(0)
-    fb.solve(fb.Problem(inner, outer), data, alg, x, y, iterations=10, engine=engine, key=key)  # with all its checks
-    run = engine.bind(fb.Problem(inner, outer), data, alg, alg.init(x, y), key)
-    carry, spent, took = run.start(alg, alg.init(x, y)), [], []
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((data, carry.client_state))) / 1e6
-    carry, _ = run.advance(alg, carry, 1, 1e10)
-    for _ in range(5):
+    known = {"compile": "full"} if "compile" in inspect.signature(fb.Simulation).parameters else {}
+    settings = {"engine": fb.Simulation(cohort=COHORT, **known), "key": jax.random.key(0), "evaluate_every": 100}
+    solve = lambda count: fb.solve(fb.Problem(inner, outer), data, alg, x, y, iterations=count, **settings)
+    warnings.simplefilter("ignore")  # how much the clients' states need is what this measures
+    solve(1)
+    spent = []
+    for count in (1, iterations + 1):
         begin = time.process_time()
-        carry, record = run.advance(alg, carry, stretch, 1e10)
-        spent.append(1e3 * (time.process_time() - begin) / stretch)
-        took.append(1e3 * record.seconds / stretch)
+        result = solve(count)
+        spent.append(time.process_time() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
-    return {"cpu": statistics.median(spent), "wall": statistics.median(took), "peak": peak, "held": held}
+    state = 4 * clients * (FEATURES + 2 * KINDS * (FEATURES + 1)) if name == "Lockstep" else 0
+    held = (sum(leaf.nbytes for leaf in jax.tree.leaves(data)) + state) / 1e6
+    wall = result.history[-1]["seconds"] / (iterations + 1)
+    return {"cpu": 1e3 * (spent[1] - spent[0]) / iterations, "wall": 1e3 * wall, "peak": peak, "held": held}
 
 
 def network(clients: int, cohort: int, client_batch: int | None, rounds: int, iterations: int) -> dict[str, float]:
@@ -195,16 +199,14 @@ def _building(turns: Turns, quick: bool) -> None:
 
 
 def _clients(turns: Turns, quick: bool) -> None:
-    sizes, stretch, most = ((200, 1_000), 20, 1_000) if quick else ((10**3, 10**4, 10**5, 10**6), 1_000, 10**4)
-    print(
-        f"\nclients: cohort {COHORT}, stretches of {stretch:,} iterations (the other checkout up to {most:,} clients)"
-    )
+    sizes, count, most = ((200, 1_000), 50, 1_000) if quick else ((10**3, 10**4, 10**5, 10**6), 5_000, 10**4)
+    print(f"\nclients: cohort {COHORT}, {count:,} iterations of `solve` (the other checkout up to {most:,} clients)")
     print(f"{'':28} {'cpu, ms':>8} {'wall':>7} {'growth':>7} {'peak MB':>8} {'rows + state':>12} {'times':>6} |"
           f" {'other, ms':>9} {'ours of it':>10}")  # fmt: skip
     for name in ("Lockstep", "AggITD")[: 1 if quick else None]:
         first = None
         for size in sizes:
-            ours, other = turns("grow", name, size, stretch, theirs=(name, size, stretch) if size <= most else None)
+            ours, other = turns("grow", name, size, count, theirs=(name, size, count) if size <= most else None)
             first = first or ours["cpu"]
             line = f"{name + f', {size:,}':28} {ours['cpu']:8.3f} {ours['wall']:7.3f} {ours['cpu'] / first:7.2f} "
             line += f"{ours['peak']:8.0f} {ours['held']:12.1f} {ours['peak'] / ours['held']:6.2f} |"
