@@ -190,10 +190,10 @@ def _medians(found: list[dict[str, float]]) -> dict[str, float]:
 
 def _building(turns: Turns, quick: bool) -> None:
     clients, few = (2_000, 200) if quick else (1_000_000, 2_000)
-    print(f"\nbuilding: {clients:,} clients of five rows (the other checkout: {few:,})")
+    print(f"\nbuilding: {clients:,} clients of five rows (the other checkout: {few:,}, in a list of dicts)")
     print(f"{'':28} {'us a client':>11} {'all, s':>8} | {'other, us':>9} {'ours of it':>10}")
     for how, form in [(how, form) for how in ("stack", "split") for form in FORMS[: 1 if quick else None]]:
-        ours, other = turns("build", how, form, clients, theirs=(how, form, few))
+        ours, other = turns("build", how, form, clients, theirs=(how, FORMS[0], few))
         line = f"{how + ', ' + form:28} {ours['us']:11.2f} {ours['us'] * clients / 1e6:8.2f} |"
         print(line + (f" {other['us']:9.1f} {ours['us'] / other['us']:10.4f}" if other else ""), flush=True)
 

@@ -35,6 +35,7 @@ from .rows.shuffled import permutations
 from .rows.values import shown
 from .threefry import folds
 
+_FAR = 2**14  # clients, from which on what is looked up for each of a cohort is not in the processor's caches
 LevelName = Literal["inner", "outer"]
 Weights = Literal["rows"] | Sequence[float] | np.ndarray | Array | Mapping[str, float] | None
 
@@ -125,6 +126,7 @@ class Level(eqx.Module):
         scale: (clients,) what each client's row weights sum to.
         most: the largest count.
         sizes: how uneven the counts are; None where padding is cheap.
+        even: whether they are many, and all have as many rows, whose weights sum to one.
     """
 
     rows: PyTree[Shaped[Array, "total ..."]]
@@ -133,10 +135,15 @@ class Level(eqx.Module):
     scale: Float[Array, " clients"]
     most: int = eqx.field(static=True)
     sizes: Sizes | None = eqx.field(static=True, default=None)
+    even: bool = eqx.field(static=True, default=False)
 
     def client(self, index: Int[Array, ""] | int, cut: Cut | None = None) -> ClientRows:
         """A window on the rows of one client (the index may be traced); how full batches are cut, as `cut` says."""
-        offset, count, scale = (entry(leaf, index) for leaf in (self.offsets, self.counts, self.scale))
+        if self.even:  # known without a look into arrays that no cache holds
+            count = jnp.asarray(self.most, jnp.int32)
+            offset, scale = count * index, jnp.ones((), self.scale.dtype)
+        else:
+            offset, count, scale = (entry(leaf, index) for leaf in (self.offsets, self.counts, self.scale))
         return ClientRows(self.rows, offset, count, scale, self.most, cut=cut)
 
     def cut(self, at_once: int, keeps: bool = True) -> Cut | None:
@@ -293,6 +300,7 @@ class FederatedData(eqx.Module):
             held(scale),
             int(level.counts.max()),
             Sizes.of(level.counts),
+            m >= _FAR and bool((level.counts == level.counts[0]).all() and (scale == 1).all()),
         )
         return cls(
             as_level(one, np.ones(m)),
