@@ -15,7 +15,7 @@ from ...free import free_memory, in_memory
 from .layout import layout_of
 
 IN_MEMORY, ON_DISK = "memory", "disk"
-HELD = 4  # how often all states are in memory: before a stretch, in it, after it, and where a run may go back to
+HELD = 3  # how often all states are in memory: before a stretch, after it, and where a run may go back to
 COHORT = 4  # how often a cohort's are: as read, as new, as bytes, and what they were
 _WORTH_SAYING = 10**9  # bytes
 
