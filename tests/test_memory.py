@@ -1,5 +1,6 @@
 """Compiled programs, and the memory maps that they hold, are let go."""
 
+import gc
 from pathlib import Path
 
 import jax
@@ -22,3 +23,11 @@ def test_compiled_programs_and_their_memory_maps_are_let_go():
     assert maps() - before >= used
     memory.release(0)
     assert maps() - before < used / 2
+
+
+def test_garbage_is_looked_for_less_often_within_and_as_before_after():
+    before = gc.get_threshold()
+    with pytest.raises(KeyError), memory.seldom_collecting():
+        assert gc.get_threshold()[0] >= 50_000
+        raise KeyError
+    assert gc.get_threshold() == before

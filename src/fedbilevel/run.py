@@ -30,6 +30,7 @@ from .errors import Diverged, InputError, RunError, check
 from .given import JSON, Whole, whole_number
 from .identity import Identity
 from .keys import KeyLike, as_key, threefry
+from .memory import seldom_collecting
 from .metrics import STOPPED, Metric, check_diagnostics, checked_metrics, measured
 from .own_lower import Away, Lower
 from .problem import Problem, bind
@@ -102,11 +103,12 @@ class Run:
         self.algorithm, self.metrics = algorithm, checked_metrics(metrics)
         state = first_state(algorithm, self._x, self._y)
         bound = bind(problem, self._x_rest, self._y_rest)
-        self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
+        with seldom_collecting():
+            self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
+            if sane and resume is None:
+                check_sane(self._execution.problem, data, self._x, self._y)
         self.processes = self._execution.processes
         self._listeners = Listeners(callbacks, self.processes)
-        if sane and resume is None:
-            check_sane(self._execution.problem, data, self._x, self._y)
         whole = (self._x, self._x_rest), (self._y, self._y_rest)
         self._identity = Identity(self._execution, algorithm, *whole, data, self._every)
         self.protocol = self._execution.protocol

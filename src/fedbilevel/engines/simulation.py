@@ -25,6 +25,7 @@ from ..compiled import Bound, Options, run
 from ..data import FederatedData, check_whole
 from ..errors import check
 from ..given import Whole, whole_number
+from ..memory import seldom_collecting
 from ..problem import Problem, strong
 from ..processes import Processes, everywhere, here
 from ..processes import of as over
@@ -289,7 +290,8 @@ class _Simulated(Execution):
         """Compile, if need be, so that it is not timed."""
         kind = self._kind(algorithm)
         if kind not in self._ready:
-            jax.block_until_ready(self._run(algorithm, carry, 0, limit))  # no iterations
+            with seldom_collecting():
+                jax.block_until_ready(self._run(algorithm, carry, 0, limit))  # no iterations
             self._ready.add(kind)
 
     @staticmethod
