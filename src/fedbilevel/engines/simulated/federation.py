@@ -22,7 +22,7 @@ from ...rows.spread import by_client
 from ..base import Program
 from .draws import Draws, draw
 from .on_disk import Filed
-from .spread import on_device, on_each, without_padding
+from .spread import fetched, on_device, on_each, without_padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,10 @@ class SimulatedFederation(TracedFederation):
             return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
 
         own = None if known is None else (known.features, known.base) if known.each else known.base
-        if real is not None and mesh is not None:
+        parts = None if mesh is None or real is not None or any(cuts) else self._fetched(index, mesh)
+        if parts is not None:
+            replies, states = jax.vmap(one)((index, own, kept, keys), parts)
+        elif real is not None and mesh is not None:
             replies, states = on_each(one, index, (self._data.inner.rows, self._data.outer.rows), mesh)
         elif (batch := self._at_once(slots)) == slots:
             replies, states = jax.vmap(one)((index, own, kept, keys))
@@ -190,6 +193,10 @@ class SimulatedFederation(TracedFederation):
             replies, weights = without_padding(real, replies, weights, self.clients)
             present = None
         return shapes, combine_replies(combine, replies, weights, present)
+
+    def _fetched(self, index: Int[Array, " slots"], mesh: jax.sharding.Mesh) -> tuple[PyTree, PyTree] | None:
+        inner, outer = (fetched(level, index, mesh) for level in (self._data.inner, self._data.outer))
+        return None if inner is None or outer is None else (inner, outer)
 
     def _keep(self, index: Int[Array, " cohort"], present: Bool[Array, " cohort"] | None, states: PyTree) -> None:
         """The new states of those of a cohort who are present (None: all)."""

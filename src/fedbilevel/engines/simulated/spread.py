@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ...arrays import entry
 from ...arrays import on_device as as_array
 from ...data import ClientRows, FederatedData, Level
 from ...errors import check
 from ...processes import apart
 from ...rows.spread import by_client, dealt, laid, part, slots
 
+AT_ONCE = 2**26  # bytes of a cohort's rows that travel whole, and lie on every device for a moment
 _Part: TypeAlias = tuple[PyTree, Int[Array, ""]]  # a device's rows, and where in the whole array they begin
 
 
@@ -50,7 +52,8 @@ def _spread(level: Level, device: np.ndarray, mesh: jax.sharding.Mesh) -> Level:
         held = np.asarray(leaf)
         return laid(lambda first, last: held[first:last], held, where, mesh)
 
-    return dataclasses.replace(level, rows=jax.tree.map(spread, level.rows), offsets=as_array(where.offsets))
+    rows, offsets = jax.tree.map(spread, level.rows), as_array(where.offsets)
+    return Level(rows, offsets, level.counts, level.scale, level.most, level.sizes)  # rows lie as no other level's do
 
 
 def on_each(
@@ -77,6 +80,23 @@ def on_each(
     index = jax.lax.with_sharding_constraint(parted(index), by_client(mesh))
     out = jax.vmap(device)(index, (mine, begins[0]), (theirs, begins[1]))
     return jax.tree.map(lambda leaf: jnp.reshape(leaf, (-1, *leaf.shape[2:])), out)
+
+
+def fetched(
+    level: Level, index: Int[Array, " slots"], mesh: jax.sharding.Mesh
+) -> tuple[PyTree, Int[Array, " slots"]] | None:
+    """(The rows of a cohort's clients, leaves (slots, most, ...), where each one's begin in the whole array).
+
+    They travel once an exchange, however often its local steps draw from them. None where they are too many for that.
+    """
+    row = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in jax.tree.leaves(level.rows))
+    if row * level.most * index.shape[0] > AT_ONCE:
+        return None
+    within = jnp.arange(level.most, dtype=jnp.int32)
+    begins, counts = level.offsets[index], level.counts[index]
+    place = jax.vmap(lambda begin, count: begin + jnp.minimum(within, count - 1))(begins, counts)
+    own = lambda leaf: jax.lax.with_sharding_constraint(entry(leaf, place), by_client(mesh))
+    return jax.tree.map(own, level.rows), begins
 
 
 def without_padding(
