@@ -21,6 +21,7 @@ from .description import Description
 from .engines import ENGINES
 from .engines.base import Engine
 from .engines.faults import Faults
+from .engines.simulated.room import IN_MEMORY
 from .errors import RunError, check, unknown_name, warn, with_notes
 from .given import JSON
 from .identity import said
@@ -109,6 +110,7 @@ class Plan:
         cohort, engine, evaluate_every, precision: how to run.
         check: whether the problem is looked at first.
         compile: how a simulation is compiled (see `Simulation`).
+        client_state: where a simulation's clients' states lie; numbers do not depend on it.
         alone: whether its one run lies in the folder itself, as an application's does.
     """
 
@@ -124,6 +126,7 @@ class Plan:
     check: bool = True
     alone: bool = False
     compile: str = "auto"
+    client_state: str = IN_MEMORY
 
     def choose(self, name: str) -> Chosen:
         """An algorithm with its settings, and where its step sizes come from."""
@@ -145,12 +148,14 @@ class Plan:
             raise unknown_name("engine", self.engine, ENGINES)
         kind, faults = ENGINES[self.engine], self.source.faults
         fail = {"faults": faults} if faults is not None and hasattr(kind, "faults") else {}
-        compiles = hasattr(kind, "compile")
-        check(
-            compiles or self.compile == "auto",
-            f"compile= is for the simulation, not for the engine {self.engine}: leave it out.",
-        )
-        return kind(**{"cohort": self.cohort, **fail, **({"compile": self.compile} if compiles else {})})
+        asked = {"compile": (self.compile, "auto"), "client_state": (self.client_state, IN_MEMORY)}
+        for word, (value, usual) in asked.items():
+            check(
+                hasattr(kind, word) or value == usual,
+                f"{word}= is for the simulation, not for the engine {self.engine}: leave it out.",
+            )
+        own = {word: value for word, (value, _) in asked.items() if hasattr(kind, word)}
+        return kind(**{"cohort": self.cohort, **fail, **own})
 
     def describe(self, task: Task, name: str, seed: int) -> Description:
         """One of its runs."""

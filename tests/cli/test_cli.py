@@ -188,3 +188,17 @@ def test_files_that_are_no_idx_files(fedbilevel, tmp_path, images):
     assert code == 2
     assert "train-images-idx3-ubyte.gz" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_clients_states_on_disk(fedbilevel, tmp_path):
+    """A word for the simulation alone, which changes no number."""
+    words = ["run", "quadratic", "--algorithm", "lockstep", "--clients", 3, "--iterations", 2, "--json"]
+    rows = [json.loads(fedbilevel(*words, *more)[1]) for more in ([], ["--client-state", tmp_path])]
+    drop = lambda row: {name: value for name, value in row.items() if "seconds" not in name}
+    assert [drop(row) for row in rows[0]] == [drop(row) for row in rows[1]]
+    code, _, error = fedbilevel(*words, "--client-state", "dsik")
+    assert code == 2
+    assert "a folder that exists; got 'dsik'" in error
+    code, _, error = fedbilevel(*words, "--client-state", "disk", "--engine", "loopback")
+    assert code == 2
+    assert "--client-state is for --engine simulation" in error

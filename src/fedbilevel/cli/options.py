@@ -67,4 +67,8 @@ Compile = Annotated[
         "--compile", help="quick, full or auto: how the simulation is compiled; auto takes what is done sooner."
     ),
 ]
+ClientState = Annotated[
+    str,
+    typer.Option("--client-state", help="memory, disk or a folder: where clients' states lie in a simulation."),
+]
 Precision = Annotated[int, typer.Option("--precision", help="32 or 64 bits.")]

@@ -10,6 +10,7 @@ import typer
 from ..compare import Plan, Shipped
 from ..engines import ENGINES
 from ..engines.simulated.compiling import check_way
+from ..engines.simulated.room import IN_MEMORY, check_place
 from ..errors import check, unknown_name
 from ..settings import algorithm_class, name_of, parse
 from ..tasks import TASKS, Options
@@ -37,6 +38,7 @@ class Words(TypedDict, total=False):
     precision: int
     no_check: bool
     compile: str
+    client_state: str
 
 
 def is_app(task: str) -> bool:
@@ -64,7 +66,8 @@ def plan_of(
         plan = _of_app(task, algorithms, seeds, alone, words)
     else:
         plan = _of_task(task, algorithms or ["aggitd"], seeds, words)
-    return _compiled(plan, words.get("compile", "auto"))
+    plan = _compiled(plan, words.get("compile", "auto"))
+    return _with_states_in(plan, words.get("client_state", IN_MEMORY))
 
 
 def _compiled(plan: Plan, how: str) -> Plan:
@@ -75,6 +78,16 @@ def _compiled(plan: Plan, how: str) -> Plan:
     )
     check_way(how)
     return dataclasses.replace(plan, compile=how)
+
+
+def _with_states_in(plan: Plan, place: str) -> Plan:
+    """The plan, with clients' states where `--client-state` says."""
+    check(
+        place == IN_MEMORY or plan.engine == "simulation",
+        f"--client-state is for --engine simulation; the engine is {plan.engine}.",
+    )
+    check_place(place)
+    return dataclasses.replace(plan, client_state=place)
 
 
 def _of_task(task: str, algorithms: list[str], seeds: int, words: Words) -> Plan:

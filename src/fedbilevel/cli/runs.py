@@ -15,6 +15,7 @@ from .execute import execute
 from .options import (
     Alpha,
     Clients,
+    ClientState,
     Cohort,
     Command,
     Compile,
@@ -52,6 +53,7 @@ def run(
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
     no_check: NoCheck = False, no_cache: NoCache = False, compile: Compile = "auto",
+    client_state: ClientState = "memory",
     poc: Annotated[
         bool, typer.Option("--poc", help="With --engine nvflare: provisioned, mutual TLS, a process for each site.")
     ] = False,
@@ -64,7 +66,7 @@ def run(
         context, task, None if algorithm is None else [algorithm], alone=is_app(task), dataset=dataset,
         data_dir=data_dir, partition=partition, alpha=alpha, clients=clients, cohort=cohort, iterations=iterations,
         rounds=rounds, seed=seed, sets=sets, engine=engine, evaluate_every=evaluate_every, precision=precision,
-        no_check=no_check, compile=compile,
+        no_check=no_check, compile=compile, client_state=client_state,
     )  # fmt: skip
     if is_app(task):
         from .apps import run_app
@@ -128,6 +130,7 @@ def compare(
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
     no_check: NoCheck = False, no_cache: NoCache = False, compile: Compile = "auto",
+    client_state: ClientState = "memory",
 ):  # fmt: skip
     """Run several algorithms on the same task or application, data, cohorts and seeds."""
     from ..errors import check
@@ -138,7 +141,7 @@ def compare(
     plan = plan_of(
         context, task, names, seeds, dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha,
         clients=clients, cohort=cohort, iterations=iterations, rounds=rounds, seed=seed, sets=sets, engine=engine,
-        evaluate_every=evaluate_every, precision=precision, no_check=no_check, compile=compile,
+        evaluate_every=evaluate_every, precision=precision, no_check=no_check, compile=compile, client_state=client_state,
     )  # fmt: skip
     execute(plan, out, resume, overwrite, as_json)
 
