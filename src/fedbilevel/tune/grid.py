@@ -145,10 +145,11 @@ def _copies(tree: PyTree, many: int) -> PyTree:
 
 def _fitting(data: FederatedData, algorithm: Algorithm, cohort: int, y: PyTree) -> int:
     """How many points fit: each holds its own hidden values of the cohort's rows, about as large as the rows."""
-    batch = getattr(algorithm, "batch_size", None) or data.inner.most
+    batch, cut = getattr(algorithm, "batch_size", None), data.inner.cut(cohort)
+    rows = cohort * (batch or data.inner.most) if batch or cut is None else cut.size * (cut.together + cut.capacity)
     row = sum(leaf[0].size * leaf.dtype.itemsize for leaf in jax.tree.leaves(data.inner.rows))
     own = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(y))
-    return max(1, int(_ROOM // (cohort * (batch * row + 4 * own))))
+    return max(1, int(_ROOM // (rows * row + 4 * cohort * own)))
 
 
 def _groups(grid: Sequence[Mapping[str, float]], size: int) -> Iterator[list[Mapping[str, float]]]:
