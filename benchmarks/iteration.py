@@ -4,8 +4,8 @@
 
 The rival is one jitted program with the same oracle calls on rows that are already gathered: no federation, no cohort or
 minibatch draws, no ledger, no checks, no state of other clients. Both compute the same numbers (asserted). Cpu time of 16
-iterations in one go as in a run (80 of the short ones), against as many calls; in turn, in one process; the ratio of medians is what counts. AggITD has a
-fixed Q, so that every iteration has the same exchanges.
+iterations in one go as in a run (80 of the short ones), against as many calls; in turn, in one process; the ratio of
+medians is what counts. AggITD has a fixed Q, so that every iteration has the same exchanges.
 """
 
 from __future__ import annotations

@@ -90,13 +90,14 @@ def main() -> None:
         "--against", type=Path, help="another checkout of the library, whose time and memory to compare"
     )
     parser.add_argument("--rows", type=int, default=100_000, help="of all clients together, at each level")
+    parser.add_argument("--lines", type=int, help="of the table, the first so many")
     parser.add_argument("--iterations", type=int, default=5)
     given = parser.parse_args()
     rows, iterations = (500, 1) if given.quick else (given.rows, given.iterations)
     lines = [("AggITD", "one", None, None), ("Lockstep", "one", None, None), ("Lockstep", "four", None, None),
              ("AggITD", "Dirichlet", None, None), ("AggITD", "one", 10, None), ("AggITD", "one", None, 10)]  # fmt: skip
     print(f"{'':40} {'MB':>7} {'cpu, ms':>9} | {'even: MB':>8} {'cpu, ms':>9} {'ratio':>6} | the other checkout")
-    for name, kind, cohort, batch in lines[: 1 if given.quick else None]:
+    for name, kind, cohort, batch in lines[: 1 if given.quick else given.lines]:
         label = f"{name}, {kind}" + (f", cohort {cohort}" if cohort else "") + (f", {batch} at a time" if batch else "")
         here = HERE.parent / "src"
         ours = child(here, kind, rows, name, cohort, batch, iterations)
