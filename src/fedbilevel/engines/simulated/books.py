@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
@@ -67,4 +68,9 @@ def expected(layout: Layout, drops: bool, info: PyTree, state: PyTree) -> Books:
     """
     rows = (2,) if drops else ()
     counts = {path: jax.ShapeDtypeStruct((*rows, 1 + flags), np.int32) for path, flags in layout}
-    return Books((counts, (info, jax.eval_shape(observe, state, state))))
+    return Books((counts, (jax.tree.map(_shape, info), jax.eval_shape(observe, state, state))))
+
+
+def _shape(leaf: Shape | float | bool) -> Shape:
+    """Of a diagnostic, which may be a number of Python's: it becomes an array on its way."""
+    return leaf if hasattr(leaf, "dtype") else jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
