@@ -73,4 +73,6 @@ def expected(layout: Layout, drops: bool, info: PyTree, state: PyTree) -> Books:
 
 def _shape(leaf: Shape | float | bool) -> Shape:
     """Of a diagnostic, which may be a number of Python's: it becomes an array on its way."""
-    return leaf if hasattr(leaf, "dtype") else jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
+    if isinstance(leaf, (bool, int, float)):
+        return jax.ShapeDtypeStruct((), jnp.result_type(leaf))
+    return leaf
