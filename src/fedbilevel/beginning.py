@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from .algorithm import Algorithm
+from .arrays import Concrete
+from .canonical import trace
 from .compiled import Kept
+from .jaxprs import ClosedJaxpr, Literal, dce_jaxpr, jaxpr_as_fun
 from .problem import strong
 from .program import class_of
 
@@ -43,13 +47,53 @@ def _init(algorithm: Algorithm, x: PyTree, y: PyTree) -> PyTree:
 
 
 def _at_once(function: Callable[..., PyTree], algorithm: Algorithm, *args: PyTree) -> PyTree:
-    program = _PROGRAMS.get((function, class_of(algorithm)), lambda: eqx.filter_jit(_fresh(function)))
+    arrays, rest = eqx.partition((as_leaves(algorithm), *args), eqx.is_array)
+    leaves, structure = jax.tree.flatten(arrays)
+    static, places = jax.tree.flatten(rest)
+    shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
+    wide = jax.config.jax_enable_x64, jax.config.jax_numpy_dtype_promotion  # pyright: ignore[reportAttributeAccessIssue]
+    key = function, class_of(algorithm), structure, tuple(static), places, shapes, wide
+    whole = lambda leaves: function(*eqx.combine(jax.tree.unflatten(structure, leaves), rest))
     try:
-        return program(as_leaves(algorithm), *args)
+        return _PROGRAMS.get(key, lambda: _program(whole, leaves))(leaves)
     except Exception:  # an algorithm may ask Python to decide on values, which are at hand here
         return function(algorithm, *args)
 
 
-def _fresh(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Another function that does the same: JAX knows what it has compiled by the function."""
-    return lambda *args: function(*args)
+def _program(function: Callable[..., PyTree], leaves: list[Concrete]) -> Callable[[list[Concrete]], PyTree]:
+    """A function of arrays as one program; by numpy, where all it does is to fill arrays with numbers: as most do."""
+    traced = trace(function, leaves)
+    outs, structure = jax.tree.flatten(traced.out)
+    jaxpr, _ = dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.jaxpr.outvars), instantiate=True)
+    whole = ClosedJaxpr(jaxpr, traced.jaxpr.consts)
+    plain = all(equation.primitive.name in _FILLS for equation in jaxpr.eqns)
+    plain = plain and not any(getattr(var.aval, "weak_type", False) for var in jaxpr.outvars)
+    compiled = jax.jit(jaxpr_as_fun(whole))
+
+    def program(leaves: list[Concrete]) -> PyTree:
+        found = iter(_filled(whole, leaves) if plain else compiled(*leaves))
+        given = [next(found) if isinstance(out, jax.ShapeDtypeStruct) else out for out in outs]
+        return jax.tree.unflatten(structure, given)
+
+    return program
+
+
+def _filled(whole: ClosedJaxpr, leaves: list[Concrete]) -> list[Concrete]:
+    jaxpr = whole.jaxpr
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*whole.consts, *leaves), strict=True))
+    read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
+    for equation in jaxpr.eqns:
+        (out,) = equation.outvars
+        values[out] = _FILLS[equation.primitive.name](np.asarray(read(equation.invars[0])), equation.params, out.aval)
+    made = lambda atom: read(atom) if atom in jaxpr.invars else jax.device_put(np.asarray(read(atom), atom.aval.dtype))
+    return [made(atom) for atom in jaxpr.outvars]
+
+
+def _broadcast(array: np.ndarray, params: Mapping[str, Sequence[int]], like: jax.ShapeDtypeStruct) -> np.ndarray:
+    shape = [1] * len(like.shape)
+    for place, size in zip(params["broadcast_dimensions"], array.shape, strict=True):
+        shape[place] = size
+    return np.broadcast_to(array.astype(like.dtype).reshape(shape), like.shape)
+
+
+_FILLS = {"broadcast_in_dim": _broadcast, "convert_element_type": lambda array, _, like: array.astype(like.dtype)}
