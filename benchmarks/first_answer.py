@@ -1,4 +1,4 @@
-"""How long the first answer takes: python benchmarks/first_answer.py [--quick] [--against PATH]
+"""How long the first answer takes: python benchmarks/first_answer.py [--quick] [--turns N] [--against PATH]
 
 Each figure is of a process of its own. "build" is the digits hyper-representation task (20 clients, shards); "first" the
 first `solve` of one iteration, with a cohort of 5 and nothing compiled before; "second process" the same where an earlier
@@ -114,13 +114,14 @@ def measured(trees: list[Path], turns: int, quick: bool) -> dict[str, list[list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="once, Lockstep alone: to see that it works")
+    parser.add_argument("--turns", type=int, default=5, help="how often each is measured")
     parser.add_argument("--against", type=Path, help="another checkout to measure in turn")
     given = parser.parse_args()
     against = None if given.against is None else given.against.resolve()
     if against is not None and not (against / "src" / "fedbilevel").is_dir():
         parser.error(f"--against is a checkout of fedbilevel; {given.against} has no src/fedbilevel.")
     trees = [HERE, *([] if against is None else [against])]
-    turns = 1 if given.quick else 5
+    turns = 1 if given.quick else given.turns
     found = measured(trees, turns, given.quick)
     print(f"medians of {turns} in turns; Python {sys.version.split()[0]}")
     print(
