@@ -85,7 +85,7 @@ assert task.data.clients == fb.datasets.load("flats").facts.clients == 3
 def solve(algorithm, **options):
     return fb.solve(task.problem, task.data, algorithm, task.x, task.y, 3, key=task.key, **options)
 second = solve(fb.SecondMSA(), engine=fb.Delayed(cohort=2), callbacks=[counting])
-first = solve(fb.FedMSA(), engine=fb.Simulation(cohort=2))
+first = solve(fb.FedMSA(), engine=fb.Simulation(cohort=2, compile="full"))
 np.testing.assert_array_equal(second.x, first.x)
 assert counting.rows == len(second.history) == 4
 """

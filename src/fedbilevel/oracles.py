@@ -18,16 +18,22 @@ _LOSSES = ("inner", "outer", "features")
 
 
 def traced_once(problem: Problem) -> Problem:
-    """The same problem, each oracle of which is traced once at given shapes; as it is where it is not frozen.
+    """The same problem, each oracle of which is traced once at given shapes; as it is where it cannot be.
 
     An iteration asks the same oracle at several places: in loops, in rounds, and in the programs that it is part of.
     """
-    if program_of(problem) is None:
+    if not _sharable(problem):
         return problem
     shared = copy.copy(problem)
     for name in _NAMES:
         object.__setattr__(shared, name, functools.partial(_asked, problem, name))
     return shared
+
+
+def _sharable(problem: Problem) -> bool:
+    """Whether it is known what the losses compute, and they hold no arrays."""
+    program = program_of(problem)
+    return program is not None and not program.holds
 
 
 def _asked(problem: Problem, name: str, *args: PyTree, **named: PyTree) -> PyTree:
@@ -42,7 +48,7 @@ def _oracle(problem: Problem, _: None, name: str, windows: tuple[Window | None, 
 
 def losses_traced_once(problem: Problem) -> Problem:
     """The same problem, each loss of which is traced once: batches and derivatives of it are made of that trace."""
-    if program_of(problem) is None:
+    if not _sharable(problem):
         return problem
     shared = copy.copy(problem)
     for name in _LOSSES:

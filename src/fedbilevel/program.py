@@ -42,11 +42,14 @@ class Program:
         key: what compiled code is known by: the digest, the structure of x and y, and Python functions that are called
             while it runs.
         helpers: whether JAX must be told of the program when it traces nested functions, which it does once for all.
+        holds: whether the losses hold arrays. Parts of programs that are traced once would hold on to them, and to
+            what numpy's were when they were first used.
     """
 
     digest: str
     key: Hashable
     helpers: bool
+    holds: bool = False
 
 
 def freeze(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> Problem:
@@ -114,7 +117,8 @@ def _program(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> Pro
     structures = jax.tree.structure((x, y))
     objects = tuple(_Same(each) for each in found.objects)
     text = digest_of((found.digest, derivatives, problem.batched))
-    return Program(text, (text, structures, objects, _own(problem)), found.helpers)
+    holds = any(each.jaxpr.consts for each in traced)
+    return Program(text, (text, structures, objects, _own(problem)), found.helpers, holds)
 
 
 class _Drawn(NamedTuple):
