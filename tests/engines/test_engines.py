@@ -64,7 +64,8 @@ def test_four_devices_are_one(group, simulated, tmp_path):
     command = [sys.executable, "-m", "helpers.cases", str(path), group]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    mesh = np.load(path)
+    with np.load(path) as file:
+        mesh = dict(file)
     assert mesh["devices"] == 4
     for name, cohort in cases.ON_DEVICES[group]:
         agree((mesh[f"{name}/{cohort}/numbers"], mesh[f"{name}/{cohort}/ledger"]), simulated(name, cohort))
