@@ -1,4 +1,7 @@
-"""Compiled programs hold memory maps, of which Linux grants a process 65,530; XLA crashes where it gets no more."""
+"""Compiled programs are let go in time, and garbage is looked for at the right times.
+
+They hold memory maps, of which Linux grants a process 65,530; XLA crashes where it gets no more.
+"""
 
 from __future__ import annotations
 

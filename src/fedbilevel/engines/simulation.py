@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Hashable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from ..program import compiled_as, freeze
 from ..protocol import step as iteration
 from .base import Carry, Engine, Execution, Pass, Program, Record, plan
 from .simulated.books import CAPACITY, Books, expected
-from .simulated.compiling import QUICK, check_way, chosen, open_to_choice
+from .simulated.compiling import QUICK, Ahead, check_way, chosen, open_to_choice
 from .simulated.draws import fits
 from .simulated.federation import Static
 from .simulated.on_disk import Store, Version
@@ -133,25 +133,6 @@ def _copied(leaf: Array) -> Array:
     return jax.device_put(leaf, may_alias=False)
 
 
-class Ahead(NamedTuple):
-    """An iteration that was run before `advance` asked for it.
-
-    Attributes:
-        algorithm, carry, limit: of which, from where.
-        out, seconds: what the program gave, and how long it took.
-    """
-
-    algorithm: Algorithm
-    carry: Carry
-    limit: float
-    out: PyTree
-    seconds: float
-
-    def of(self, algorithm: Algorithm, carry: Carry, limit: float) -> bool:
-        """Whether it is the one that is asked for."""
-        return self.algorithm is algorithm and self.carry is carry and self.limit == limit
-
-
 class _Simulated(Execution):
     engine: Simulation
     traceable = True
@@ -162,7 +143,7 @@ class _Simulated(Execution):
 
     _chosen: str | None = None  # how the run is compiled, once that is chosen
     _ahead: Ahead | None = None  # what was run to choose it
-    _where: Books | None = None
+    _where: Books | None = None  # what lies where in the books of iterations
     _over: Carry | None = None  # what the next stretch may write over
 
     @property

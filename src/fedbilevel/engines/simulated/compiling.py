@@ -8,12 +8,15 @@ iterations). See `benchmarks/first_answer.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
+from jaxtyping import PyTree
 
+from ...algorithm import Algorithm
 from ...compiled import CHEAPLY, Kept, Options
 from ...errors import check
+from ..base import Carry
 
 Way: TypeAlias = Literal["quick", "full"]
 
@@ -21,6 +24,25 @@ QUICK: Options = CHEAPLY
 PAYS = 2.3  # seconds of quick iterations from which on compiling in full is the shorter way
 
 _PACES: Kept[float] = Kept(64)  # seconds of an iteration of a quick program, once measured
+
+
+class Ahead(NamedTuple):
+    """An iteration that was run before `advance` asked for it.
+
+    Attributes:
+        algorithm, carry, limit: of which, from where.
+        out, seconds: what the program gave, and how long it took.
+    """
+
+    algorithm: Algorithm
+    carry: Carry
+    limit: float
+    out: PyTree
+    seconds: float
+
+    def of(self, algorithm: Algorithm, carry: Carry, limit: float) -> bool:
+        """Whether it is the one that is asked for."""
+        return self.algorithm is algorithm and self.carry is carry and self.limit == limit
 
 
 def check_way(compile: str) -> None:
