@@ -15,7 +15,7 @@ from ..errors import RunError, check
 from ..metrics import STOPPED
 from ..results.folder import CHECKPOINT, HISTORY, ROUNDS
 from ..sampled import Sampled
-from .execute import say_stopped, started
+from .execute import say_compiled, say_stopped, started
 
 
 def run_app(
@@ -46,6 +46,8 @@ def run_app(
         if outcome.failure:
             raise RunError(outcome.failure)
     _show(folder, as_json)
+    if not as_json:
+        say_compiled(outcomes)
 
 
 def deploy_app(file: str, out: str, clients: int, resume: bool, settings: Mapping[str, int | None]) -> None:
