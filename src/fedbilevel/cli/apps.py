@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..app import load_app
-from ..compare import Plan
+from ..compare import Outcome, Plan
 from ..errors import RunError, check
 from ..metrics import STOPPED
 from ..results.folder import CHECKPOINT, HISTORY, ROUNDS
@@ -45,9 +45,7 @@ def run_app(
     for outcome in outcomes:
         if outcome.failure:
             raise RunError(outcome.failure)
-    _show(folder, as_json)
-    if not as_json:
-        say_compiled(outcomes)
+    _show(folder, outcomes, as_json)
 
 
 def deploy_app(file: str, out: str, clients: int, resume: bool, settings: Mapping[str, int | None]) -> None:
@@ -80,7 +78,7 @@ def _figures(folder: Path) -> None:
         report.write(folder, report.read(folder))
 
 
-def _show(folder: Path, as_json: bool) -> None:
+def _show(folder: Path, outcomes: list[Outcome], as_json: bool) -> None:
     """The last row of the history, who failed how often, and why it was stopped, if it was."""
     from ..results import report
 
@@ -98,6 +96,7 @@ def _show(folder: Path, as_json: bool) -> None:
         print(json.dumps(last | {STOPPED: reason} if reason else last))
     else:
         _print(folder, last)
+        say_compiled(outcomes)
     if reason:
         say_stopped(reason, as_json)
 
