@@ -38,3 +38,20 @@ def test_garbage_is_looked_for_less_often_within_and_as_before_after():
         fails()
     assert within[0] >= 50_000
     assert gc.get_threshold() == before
+
+
+def test_looks_at_everything_take_a_small_part_of_the_time(monkeypatch):
+    now, ends = [0.0], []
+
+    def collect():
+        now[0] += 0.4
+        ends.append(now[0])
+
+    monkeypatch.setattr(memory.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(memory.gc, "collect", collect)
+    looks = memory.Looks()
+    while now[0] < 200:
+        now[0] += 0.5
+        looks.after()
+    assert ends[0] < 6  # and soon for the first time
+    assert 0.005 < 0.4 * len(ends) / now[0] <= 1 / looks.parts
