@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
+from fedbilevel import beginning
 from fedbilevel.beginning import as_leaves, first_client_state, first_state
+
+COMPILED = []
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def _listen(event, seconds, **words):
+    if event.endswith("backend_compile_duration"):
+        COMPILED.append(words.get("fun_name"))
+
 
 X, Y = {"w": jnp.arange(3.0)}, jnp.array([0.5, -2.0])
 
@@ -28,6 +38,25 @@ def test_they_are_the_same(algorithm):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     kept = algorithm.client_init(X, Y)
     jax.tree.map(np.testing.assert_array_equal, first_client_state(algorithm, found), kept)
+
+
+@pytest.mark.parametrize("algorithm", [fb.algorithms.Lockstep(), fb.algorithms.FedMSA(), fb.FedNest()])
+def test_what_is_only_filled_with_numbers_compiles_nothing(algorithm):
+    x, y = {"w": jnp.arange(4.0)}, jnp.array([0.5, -2.0, 3.0])  # of shapes that no other test has
+    COMPILED.clear()
+    first_client_state(algorithm, first_state(algorithm, x, y))
+    assert COMPILED == []
+    jax.jit(lambda: jnp.ones(()) + 1)()  # the list sees a compilation
+    assert COMPILED
+
+
+def test_what_fails_while_it_runs_is_not_hidden(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(beginning._FILLS, "broadcast_in_dim", broken)
+    with pytest.raises(ZeroDivisionError):
+        first_state(fb.algorithms.Lockstep(), {"w": jnp.arange(5.0)}, Y)
 
 
 def test_python_may_decide():

@@ -84,6 +84,8 @@ def test_a_trace_is_told_from_another():
     assert inside == [True, True, False]
     assert state() == outside
     assert not isinstance(jnp.ones(()), jaxprs.Tracer)
+    known = jax.make_jaxpr(jnp.sin)(jnp.ones(3)).jaxpr.outvars[0].aval
+    assert isinstance(known, jaxprs.ShapedArray) and (known.shape, known.weak_type) == ((3,), False)
 
 
 def test_compiling_is_told_of():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,7 +15,7 @@ from .algorithm import Algorithm
 from .arrays import Concrete
 from .canonical import trace
 from .compiled import Kept
-from .jaxprs import ClosedJaxpr, Literal, dce_jaxpr, jaxpr_as_fun
+from .jaxprs import ClosedJaxpr, Literal, ShapedArray, dce_jaxpr, jaxpr_as_fun
 from .problem import strong
 from .program import class_of
 
@@ -55,9 +56,10 @@ def _at_once(function: Callable[..., PyTree], algorithm: Algorithm, *args: PyTre
     key = function, class_of(algorithm), structure, tuple(static), places, shapes, wide
     whole = lambda leaves: function(*eqx.combine(jax.tree.unflatten(structure, leaves), rest))
     try:
-        return _PROGRAMS.get(key, lambda: _program(whole, leaves))(leaves)
-    except Exception:  # an algorithm may ask Python to decide on values, which are at hand here
+        program = _PROGRAMS.get(key, lambda: _program(whole, leaves))
+    except Exception:  # while it is traced: an algorithm may ask Python to decide on values, which are at hand here
         return function(algorithm, *args)
+    return program(leaves)
 
 
 def _program(function: Callable[..., PyTree], leaves: list[Concrete]) -> Callable[[list[Concrete]], PyTree]:
@@ -89,7 +91,7 @@ def _filled(whole: ClosedJaxpr, leaves: list[Concrete]) -> list[Concrete]:
     return [made(atom) for atom in jaxpr.outvars]
 
 
-def _broadcast(array: np.ndarray, params: Mapping[str, Sequence[int]], like: jax.ShapeDtypeStruct) -> np.ndarray:
+def _broadcast(array: np.ndarray, params: Mapping[str, Any], like: ShapedArray) -> np.ndarray:
     shape = [1] * len(like.shape)
     for place, size in zip(params["broadcast_dimensions"], array.shape, strict=True):
         shape[place] = size

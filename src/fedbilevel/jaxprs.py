@@ -1,10 +1,11 @@
 """The names that JAX does not promise to keep: every other module takes them from here.
 
 Traced programs and what runs them (`ClosedJaxpr`, `Jaxpr`, `JaxprEqn`, `Var`, `Literal`, `jaxpr_as_fun`), a traced
-program without what its results do not need (`dce_jaxpr`), a value inside a trace (`Tracer`), which trace we are in
-(`get_opaque_trace_state`), random bits without a key array (`threefry_2x32`), how events of compiling are called
-(`COMPILING`), a call of Python by a compiled program (`on_host`), where JAX asks for what it has compiled before
-(`compilation_cache`, whose `_cache` is a `CacheInterface`) and `jaxlib_version`. A test holds each to what we rely on.
+program without what its results do not need (`dce_jaxpr`), a value inside a trace (`Tracer`), what a trace knows of a
+value (`ShapedArray`), which trace we are in (`get_opaque_trace_state`), random bits without a key array
+(`threefry_2x32`), how events of compiling are called (`COMPILING`), a call of Python by a compiled program (`on_host`),
+where JAX asks for what it has compiled before (`compilation_cache`, whose `_cache` is a `CacheInterface`) and
+`jaxlib_version`. A test holds each to what we rely on.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ __all__ = [
     "Jaxpr",
     "JaxprEqn",
     "Literal",
+    "ShapedArray",
     "Tracer",
     "Var",
     "compilation_cache",
