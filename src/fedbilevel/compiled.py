@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,7 +17,7 @@ from . import cache
 from .arrays import Concrete, Structure
 from .problem import Problem, told_of_reverse_rules
 from .processes import whole_over
-from .program import class_of, compiled_as, helpers_of, known_as, program_of
+from .program import Program, class_of, compiled_as, helpers_of, known_as, program_of
 
 KEPT = 16  # programs kept compiled: 5 to 15 MB each
 TRACED = 8  # problems of which parts are kept traced: about 2 MB each
@@ -85,7 +85,7 @@ class Bound:
         self._own, structure = jax.tree.flatten(own)
         leaves, whole = jax.tree.flatten(algorithm)
         self._algorithm, static = _apart(leaves)
-        self._now = rest, structure, program_of(problem), static, whole
+        self._now = _Now(rest, structure, program_of(problem), static, whole)
         self._problem = problem
         self._compiled = (_KEPT if kept is None else kept).get(
             (compiled_as(problem), class_of(algorithm), whole, static, function, options),
@@ -136,12 +136,15 @@ def _together(static: Static, structure: Structure, arrays: Sequence[Concrete]) 
 
 
 class _Compiled:
-    """A function compiled for a program, for the shapes it has met."""
+    """A function compiled for a program, for the shapes it has met.
+
+    What JAX knows it by does not refer to this: programs that are forgotten are gone at once, not when Python next
+    looks for objects that hold on to each other.
+    """
 
     def __init__(self, function: Callable[..., PyTree], options: Options):
-        self._function = function
-        self._now: tuple | None = None
-        named = functools.partial(self._traced)
+        self._call = _Call()
+        named = functools.partial(_traced, function, self._call)
         functools.update_wrapper(named, function)  # what JAX calls it in its log and in profiles
         # over several processes, all results lie whole in each: so that each can read them
         self._jitted = functools.cache(
@@ -156,36 +159,59 @@ class _Compiled:
 
     def __call__(
         self,
-        now: tuple,
+        now: _Now,
         static: _Static,
         own: list[Concrete],
         algorithm: list[Concrete],
         arrays: list[Concrete],
         spent: list[Concrete],
     ) -> PyTree:
-        before, self._now = self._now, now
+        before, self._call.now = self._call.now, now
         try:
             return self._jitted(whole_over(arrays))(static, own, algorithm, arrays, spent)
         finally:
-            self._now = before
+            self._call.now = before
 
-    def _traced(
-        self,
-        static: _Static,
-        own: list[Concrete],
-        algorithm: list[Concrete],
-        arrays: list[Concrete],
-        spent: list[Concrete],
-    ) -> PyTree:
-        assert self._now is not None
-        # of this very call, not of the one that was compiled first
-        problem, structure, program, fixed, whole = self._now
-        problem = known_as(eqx.combine(jax.tree.unflatten(structure, own), problem), program)
-        given = [
-            leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in [*arrays, *spent]
-        ]  # numpy's, without jit
-        args = static.together(given)
-        return self._function(problem, _together(fixed, whole, algorithm), *args)
+
+class _Now(NamedTuple):
+    """What a problem and an algorithm are beside their arrays.
+
+    Attributes:
+        problem, structure: the problem without arrays; the structure of its arrays.
+        program: what it computes.
+        static, whole: the algorithm's leaves, where it has no arrays, and its structure.
+    """
+
+    problem: Problem
+    structure: Structure
+    program: Program | None
+    static: Static
+    whole: Structure
+
+
+class _Call:
+    """The call that is being made."""
+
+    def __init__(self):
+        self.now: _Now | None = None
+
+
+def _traced(
+    function: Callable[..., PyTree],
+    call: _Call,
+    static: _Static,
+    own: list[Concrete],
+    algorithm: list[Concrete],
+    arrays: list[Concrete],
+    spent: list[Concrete],
+) -> PyTree:
+    now = call.now  # of this very call, not of the one that was compiled first
+    assert now is not None
+    problem = known_as(eqx.combine(jax.tree.unflatten(now.structure, own), now.problem), now.program)
+    given = [
+        leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in [*arrays, *spent]
+    ]  # numpy's, without jit
+    return function(problem, _together(now.static, now.whole, algorithm), *static.together(given))
 
 
 class _Static:

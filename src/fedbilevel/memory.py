@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import time
 from collections.abc import Iterator
 
 import jax
@@ -30,29 +29,6 @@ def release(enough: int = _ENOUGH) -> None:
         gc.collect()
 
 
-class Looks:
-    """When everything is looked at for garbage: so seldom that it takes at most one part in `parts` of a process's time.
-
-    A look takes the longer the more there is, 0.1 to 0.5 s once JAX has traced something.
-    """
-
-    parts = 50
-
-    def __init__(self, took: float = 0.1):
-        self._ended, self._took = time.process_time(), took  # cpu-seconds
-
-    def after(self) -> None:
-        """Look, if it is time."""
-        begun = time.process_time()
-        if begun - self._ended > self.parts * self._took:
-            gc.collect()
-            self._ended = time.process_time()
-            self._took = self._ended - begun
-
-
-_looks = Looks()
-
-
 @contextlib.contextmanager
 def seldom_collecting() -> Iterator[None]:
     """Within it Python looks for garbage less often: tracing makes very many objects that stay; a tenth of its time."""
@@ -62,5 +38,3 @@ def seldom_collecting() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
-        if before[0]:  # what was compiled for earlier runs is garbage in circles
-            _looks.after()

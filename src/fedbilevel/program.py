@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
+from .arrays import Structure
 from .canonical import Traced, canonical, digest_of, digest_of_class, trace
 from .data import FederatedData, Level
 from .jaxprs import jaxpr_as_fun
@@ -129,11 +131,21 @@ class _Drawn(NamedTuple):
 
 
 def _drawn(level: Level) -> _Drawn:
+    leaves, structure = jax.tree.flatten((level, jax.random.key(0)))
+    known = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
+    return _shapes(structure, known, jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.lru_cache(64)
+def _shapes(structure: Structure, known: tuple, wide: bool) -> _Drawn:
+    """`_drawn`, by the structure and the shapes of a level and a key; `wide` is JAX's setting, under which they count."""
+
     def both(level: Level, key: Key[Array, ""]) -> _Drawn:
         rows = level.client(0).all()
         return _Drawn(rows, dataclasses.replace(rows, key=key))
 
-    return jax.eval_shape(both, level, jax.random.key(0))
+    like = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in known]
+    return jax.eval_shape(both, *jax.tree.unflatten(structure, like))
 
 
 def _traced(problem: Problem, x: PyTree, y: PyTree, inner: _Drawn, outer: _Drawn) -> list[Traced]:
