@@ -59,6 +59,21 @@ def test_what_fails_while_it_runs_is_not_hidden(monkeypatch):
         first_state(fb.algorithms.Lockstep(), {"w": jnp.arange(5.0)}, Y)
 
 
+class Keyed(fb.algorithms.Lockstep):
+    """Random keys among what it remembers."""
+
+    def client_init(self, x, y):
+        key = jax.random.key(7)
+        return {"one": key, "two": jnp.broadcast_to(key, (2,)), "none": jnp.zeros(2)}
+
+
+def test_keys_are_no_numbers():
+    kept, expected = first_client_state(Keyed(), first_state(Keyed(), X, Y)), Keyed().client_init(X, Y)
+    assert jax.tree.structure(kept) == jax.tree.structure(expected)
+    for name in ("one", "two"):
+        np.testing.assert_array_equal(jax.random.key_data(kept[name]), jax.random.key_data(expected[name]))
+
+
 def test_python_may_decide():
     np.testing.assert_array_equal(Picky.init(Picky(), X, Y).y, -Y)
     np.testing.assert_array_equal(first_state(Picky(), X, Y).y, -Y)

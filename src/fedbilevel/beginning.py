@@ -15,7 +15,7 @@ from .algorithm import Algorithm
 from .arrays import Concrete
 from .canonical import trace
 from .compiled import Kept
-from .jaxprs import ClosedJaxpr, Literal, ShapedArray, dce_jaxpr, jaxpr_as_fun
+from .jaxprs import ClosedJaxpr, JaxprEqn, Literal, ShapedArray, dce_jaxpr, jaxpr_as_fun
 from .problem import strong
 from .program import class_of
 
@@ -68,7 +68,7 @@ def _program(function: Callable[..., PyTree], leaves: list[Concrete]) -> Callabl
     outs, structure = jax.tree.flatten(traced.out)
     jaxpr, _ = dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.jaxpr.outvars), instantiate=True)
     whole = ClosedJaxpr(jaxpr, traced.jaxpr.consts)
-    plain = all(equation.primitive.name in _FILLS for equation in jaxpr.eqns)
+    plain = all(equation.primitive.name in _FILLS and not _of_keys(equation) for equation in jaxpr.eqns)
     plain = plain and not any(getattr(var.aval, "weak_type", False) for var in jaxpr.outvars)
     compiled = jax.jit(jaxpr_as_fun(whole))
 
@@ -87,8 +87,15 @@ def _filled(whole: ClosedJaxpr, leaves: list[Concrete]) -> list[Concrete]:
     for equation in jaxpr.eqns:
         (out,) = equation.outvars
         values[out] = _FILLS[equation.primitive.name](np.asarray(read(equation.invars[0])), equation.params, out.aval)
-    made = lambda atom: read(atom) if atom in jaxpr.invars else jax.device_put(np.asarray(read(atom), atom.aval.dtype))
-    return [made(atom) for atom in jaxpr.outvars]
+    given = [*jaxpr.invars, *jaxpr.constvars]
+    made = lambda atom: read(atom) if atom in given else np.asarray(read(atom), atom.aval.dtype)
+    return [jax.device_put(made(atom)) for atom in jaxpr.outvars]
+
+
+def _of_keys(equation: JaxprEqn) -> bool:
+    """Whether random keys are filled in, of which numpy knows nothing."""
+    made = [var.aval for var in equation.outvars]
+    return any(isinstance(one, ShapedArray) and jnp.issubdtype(one.dtype, jax.dtypes.extended) for one in made)
 
 
 def _broadcast(array: np.ndarray, params: Mapping[str, Any], like: ShapedArray) -> np.ndarray:
