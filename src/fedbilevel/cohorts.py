@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from .data import random_below
 from .errors import InputError, check
-from .federation import Combine, Share
+from .federation import Combine, Share, Way
 from .given import Whole, as_whole
 
 _COHORT = 2**32 - 1  # no client has this index: the cohort's key differs from every client's
@@ -93,6 +94,13 @@ def mean_reply(replies: PyTree, weights: Float[Array, " cohort"] | None) -> PyTr
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1), replies)
 
 
+def by_part(how: Combine, replies: PyTree, combined: Callable[[Way, PyTree], PyTree]) -> PyTree:
+    """`combined(way, replies)`; of each part where `how` has a way for each part of the replies."""
+    if not isinstance(how, tuple):
+        return combined(how, replies)
+    return tuple(combined(way, part) for way, part in zip(how, replies, strict=True))
+
+
 def combine_replies(
     how: Combine,
     replies: PyTree,
@@ -100,12 +108,18 @@ def combine_replies(
     present: Bool[Array, " cohort"] | None = None,
 ) -> PyTree:
     """The mean of the replies over the leading axis, or the largest of them, number by number; of those present."""
+    return by_part(how, replies, lambda way, part: _combined(way, part, weights, present))
+
+
+def _combined(
+    way: Way, replies: PyTree, weights: Float[Array, " cohort"] | None, present: Bool[Array, " cohort"] | None
+) -> PyTree:
     if present is not None:  # what an absent client would have said counts for nothing, NaN neither
         here = lambda leaf: present.reshape(-1, *[1] * (leaf.ndim - 1))
         replies = jax.tree.map(lambda leaf: jnp.where(here(leaf), leaf, leaf[jnp.argmax(present)]), replies)
         weights = jnp.where(present, 1.0 if weights is None else weights, 0.0)
         weights = weights / weights.sum()
-    if how == "mean":
+    if way == "mean":
         return mean_reply(replies, weights)
     return jax.tree.map(lambda leaf: jnp.max(leaf, axis=0), replies)
 

@@ -18,7 +18,7 @@ from ..errors import InputError, check
 from ..federation import Body, Client, Cohort, Combine, Federation, Flag, Index, Method, Reply
 from ..problem import Problem, describe
 from .calls import check_times
-from .sites import Path, Site, Wanted
+from .sites import Path, Site, Wanted, check_parts
 from .traced import Loop, TracedFederation
 
 Program: TypeAlias = Callable[[Algorithm, Federation, PyTree], tuple[PyTree, PyTree]]  # (state) -> (the next, info)
@@ -70,6 +70,7 @@ class AbstractFederation(TracedFederation):
     ) -> tuple[PyTree, PyTree]:
         known = self._known
         shapes = self._replied_with(name, method, message, wanted, key) if known is None else known[self._at].reply
+        check_parts(f"{type(self._algorithm).__name__}.{name}", combine, shapes)
         one = jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), (1, *s.shape)), shapes)
         return shapes, combine_replies(combine, one, None)
 

@@ -7,6 +7,7 @@ twice finds the same site.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import TypeAlias
 
 import jax
@@ -15,11 +16,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from ..errors import InputError, check
-from ..federation import Flag, Replies, When
+from ..federation import Combine, Flag, Replies, Way, When
 from ..problem import describe
 
 Path: TypeAlias = tuple[int, ...]
 Wanted: TypeAlias = tuple[Flag, ...]  # one for each part of a reply
+_WAYS = typing.get_args(Way)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Site:
         flags: how many conditional parts there are, down and up.
         cohort: how many clients are asked.
         round: whether it is a round of its own, or asks in the round of the exchange before.
+        combine: how each part of the reply is combined.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class Site:
     flags: int
     cohort: int
     round: bool = True
+    combine: tuple[Way, ...] = ("mean",)
 
 
 def is_static(flag: Flag) -> bool:
@@ -92,6 +96,43 @@ def wanted_flags(replies: Replies) -> Wanted:
     return replies
 
 
+def parts_wanted(replies: Replies, combine: Combine) -> tuple[Wanted, Combine]:
+    """(The flags of a reply's parts, how they are combined: in one way, or in one for each part).
+
+    Raises:
+        InputError: `combine` names another way, or has not as many parts as `replies`.
+    """
+    ways = combine if isinstance(combine, tuple) else (combine,)
+    check(
+        len(ways) > 0 and all(way in _WAYS for way in ways),
+        'fed.average(combine=...) is "mean" or "maximum", or a tuple with one of them for each part of the reply; '
+        f"got {combine!r}.",
+    )
+    if not isinstance(combine, tuple):
+        return wanted_flags(replies), combine
+    wanted = (True,) * len(combine) if replies is True else wanted_flags(replies)
+    check(
+        len(wanted) == len(combine),
+        f"fed.average(combine=...) has {len(combine)} ways to combine, and replies= {len(wanted)} flags: "
+        "give one of each for each part of the reply.",
+    )
+    if len(combine) == 1:  # the whole reply, not a tuple of one
+        return wanted, combine[0]
+    return wanted, combine
+
+
+def check_parts(where: str, combine: Combine, reply: PyTree) -> None:
+    """Refuse a reply that has not as many parts as there are ways to combine them."""
+    fits = not isinstance(combine, tuple) or (isinstance(reply, tuple) and len(reply) == len(combine))
+    check(
+        fits,
+        lambda: (
+            f"combine= has {len(combine)} ways to combine the reply of {where}, which is {describe(reply)}: "
+            "return a tuple of as many parts."
+        ),
+    )
+
+
 def reply_parts(reply: PyTree, wanted: Wanted) -> tuple:
     """The parts of a reply, one per flag."""
     if len(wanted) == 1:
@@ -119,7 +160,15 @@ def size(tree: PyTree) -> int:
 
 
 def site(
-    path: Path, name: str, message: PyTree, reply: PyTree, sent: list[Flag], wanted: Wanted, cohort: int, counts: bool
+    path: Path,
+    name: str,
+    message: PyTree,
+    reply: PyTree,
+    sent: list[Flag],
+    wanted: Wanted,
+    cohort: int,
+    counts: bool,
+    combine: Combine,
 ) -> Site:
     """What travels at a call site, from the message and one client's reply."""
     shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
@@ -141,4 +190,5 @@ def site(
         for i, (part, f) in enumerate(zip(reply_parts(reply, wanted), wanted, strict=True))
     ]
     flags = next(flag, len(sent) + len(wanted))
-    return Site(path, name, shapes(message), shapes(reply), tuple(down), tuple(up), flags, cohort, counts)
+    ways = combine if isinstance(combine, tuple) else (combine,) * len(up)
+    return Site(path, name, shapes(message), shapes(reply), tuple(down), tuple(up), flags, cohort, counts, ways)

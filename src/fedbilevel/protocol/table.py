@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..algorithm import Algorithm
+from ..federation import Way
 from ..given import JSON
 from .calls import named_method
 from .sites import Path, Site
@@ -31,6 +32,7 @@ class Exchange:
         name: the client method; `down` and `up` name the message's and the reply's parts, conditional ones in brackets.
         times, bytes_down, bytes_up: expected over the server's draws.
         times_most, bytes_down_most, bytes_up_most: at most.
+        combine: how each part of the reply is combined, "mean" or "maximum"; `up` says so of the latter.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Exchange:
     bytes_down_most: int
     bytes_up: float
     bytes_up_most: int
+    combine: tuple[Way, ...] = ("mean",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,8 @@ def summary(
         spent = [(_mean(each), int(each.max())) for each in (count[:, 0], down, up)]
         notes = [f"{site.cohort} asked"] * (site.cohort != cohort) + ["same round"] * (not site.round)
         name = f"{site.name} ({', '.join(notes)})" if notes else site.name
-        lines.append(Exchange(name, *_labels(algorithm, site), *itertools.chain(*spent)))  # pyright: ignore[reportArgumentType]
+        line = Exchange(name, *_labels(algorithm, site), *itertools.chain(*spent))  # pyright: ignore[reportArgumentType]
+        lines.append(dataclasses.replace(line, combine=site.combine))
     rounds, down, up = totals
     return Protocol(
         type(algorithm).__name__, clients, cohort, tuple(lines),
@@ -163,7 +167,8 @@ def _labels(algorithm: Algorithm, site: Site) -> tuple[str, str]:
     show = lambda text, part: text if part.flag is None else f"[{text}]"
     name = lambda place: names[place] if place < len(names) else f"#{place}"
     down = ", ".join(show(name(int(part.label)), part) for part in site.down)
-    up = ", ".join(show(f"{part.bytes} B", part) for part in site.up)
+    how = lambda way: "" if way == "mean" else f" {way}"
+    up = ", ".join(show(f"{part.bytes} B{how(way)}", part) for part, way in zip(site.up, site.combine, strict=True))
     return down, up
 
 

@@ -21,7 +21,7 @@ from ..errors import check
 from ..federation import Body, Client, Cohort, Combine, Federation, Flag, Index, Method, Replies
 from ..jaxprs import get_opaque_trace_state
 from .calls import answer, check_beside, check_carry, check_given, check_times, client_method
-from .sites import Path, Site, Wanted, is_static, mask_reply, normalise, site, wanted_flags
+from .sites import Path, Site, Wanted, is_static, mask_reply, normalise, parts_wanted, site
 
 Ledger: TypeAlias = tuple[
     Int[Array, ""], dict[Path, Int[Array, " ..."]] | None, PyTree
@@ -121,7 +121,7 @@ class TracedFederation(Federation):
         path = self._scopes.advance()
         name, method = client_method(self._algorithm, method)
         message, sent = normalise(message)
-        wanted = wanted_flags(replies)
+        wanted, combine = parts_wanted(replies, combine)
         key = self._own_key()
         given = check_given(cohort, self.clients)
         self._asked = self.cohort_size if given is None else given.shape[0]
@@ -129,7 +129,7 @@ class TracedFederation(Federation):
         self._at = path
         shapes, reply = self.exchange(name, method, message, combine, wanted, key, given)
         check_beside(beside, path, self.sites)
-        self.sites[path] = site(path, name, message, shapes, sent, wanted, self._asked, not beside)
+        self.sites[path] = site(path, name, message, shapes, sent, wanted, self._asked, not beside, combine)
         reply = mask_reply(reply, wanted)
         flags = self.travelled([flag for flag in (*sent, *wanted) if not is_static(flag)])
         if self.counts is not None:

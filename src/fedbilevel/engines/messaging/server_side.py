@@ -35,7 +35,7 @@ from ...federation import Cohort, Combine, Federation, Flag, Index
 from ...problem import Problem, strong
 from ...protocol import as_leaves
 from ...protocol.calls import check_carry, check_given, check_times, client_method
-from ...protocol.sites import Path, mask_reply, normalise, reply_parts, wanted_flags
+from ...protocol.sites import Path, mask_reply, normalise, parts_wanted, reply_parts
 from ...protocol.table import Protocol
 from ...protocol.traced import Scopes
 from ...protocol.wire import decode, encode, message_schema
@@ -160,7 +160,8 @@ class MessageFederation(Federation):
         client_method(self._algorithm, method)
         message, flags = normalise(message)
         sent = tuple(bool(flag) for flag in flags)
-        wanted = tuple(bool(flag) for flag in wanted_flags(replies))
+        flags, combine = parts_wanted(replies, combine)
+        wanted = tuple(map(bool, flags))
         cohort = check_given(cohort, self.clients)
         self._asked = self.cohort_size if cohort is None else cohort.shape[0]
         exchange = _Exchange(path, self._tick(), sent, wanted, encode(*message_schema(message, sent)), beside)

@@ -19,6 +19,7 @@ from ...errors import RunError, check
 from ...given import Received
 from ...problem import Problem, bind, strong
 from ...protocol import trace
+from ...protocol.sites import Site
 from ...protocol.table import Protocol
 from ...sanity import check_influence, judge_all
 from ...variables import trainable
@@ -46,14 +47,22 @@ def derive(app: App, data: FederatedData, cohort: int) -> Protocol:
 
 
 def fingerprint(protocol: Protocol) -> str:
-    """What tells one protocol from another: every exchange's method, and the shapes and dtypes of what travels."""
+    """What tells one protocol from another: every exchange's method, and the shapes and dtypes of what travels.
+
+    And where the parts of a reply are combined in several ways, how.
+    """
     leaves = lambda tree: [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree)]
     sites = [
-        [list(path), site.name, leaves(site.message), leaves(site.reply)]
+        [list(path), site.name, leaves(site.message), leaves(site.reply), *_parts(site)]
         for path, site in sorted(protocol.sites.items())
     ]
     text = json.dumps([protocol.algorithm, protocol.clients, protocol.cohort, sites])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parts(site: Site) -> list[tuple[str, ...]]:
+    """How the parts of a reply are combined, where not all in one way."""
+    return [site.combine] if len(set(site.combine)) > 1 else []
 
 
 def shares(counts: list[list[int]]) -> tuple[list[float], list[float]]:

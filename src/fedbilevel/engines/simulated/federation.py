@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ...algorithm import Algorithm
 from ...arrays import entry
 from ...blocks import Cut
-from ...cohorts import answered, client_key, combine_replies, full_weights, stays
+from ...cohorts import answered, by_part, client_key, combine_replies, full_weights, stays
 from ...data import FederatedData, Level
-from ...federation import Client, Combine, Flag, Reply
+from ...federation import Client, Combine, Flag, Reply, Way
 from ...problem import Problem, own_oracles
 from ...protocol.sites import Path
 from ...protocol.traced import TracedFederation
@@ -189,10 +189,14 @@ class SimulatedFederation(TracedFederation):
             self._keep(index, present, states)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), replies)
         weights = full_weights(self._data.weights, index, self.clients)
-        if real is not None and combine == "mean" and not self.drops:
-            replies, weights = without_padding(real, replies, weights, self.clients)
-            present = None
-        return shapes, combine_replies(combine, replies, weights, present)
+        padded = None if self.drops else real
+
+        def combined(way: Way, part: PyTree) -> PyTree:
+            if padded is None or way != "mean":
+                return combine_replies(way, part, weights, present)
+            return combine_replies(way, *without_padding(padded, part, weights, self.clients))
+
+        return shapes, by_part(combine, replies, combined)
 
     def _fetched(self, index: Int[Array, " slots"], mesh: jax.sharding.Mesh) -> tuple[PyTree, PyTree] | None:
         inner, outer = (fetched(level, index, mesh) for level in (self._data.inner, self._data.outer))

@@ -135,7 +135,7 @@ class _OneCohort(Federation):
         self,
         method: Callable[..., PyTree],
         message: tuple[PyTree, ...],
-        combine: Literal["mean", "maximum"],
+        combine: Literal["mean", "maximum"] | tuple[Literal["mean", "maximum"], ...],
         replies: PyTree,
         cohort: Int[Array, " cohort"] | None,
         beside: bool,

@@ -1,0 +1,77 @@
+"""An algorithm with one exchange, of whose reply one part is combined by the mean and one by the maximum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax.tree
+
+import fedbilevel as fb
+
+PARTS = ("mean", "maximum")
+
+
+class Seen(fb.State):
+    """x and y, which stay, and the sum of what came back."""
+
+    seen: Any
+
+
+class Parts(fb.Algorithm):
+    """Sums up the replies of an exchange; nothing that is asked or drawn depends on how they are combined.
+
+    So what one `how` sees, part by part, another one's numbers can be compared with.
+
+    Args:
+        how: "parts"; "mean" or "maximum" of the whole reply; "two" exchanges with one cohort.
+        batch_size: rows of a minibatch.
+    """
+
+    how: str = fb.option("parts")
+    batch_size: int | None = fb.count(None)
+
+    def init(self, x, y):
+        return Seen(x, y, (_first(x, y), _second(y)))
+
+    def client_init(self, x, y):
+        return jnp.zeros(())
+
+    def step(self, fed, state):
+        x, y = state.x, state.y
+        if self.how == "two":
+            cohort = fed.draw_cohort()
+            came = fed.average(self.first, x, y, cohort=cohort), fed.maximum(self.second, x, y, cohort=cohort)
+        elif self.how == "one":
+            came = fed.average(self.both, x, y, cohort=fed.draw_cohort(), combine=PARTS)
+        else:
+            came = fed.average(self.both, x, y, combine=PARTS if self.how == "parts" else self.how)
+        return Seen(x, y, optax.tree.add(state.seen, came)), {"seen": optax.tree.norm(state.seen)}
+
+    def both(self, client, x, y):
+        """Two parts of several leaves each, from fresh rows; and from how often the client was asked."""
+        return fb.Reply((self.first(client, x, y), self.second(client, x, y)), client.state + 1)
+
+    def first(self, client, x, y):
+        h, g = client.problem.outer_gradients(x, y, client.batch("outer", self.batch_size))
+        return {"h": h, "g": optax.tree.scale(1 + client.state, g)}
+
+    def second(self, client, x, y):
+        """Of numbers below zero too: where nobody answers in a slot, zero is no maximum."""
+        rows = client.batch("inner", self.batch_size)
+        curved = client.problem.hessian_vector(x, y, y, rows)
+        return {"curved": curved, "slope": -optax.tree.norm(client.problem.inner_gradient(x, y, rows)) - client.state}
+
+
+def _first(x, y):
+    return {"h": optax.tree.zeros_like(x), "g": optax.tree.zeros_like(y)}
+
+
+def _second(y):
+    return {"curved": optax.tree.zeros_like(y), "slope": jnp.zeros(())}
+
+
+def ledger(result):
+    """Cumulative rounds and bytes, row by row."""
+    return np.array([[row[name] for name in ("rounds", "bytes_down", "bytes_up")] for row in result.history])
