@@ -1,4 +1,4 @@
-"""`fed.average(combine=("mean", "maximum"))`: one exchange, each part of its reply combined in its own way, on all engines."""
+"""`fed.average(combine=("mean", "maximum"))`: one exchange, each part of its reply in its own way."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def simulated():
 
 @pytest.mark.parametrize("name", ["cohort", "weighted"])
 def test_each_part_is_what_an_exchange_of_its_own_gives(simulated, name):
-    """The same clients are asked, the same drop out, the same rows are drawn: the numbers have to be the same."""
+    """The same clients are asked and drop out, the same rows are drawn: the numbers are the same."""
     parts, mean, maximum = (simulated(name, how) for how in ("parts", *PARTS))
     same(parts.state.seen[0], mean.state.seen[0])
     same(parts.state.seen[1], maximum.state.seen[1])
@@ -93,7 +93,7 @@ def test_a_part_may_be_of_whole_numbers_and_the_maximum_leaves_them_whole():
     assert mean["a"] == 3.5 and largest == 3 and largest.dtype == replies[1].dtype
 
 
-# What is declared and printed -----------------------------------------------------------------------------------------
+# What is declared and printed ---------------------------------------------------------------------
 
 
 class Asking(fb.Algorithm):
@@ -147,7 +147,10 @@ REFUSED = {
     "a list": ({"combine": ["mean", "maximum"]}, r"got \['mean', 'maximum'\]"),
     "nothing": ({"combine": ()}, r"got \(\)"),
     "no name": ({"combine": 2}, "got 2"),
-    "parts": ({"combine": ("mean", "mean", "maximum")}, r"combine= has 3 ways .* Asking\.both, which is .* as many parts"),
+    "parts": (
+        {"combine": ("mean", "mean", "maximum")},
+        r"combine= has 3 ways .* Asking\.both, which is .* as many parts",
+    ),
     "flags": ({"combine": PARTS, "replies": (True,)}, "has 2 ways to combine, and replies= 1 flags"),
 }
 

@@ -1,8 +1,8 @@
 """The federation capability: the only way in which a server program reaches data.
 
 `fed.average(method, *message)` is ONE communication round: the message goes to a cohort of clients, each runs the
-named method on its own data, and the mean of the replies comes back (with `combine=` of some of their parts the
-maximum). Loops over rounds are `fed.repeat` and
+named method on its own data, and the mean of the replies comes back (of some of their parts the
+maximum, with `combine=`). Loops over rounds are `fed.repeat` and
 `fed.until`, so that an engine may compile them or run them over a network. `fed.when(flag, part)` is a part of a
 message that travels only sometimes. The engines implement this interface; algorithms know nothing else.
 """
@@ -180,25 +180,30 @@ class Federation(abc.ABC):
                 default a fresh cohort.
             beside: ask in the same round as the exchange before, whose reply the message must not depend on: no
                 round is counted.
-            combine: "mean"; "maximum", the largest of the replies, number by number; or one of the two for each part of
-                the reply (a tuple, as for `replies`): `combine=("mean", "maximum")` gives the mean of the first parts and
-                the largest of the second, in one round.
+            combine: "mean"; "maximum", the largest of the replies, number by number; or one of the
+                two for each part of the reply (a tuple, as for `replies`): with
+                `combine=("mean", "maximum")` the mean of the first parts comes back and the largest
+                of the second, in one round.
 
         Returns:
             The mean of the replies over the cohort: plain, and with weighted clients and full participation weighted.
             (With weighted clients and a smaller cohort, the clients are drawn in proportion to their weights.)
             Where clients drop out, the mean of those who answered, their weights scaled to sum to one: biased towards
             light clients where weights differ (`Simulation`).
-            A part that is combined by its maximum: the largest of those who answered, whatever their weights.
+            Of a part that is combined by its maximum: the largest of those who answered, whatever
+            their weights.
 
         Raises:
-            InputError: when the protocol is derived, before anything runs: `combine` names another way, or has another
-                number of parts than `replies` or the reply.
+            InputError: when the protocol is derived, before anything runs: `combine` names another
+                way, or has another number of parts than `replies` or the reply.
         """
         return self.ask(method, message, combine, replies, cohort, beside)
 
     def maximum(self, method: Method, *message: PyTree, cohort: Cohort = None) -> PyTree:
-        """As `average` with `combine="maximum"`: the largest of the replies, number by number, whatever the weights."""
+        """`average` with `combine="maximum"`: the largest of the replies, number by number.
+
+        The clients' weights do not count.
+        """
         return self.ask(method, message, "maximum", True, cohort, False)
 
     @abc.abstractmethod

@@ -1,4 +1,4 @@
-"""An algorithm with one exchange, of whose reply one part is combined by the mean and one by the maximum."""
+"""An algorithm of one exchange: of a part of the reply it takes the mean, of another the maximum."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class Seen(fb.State):
 
 
 class Parts(fb.Algorithm):
-    """Sums up the replies of an exchange; nothing that is asked or drawn depends on how they are combined.
+    """Sums up the replies of an exchange; what is asked and drawn does not depend on them.
 
-    So what one `how` sees, part by part, another one's numbers can be compared with.
+    So what one `how` sees, part by part, can be compared with what another one does.
 
     Args:
-        how: "parts"; "mean" or "maximum" of the whole reply; "two" exchanges with one cohort.
+        how: "parts"; "mean" or "maximum" of the whole reply; "two" exchanges with one cohort that
+            the program draws, or "one" of parts.
         batch_size: rows of a minibatch.
     """
 
@@ -50,7 +51,7 @@ class Parts(fb.Algorithm):
         return Seen(x, y, optax.tree.add(state.seen, came)), {"seen": optax.tree.norm(state.seen)}
 
     def both(self, client, x, y):
-        """Two parts of several leaves each, from fresh rows; and from how often the client was asked."""
+        """Two parts of several leaves, from fresh rows and from how often the client was asked."""
         return fb.Reply((self.first(client, x, y), self.second(client, x, y)), client.state + 1)
 
     def first(self, client, x, y):

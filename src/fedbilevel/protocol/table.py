@@ -32,7 +32,7 @@ class Exchange:
         name: the client method; `down` and `up` name the message's and the reply's parts, conditional ones in brackets.
         times, bytes_down, bytes_up: expected over the server's draws.
         times_most, bytes_down_most, bytes_up_most: at most.
-        combine: how each part of the reply is combined, "mean" or "maximum"; `up` says so of the latter.
+        combine: how each part of the reply is combined, "mean" or "maximum"; `up` names the latter.
     """
 
     name: str

@@ -47,7 +47,7 @@ def derive(app: App, data: FederatedData, cohort: int) -> Protocol:
 
 
 def fingerprint(protocol: Protocol) -> str:
-    """What tells one protocol from another: every exchange's method, and the shapes and dtypes of what travels.
+    """What tells one protocol from another: every exchange's method, shapes and dtypes of what travels.
 
     And where the parts of a reply are combined in several ways, how.
     """
