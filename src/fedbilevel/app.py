@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Key, PyTree
 
 from .algorithm import Algorithm
+from .best import goal
 from .bundle import Bundle, Modules, bundle, checked_patterns, declared_files
 from .callbacks.base import Callback
 from .callbacks.listeners import listed
@@ -65,6 +66,7 @@ class App:
             patterns such as "weights/*.npy". They travel with it. It opens them as `Path(__file__).parent / name`.
         callbacks: what happens beside a run, at the server where it goes over a network: a list of callbacks; or a function,
             () -> a list, so that each run has fresh ones.
+        keep: by what the best x and y are kept beside the last, as in "test_loss:min", as by `solve(keep=)`.
 
     Attributes:
         origin: the file that defines it and the modules that it has loaded, if `load_app` has read it.
@@ -89,6 +91,7 @@ class App:
     files: Sequence[str] = ()
     check: bool = True
     callbacks: Sequence[Callback] | Callable[[], Sequence[Callback]] = ()
+    keep: str | None = None
 
     def __post_init__(self):
         check(isinstance(self.problem, Problem), f"App(problem=...) is a fedbilevel.Problem; got {self.problem!r}.")
@@ -107,6 +110,8 @@ class App:
         checked_patterns(self.files)
         if not callable(self.callbacks):
             listed(self.callbacks, "App(callbacks=...)")
+        if self.keep is not None:
+            goal(self.keep)
         check(isinstance(self.check, bool), f"App(check=...) is True or False; got {self.check!r}.")
         for name, least in (("iterations", 1), ("rounds", 1), ("seed", 0), ("cohort", 1), ("evaluate_every", 1)):
             value = getattr(self, name)
@@ -154,7 +159,7 @@ class App:
             problem=self.problem, algorithm=self.algorithm, key=self.key, iterations=self.iterations,
             data=data, start=self.begin, rounds=self.rounds,
             engine=engine, metrics=self.metrics, evaluate_every=self.evaluate_every, name=self.name,
-            check=False, precision=self.precision, callbacks=self.callbacks,
+            check=False, precision=self.precision, callbacks=self.callbacks, keep=self.keep,
         )  # fmt: skip
 
     def task(self, data: FederatedData, seed: int | None = None) -> Task:
@@ -172,9 +177,9 @@ class App:
         """The run's random key."""
         return jax.random.key(self.seed)
 
-    def with_(self, **changes: int | None) -> App:
+    def with_(self, **changes: int | str | None) -> App:
         """The same with other settings; None leaves one as it is, and iterations and rounds replace each other."""
-        given: dict[str, int | None] = {name: value for name, value in changes.items() if value is not None}
+        given: dict[str, int | str | None] = {name: value for name, value in changes.items() if value is not None}
         if "iterations" in given or "rounds" in given:
             given = {"iterations": None, "rounds": None} | given
         new = dataclasses.replace(self, **given)  # pyright: ignore[reportArgumentType]

@@ -112,6 +112,7 @@ class Plan:
         compile: how a simulation is compiled (see `Simulation`).
         client_state: where a simulation's clients' states lie; numbers do not depend on it.
         alone: whether its one run lies in the folder itself, as an application's does.
+        keep: by what the best x and y are kept, as in "test_loss:min".
     """
 
     source: Source
@@ -127,6 +128,7 @@ class Plan:
     alone: bool = False
     compile: str = "auto"
     client_state: str = IN_MEMORY
+    keep: str | None = None
 
     def choose(self, name: str) -> Chosen:
         """An algorithm with its settings, and where its step sizes come from."""
@@ -161,7 +163,7 @@ class Plan:
         """One of its runs."""
         return task.describe(
             self.choose(name).algorithm, iterations=self.iterations, rounds=self.rounds, engine=self.build_engine(),
-            evaluate_every=self.evaluate_every, check=self.check, callbacks=self.source.callbacks,
+            evaluate_every=self.evaluate_every, check=self.check, callbacks=self.source.callbacks, keep=self.keep,
             name=self.source.name if self.alone else f"{name}, seed {seed}",
         )  # fmt: skip
 
@@ -182,6 +184,7 @@ class Plan:
             "seeds": list(self.seeds),
             **{name: getattr(self, name) for name in how},
             **({} if self.compile == "auto" else {"compile": self.compile}),  # as folders of earlier versions have it
+            **({} if self.keep is None else {"keep": self.keep}),
             "clients_an_exchange": check_cohort(self.cohort, clients),
         }
 

@@ -39,6 +39,7 @@ class Description:
         engine: how it is run; None: `Simulation()`.
         metrics: name -> fn(x, y) -> scalar.
         evaluate_every: iterations between rows of the history.
+        keep: by what the best x and y are kept, as in "test_loss:min"; None: they are not.
         callbacks: a list of them; or a function, () -> a list, so that each run has fresh ones.
         check: whether the problem is looked at first, as by `solve(check=)`.
         precision: 32 or 64 bits; None: as the process is set.
@@ -55,6 +56,7 @@ class Description:
     engine: Engine | None = None
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
     evaluate_every: Whole = 1
+    keep: str | None = None
     callbacks: Sequence[Callback] | Callable[[], Sequence[Callback]] = ()
     check: bool = True
     precision: int | None = None
@@ -76,7 +78,7 @@ class Description:
             return solve(
                 self.problem, data, self.algorithm, x, y, self.iterations, rounds=self.rounds, key=self.key,
                 engine=self.engine, callbacks=[*callbacks, *own], metrics=self.metrics,
-                evaluate_every=self.evaluate_every, resume=resume, check=self.check,
+                evaluate_every=self.evaluate_every, keep=self.keep, resume=resume, check=self.check,
             )  # fmt: skip
 
     def protocol(self) -> Protocol:

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from . import arrays
-from .errors import check
+from .best import Best
+from .errors import InputError, check
 from .metrics import STOPPED
 from .protocol.table import Protocol
 
@@ -92,6 +93,7 @@ class Result:
             mean, by the clients' weights. None for other algorithms, and over a network, where they stay at the sites.
         stopped: the reason for which a callback stopped the run; None where none did.
         compiled: how its program was compiled, "quick" or "full" (see `Simulation`).
+        kept: what `best` gives; None without `keep=`, or where no row had a finite value.
     """
 
     x: PyTree
@@ -103,6 +105,21 @@ class Result:
     clients_y: PyTree = None
     stopped: str | None = None
     compiled: str = "full"
+    kept: Best | None = None
+
+    def best(self) -> Best:
+        """The best x and y, by what `solve(keep=)` named: x, y, iteration, rounds, value.
+
+        Of rows with equal values it is the first; rows whose value is not finite do not count.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.kept is None:
+            raise InputError(
+                "there is no best: keep= was not given, as in solve(keep='test_loss:min'), or no row had a finite value."
+            )
+        return self.kept
 
     @property
     def seconds(self) -> float:
@@ -116,6 +133,12 @@ def save_variables(result: Result, path: str | os.PathLike[str]) -> None:
     Read it with `np.load`; where a leaf is bfloat16, float8, int4 or the like, once jax is imported.
     """
     save_arrays({"x": result.x, "y": result.y, "clients_y": result.clients_y}, path)
+
+
+def save_best(best: Best, path: str | os.PathLike[str]) -> None:
+    """Write the best x and y as `save_variables` does the last, and iteration, rounds and value beside them."""
+    figures = {name: np.asarray(getattr(best, name)) for name in ("iteration", "rounds", "value")}
+    save_arrays({"x": best.x, "y": best.y, **figures}, path)
 
 
 def save_arrays(trees: dict[str, PyTree], path: str | os.PathLike[str]) -> None:

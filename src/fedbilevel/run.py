@@ -17,8 +17,9 @@ from jaxtyping import Array, Key, PyTree
 from . import cache
 from .algorithm import Algorithm
 from .beginning import first_state
+from .best import Kept, goal
 from .callbacks.base import Callback
-from .callbacks.checkpoint import load
+from .callbacks.checkpoint import load, load_kept
 from .callbacks.listeners import Listeners
 from .data import FederatedData
 from .diagnosis import LEAST, diagnose, largest
@@ -53,13 +54,14 @@ class Run:
     """A run in progress: what `solve` makes and has `go`. Callbacks see it as a `callbacks.Running`.
 
     Args:
-        problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, resume: as
-            `solve` takes them.
+        problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, keep, resume:
+            as `solve` takes them.
         sane: whether the problem is looked at before the first iteration: `check` of `solve`.
 
     Attributes:
         algorithm, history, protocol, metrics: what runs, its rows so far, its protocol, and its metrics by name.
         lower: where its lower variable is.
+        kept: the best x and y so far; None without `keep=`.
         processes: those that it runs over.
         carry: the state after `iteration` iterations.
         rounds, bytes_down, bytes_up, seconds: totals so far.
@@ -85,6 +87,7 @@ class Run:
         callbacks: Sequence[Callback] = (),
         metrics: Mapping[str, Metric] | None = None,
         evaluate_every: Whole = 1,
+        keep: str | None = None,
         resume: str | os.PathLike[str] | None = None,
         sane: bool = True,
     ):
@@ -96,6 +99,7 @@ class Run:
         check((iterations is None) != (rounds is None), "give iterations= or rounds=, one of the two.")
         self._most_iterations, self._budget = _count("iterations", iterations), _count("rounds", rounds)
         self._every = whole_number(evaluate_every, 1, _AT_LEAST_ONE.format("evaluate_every"))
+        self.kept = None if keep is None else Kept(goal(keep), self._every)
         Listeners(callbacks)  # refuses what is none
         self._x, self._x_rest = trainable(x, "x")
         self._y, self._y_rest = trainable(y, "y")
@@ -114,6 +118,9 @@ class Run:
         self.protocol = self._execution.protocol
         check_diagnostics(type(algorithm).__name__, _fields(self.protocol.info))
         checked_metrics(metrics, _fields(self.protocol.info))
+        if self.kept is not None:
+            told = [name for name, value in self._scalars().items() if value is not None]
+            self.kept.goal.known([*self.metrics, *told])
         self.lower = Lower(self._execution, algorithm, state, self._y_rest)
         self._check_budget()
         self.goal = self._most_iterations or self._budget
@@ -155,6 +162,8 @@ class Run:
         off_grid = rows and rows[-1]["iteration"] % self._every
         self._last_row = rows.pop() if off_grid else None
         self.history.add(rows)
+        if self.kept is not None:
+            load_kept(folder, self.kept, self.variables())
         if "trail" in totals:
             self._trail.restore(totals.pop("trail"))
         for name, value in totals.items():
@@ -243,6 +252,8 @@ class Run:
             self._record([self._row(self._last_info) | self._restored()])
         if self.stopped is not None:
             self.history.stop(self.stopped)
+        if self.kept is not None and self.kept.best is None:
+            raise RunError(self.kept.nothing(len(self.history)), self._result())
 
     def _iterations_left(self) -> int:
         """About how many iterations are to come."""
@@ -260,7 +271,7 @@ class Run:
             spare = self._budget - self.rounds
             left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
         paced = 1 if self._pace is None else max(1, int(_STRETCH / max(self._pace, 1e-9)))
-        row_by_row = self.metrics or self._listeners.row_by_row
+        row_by_row = self.metrics or self.kept is not None or self._listeners.row_by_row
         to_row = self._every - self.iteration % self._every if row_by_row else left
         to_snapshot = left if self._recovery is None else self._recovery.until_snapshot(self.iteration)
         return min(left, paced, to_row, to_snapshot, self._execution.longest or left)
@@ -361,6 +372,8 @@ class Run:
         self._recent.clear()
         self._first = self._healthy = self.carry
         self.history.give_up(self.iteration)
+        if self.kept is not None:
+            self.kept.went_back(self.iteration)
         self._listeners.went_back(self)
         return True
 
@@ -409,6 +422,8 @@ class Run:
 
     def _record(self, rows: list[Row]) -> None:
         self.history.add(rows)
+        if self.kept is not None:  # the run then waits at every row: x and y are those of the last one
+            self.kept.look(rows[-1], self.variables, None if self.snapshot is None else self.snapshot.iteration)
         self._listeners.record(self, rows)
         if self._refused is not None:
             message, self._refused = self._refused, None
@@ -440,11 +455,13 @@ class Run:
 
     def _diagnostics(self, info: PyTree) -> dict[str, float]:
         """Scalars of the algorithm's diagnostics as columns; NaN at the start, where there are none yet."""
-        named = _fields(self.protocol.info)
-        scalars = [name for name, value in named.items() if np.shape(value) == ()]
         told = {} if info is None else _fields(info)
         number = lambda name: float("nan") if info is None else float(told[name])
-        return {name: EMPTY if named[name] is None else number(name) for name in scalars}
+        return {name: EMPTY if value is None else number(name) for name, value in self._scalars().items()}
+
+    def _scalars(self) -> dict[str, PyTree]:
+        """The algorithm's diagnostics that are columns, by name; None where it never tells."""
+        return {name: value for name, value in _fields(self.protocol.info).items() if np.shape(value) == ()}
 
     def _restored(self) -> Row:
         """What the checkpoint's last row says of this iteration, if it is of this iteration."""
@@ -460,8 +477,8 @@ class Run:
         x, y = self.variables()
         own = self.lower.everybody(self.carry)
         state, stopped = self.carry.state, self.history.stopped
-        how = self._execution.way
-        return Result(x, y, self.history, self.protocol, state, self.iteration, own, stopped, how)
+        how, kept = self._execution.way, None if self.kept is None else self.kept.result((x, y))
+        return Result(x, y, self.history, self.protocol, state, self.iteration, own, stopped, how, kept)
 
 
 @contextlib.contextmanager

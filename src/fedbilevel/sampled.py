@@ -96,7 +96,7 @@ class Sampled(Source):
         return Plan(
             self, {name_of(type(app.algorithm)): {}} if algorithms is None else dict(algorithms), several,
             number(app.iterations), number(app.rounds), number(app.cohort), engine, int(app.evaluate_every),
-            app.precision, app.check, alone,
+            app.precision, app.check, alone, keep=app.keep,
         )  # fmt: skip
 
     def config(self) -> dict[str, JSON]:

@@ -35,6 +35,7 @@ def solve(
     callbacks: Sequence[Callback] = (),
     metrics: Mapping[str, Metric] | None = None,
     evaluate_every: Whole = 1,
+    keep: str | None = None,
     resume: str | os.PathLike[str] | None = None,
     check: bool = True,
 ) -> Result:
@@ -50,6 +51,9 @@ def solve(
         callbacks: `fedbilevel.callbacks`: Progress, CSV, Checkpoint, EarlyStopping, ..., or your own (see "Callbacks").
         metrics: name -> fn(x, y) -> scalar, taken at the start, every `evaluate_every` iterations, and at the end.
         evaluate_every: iterations between history rows.
+        keep: a metric and a direction, as in "test_loss:min" or "test_accuracy:max": the x and y of the row of the history
+            that is the best by it are kept too, and `result.best()` gives them. Beside the metrics it may be a scalar
+            of what the algorithm tells of an iteration (`Info`).
         resume: a folder with a checkpoint of this very run, to go on from.
         check: look, before the first iteration, whether the problem can mean what it says: whether the losses depend on
             what they need, and whether the inner loss curves upwards in y at the start. One compiled call on some of
@@ -61,11 +65,13 @@ def solve(
     Raises:
         InputError: something cannot be used (a sentence says what, and what to do).
         Diverged: the iterates blew up; its `result` holds everything up to the last finite iteration.
-        RunError: something else came to grief, such as a client or a callback; `result` holds what there is.
+        RunError: something else came to grief, such as a client or a callback, or `keep=` found no finite value; `result`
+            holds what there is.
     """
     run = Run(
         problem=problem, data=data, algorithm=algorithm, x=x, y=y, iterations=iterations, rounds=rounds, key=key,
-        engine=engine, callbacks=callbacks, metrics=metrics, evaluate_every=evaluate_every, resume=resume, sane=check,
+        engine=engine, callbacks=callbacks, metrics=metrics, evaluate_every=evaluate_every, keep=keep, resume=resume,
+        sane=check,
     )  # fmt: skip
     return run.go()
 

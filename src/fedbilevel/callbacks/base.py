@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from ..algorithm import Algorithm
+from ..best import Kept
 from ..engines.base import Carry
 from ..given import JSON
 from ..own_lower import Lower
@@ -45,6 +46,7 @@ class Running(Rows, Protocol):
         metrics: the metrics, functions of (x, y), by name.
         algorithm: what runs.
         stopped: the reason of the first who called `stop`; None as long as nobody has.
+        kept: with `keep=`, what it keeps: `kept.best` is the best so far (x, y, iteration, rounds, value), or None.
         lower, carry, snapshot: where y is, and the states to go on from: for callbacks that save.
         processes: those of the run (`fedbilevel.processes`): which of them this is, and what they tell each other.
     """
@@ -93,6 +95,9 @@ class Running(Rows, Protocol):
         Raises:
             InputError: it is no such text.
         """
+
+    @property
+    def kept(self) -> Kept | None: ...
 
     @property
     def lower(self) -> Lower: ...

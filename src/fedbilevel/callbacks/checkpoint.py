@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .. import arrays
+from ..best import Kept, Variables
 from ..engines.base import Carry
 from ..errors import InputError, check
 from ..given import JSON
@@ -55,8 +56,8 @@ class Checkpoint(Callback):
 
     def _save(self, run: Running) -> None:
         fingerprint = run.fingerprint()  # of several processes, of what all of them hold
-        write = lambda: save(self.folder / FILE, run.carry, run.totals(), list(run.history), fingerprint, run.snapshot)
-        run.processes.said(write)
+        so_far = run.carry, run.totals(), list(run.history), fingerprint, run.snapshot, run.kept
+        run.processes.said(lambda: save(self.folder / FILE, *so_far))
         note(CHECKPOINT, str((self.folder / FILE).absolute()))
         run.keep(run.carry)
         self._saved = time.monotonic()
@@ -69,8 +70,12 @@ def save(
     history: list[Row],
     fingerprint: dict[str, JSON],
     snapshot: Carry | None = None,
+    kept: Kept | None = None,
 ) -> None:
-    """Write a checkpoint, beside the old one and then in its place; with where the run may go back to, if it may."""
+    """Write a checkpoint, beside the old one and then in its place.
+
+    With where the run may go back to, if it may, and the best x and y, if they are kept.
+    """
     rows = [{name: None if value is EMPTY else value for name, value in row.items()} for row in history]
     head: dict[str, JSON] = {
         "iteration": carry.iteration,
@@ -82,6 +87,9 @@ def save(
     if snapshot is not None:
         head["snapshot"] = snapshot.iteration
         parts |= {"snapshot": snapshot.state, "snapshot_client_state": snapshot.client_state}
+    if kept is not None:
+        head["kept"], best = kept.saved()
+        parts |= best
     write(path, head, parts)
 
 
@@ -159,3 +167,16 @@ def load(
             f"{path} cannot be read as a checkpoint: start without resuming. ({type(error).__name__}: {error})"
         ) from error
     return Carry(state, client_state, int(head["iteration"])), head["totals"], rows
+
+
+def load_kept(folder: str | os.PathLike[str], kept: Kept, like: Variables) -> None:
+    """Have `kept` go on from the checkpoint in a folder, which `load` has read.
+
+    Args:
+        like: (x, y), structured like the best ones.
+
+    Raises:
+        InputError: it keeps no best, or by another metric.
+    """
+    head, parts = read(Path(folder) / FILE, {})
+    kept.restore(head.get("kept"), parts, like, f"the checkpoint in {folder}")

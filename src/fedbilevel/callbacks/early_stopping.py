@@ -7,12 +7,12 @@ import operator
 from collections.abc import Iterable
 from typing import Literal
 
+from ..best import BETTER
 from ..errors import InputError, check, unknown_name
 from ..given import Whole, whole_number
 from ..result import EMPTY
 from .base import Callback, Row, Running
 
-_BETTER = {"min": operator.lt, "max": operator.gt}
 _AS_GOOD = {"min": operator.le, "max": operator.ge}
 
 
@@ -40,8 +40,8 @@ class EarlyStopping(Callback):
         min_delta: float = 0.0,
         target: float | None = None,
     ):
-        if direction not in _BETTER:
-            raise unknown_name("direction", direction, _BETTER)
+        if direction not in BETTER:
+            raise unknown_name("direction", direction, BETTER)
         self.metric, self.direction = metric, direction
         self.patience = whole_number(patience, 1, "EarlyStopping(patience=) is a whole number of at least 1")
         self.min_delta = _number("min_delta", min_delta)
@@ -82,7 +82,7 @@ class EarlyStopping(Callback):
 
     def _take(self, value: float, iteration: int) -> None:
         change = self.min_delta if self.direction == "max" else -self.min_delta
-        better = math.isnan(self._best) or _BETTER[self.direction](value, self._best + change)
+        better = math.isnan(self._best) or BETTER[self.direction](value, self._best + change)
         if math.isfinite(value) and better:
             self._best, self._at, self._waited = value, iteration, 0
         else:

@@ -13,14 +13,14 @@ from ..app import load_app
 from ..compare import Outcome, Plan
 from ..errors import RunError, check
 from ..metrics import STOPPED
-from ..results.folder import CHECKPOINT, HISTORY, ROUNDS
+from ..results.folder import CHECKPOINT, HISTORY, OUTCOME, ROUNDS
 from ..sampled import Sampled
-from .execute import say_compiled, say_stopped, started
+from .execute import say_best, say_compiled, say_stopped, started
 
 
 def run_app(
     file: str, plan: Plan, out: str | None, *, poc: bool, resume: bool, overwrite: bool, as_json: bool,
-    settings: Mapping[str, int | None],
+    settings: Mapping[str, int | str | None],
 ) -> None:  # fmt: skip
     """Run an application; its results go to the folder `out`, by default named after the app."""
     place = out or f"{plan.source.name}-results"
@@ -45,10 +45,10 @@ def run_app(
     for outcome in outcomes:
         if outcome.failure:
             raise RunError(outcome.failure)
-    _show(folder, outcomes, as_json)
+    _show(folder, outcomes, as_json, plan.keep)
 
 
-def deploy_app(file: str, out: str, clients: int, resume: bool, settings: Mapping[str, int | None]) -> None:
+def deploy_app(file: str, out: str, clients: int, resume: bool, settings: Mapping[str, int | str | None]) -> None:
     """Write the job folder, and say how to submit it."""
     check(clients >= 1, f"--clients is how many sites have to be connected, at least 1; got {clients}.")
     need_nvflare()
@@ -65,7 +65,7 @@ def need_nvflare() -> None:
     check(there, "nvflare is not installed: pip install 'fedbilevel[nvflare]'.")
 
 
-def chosen(settings: Mapping[str, int | None]) -> dict[str, int]:
+def chosen(settings: Mapping[str, int | str | None]) -> dict[str, int | str]:
     """The settings that were given."""
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -78,8 +78,8 @@ def _figures(folder: Path) -> None:
         report.write(folder, report.read(folder))
 
 
-def _show(folder: Path, outcomes: list[Outcome], as_json: bool) -> None:
-    """The last row of the history, who failed how often, and why it was stopped, if it was."""
+def _show(folder: Path, outcomes: list[Outcome], as_json: bool, keep: str | None) -> None:
+    """The last row of the history, who failed how often, where it was the best, and why it was stopped, if it was."""
     from ..results import report
 
     number = lambda text: int(text) if text.lstrip("-").isdigit() else float(text) if text else None
@@ -97,6 +97,8 @@ def _show(folder: Path, outcomes: list[Outcome], as_json: bool) -> None:
     else:
         _print(folder, last)
         say_compiled(outcomes)
+    if keep is not None:
+        say_best(keep, json.loads((folder / OUTCOME).read_text())["best"], as_json)
     if reason:
         say_stopped(reason, as_json)
 

@@ -9,7 +9,9 @@ import typer
 
 from ..compare import Outcome, Plan, run_all, table
 from ..errors import InputError, check
+from ..given import JSON
 from ..results.folder import clear
+from ..results.kept import figures_of
 
 
 def execute(plan: Plan, out: str | None, resume: bool, overwrite: bool, as_json: bool) -> None:
@@ -30,7 +32,20 @@ def execute(plan: Plan, out: str | None, resume: bool, overwrite: bool, as_json:
         if folder is not None:
             print(f"Written to {folder}: config.json, history.csv, {', '.join(file.name for file in files)}")
         say_compiled(outcomes)
+    for outcome in outcomes:
+        if outcome.result is not None and outcome.result.kept is not None:
+            of = f" ({outcome.algorithm}, seed {outcome.seed})" if len(outcomes) > 1 else ""
+            say_best(str(plan.keep), figures_of(outcome.result.kept), as_json, of)
     said(outcomes, as_json)
+
+
+def say_best(keep: str, best: dict[str, JSON], as_json: bool, of: str = "") -> None:
+    """Where a run was the best: on stdout, unless that is JSON."""
+    metric, _, direction = keep.rpartition(":")
+    where = f"iteration {best['iteration']}, round {best['rounds']}"
+    print(
+        f"best: {metric} {best['value']:.6g} ({direction}) at {where}{of}", file=sys.stderr if as_json else sys.stdout
+    )
 
 
 def say_compiled(outcomes: list[Outcome]) -> None:

@@ -54,6 +54,12 @@ Engine = Annotated[
     str, typer.Option("--engine", help="simulation, loopback, ... (see `list`); for an application also nvflare.")
 ]
 Every = Annotated[int, typer.Option("--evaluate-every", help="Iterations between evaluations.")]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        "--keep", help="METRIC:min or METRIC:max: the best x and y by it are kept beside the last, in best.npz."
+    ),
+]
 NoCheck = Annotated[
     bool, typer.Option("--no-check", help="Do not look first whether the problem can mean what it says.")
 ]

@@ -7,6 +7,7 @@ from typing import TypedDict, Unpack
 
 import typer
 
+from ..best import goal
 from ..compare import Plan, Shipped
 from ..engines import ENGINES
 from ..engines.simulated.compiling import check_way
@@ -39,6 +40,7 @@ class Words(TypedDict, total=False):
     no_check: bool
     compile: str
     client_state: str
+    keep: str | None
 
 
 def is_app(task: str) -> bool:
@@ -61,6 +63,8 @@ def plan_of(
         InputError: a word means nothing, or does not go with the others.
     """
     check(words.get("iterations") is None or words.get("rounds") is None, "give --iterations or --rounds, not both.")
+    if (keep := words.get("keep")) is not None:
+        goal(keep)
     if is_app(task):
         _only_for_tasks(context)
         plan = _of_app(task, algorithms, seeds, alone, words)
@@ -106,7 +110,7 @@ def _of_task(task: str, algorithms: list[str], seeds: int, words: Words) -> Plan
     return Plan(
         Shipped(task, options), settings, tuple(range(first, first + seeds)), iterations,
         DEFAULT_ROUNDS if iterations is None and rounds is None else rounds, words.get("cohort"), engine,
-        words.get("evaluate_every", 1), precision, not words.get("no_check", False),
+        words.get("evaluate_every", 1), precision, not words.get("no_check", False), keep=words.get("keep"),
     )  # fmt: skip
 
 
@@ -122,7 +126,7 @@ def _of_app(file: str, algorithms: list[str] | None, seeds: int, alone: bool, wo
         engine != "nvflare" or not (algorithms or sets),
         "--algorithm and --set are for simulation: over a network every site runs what the application's file says.",
     )
-    changed = {name: words.get(name) for name in ("iterations", "rounds", "cohort", "seed")}
+    changed = {name: words.get(name) for name in ("iterations", "rounds", "cohort", "seed", "keep")}
     app = load_app(file).with_(**changed, check=False if words.get("no_check") else None)
     app.check_sites(sites := clients or SITES)
     source = Sampled(app, tuple(f"site-{i + 1}" for i in range(sites)))

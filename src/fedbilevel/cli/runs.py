@@ -25,6 +25,7 @@ from .options import (
     Every,
     Iterations,
     Json,
+    Keep,
     NoCache,
     NoCheck,
     Out,
@@ -53,7 +54,7 @@ def run(
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
     no_check: NoCheck = False, no_cache: NoCache = False, compile: Compile = "auto",
-    client_state: ClientState = "memory",
+    client_state: ClientState = "memory", keep: Keep = None,
     poc: Annotated[
         bool, typer.Option("--poc", help="With --engine nvflare: provisioned, mutual TLS, a process for each site.")
     ] = False,
@@ -67,11 +68,12 @@ def run(
         data_dir=data_dir, partition=partition, alpha=alpha, clients=clients, cohort=cohort, iterations=iterations,
         rounds=rounds, seed=seed, sets=sets, engine=engine, evaluate_every=evaluate_every, precision=precision,
         no_check=no_check, compile=compile, client_state=client_state,
+        keep=keep,
     )  # fmt: skip
     if is_app(task):
         from .apps import run_app
 
-        settings = {"iterations": iterations, "rounds": rounds, "cohort": cohort, "seed": seed}
+        settings = {"iterations": iterations, "rounds": rounds, "cohort": cohort, "seed": seed, "keep": keep}
         run_app(task, plan, out, poc=poc, resume=resume, overwrite=overwrite, as_json=as_json,
                 settings=settings | {"check": False if no_check else None})  # fmt: skip
     else:
@@ -86,11 +88,12 @@ def deploy(
     iterations: Iterations = None, rounds: Rounds = None, cohort: Cohort = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides cohorts and minibatches.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where the server and the sites stand.")] = False,
+    keep: Keep = None,
 ):  # fmt: skip
     """Write an NVIDIA FLARE job of an application, for an operator to submit with nvflare's own tools."""
     from .apps import deploy_app
 
-    settings = {"iterations": iterations, "rounds": rounds, "cohort": cohort, "seed": seed}
+    settings = {"iterations": iterations, "rounds": rounds, "cohort": cohort, "seed": seed, "keep": keep}
     deploy_app(file, out, clients, resume, settings)
 
 
@@ -130,7 +133,7 @@ def compare(
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
     no_check: NoCheck = False, no_cache: NoCache = False, compile: Compile = "auto",
-    client_state: ClientState = "memory",
+    client_state: ClientState = "memory", keep: Keep = None,
 ):  # fmt: skip
     """Run several algorithms on the same task or application, data, cohorts and seeds."""
     from ..errors import check
@@ -142,6 +145,7 @@ def compare(
         context, task, names, seeds, dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha,
         clients=clients, cohort=cohort, iterations=iterations, rounds=rounds, seed=seed, sets=sets, engine=engine,
         evaluate_every=evaluate_every, precision=precision, no_check=no_check, compile=compile, client_state=client_state,
+        keep=keep,
     )  # fmt: skip
     execute(plan, out, resume, overwrite, as_json)
 

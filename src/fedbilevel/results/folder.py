@@ -4,7 +4,7 @@
     history.csv                   a row per evaluation
     summary.csv, summary.md       a row per algorithm; beside them a figure per metric
     cost.csv, cost.md, cost.png   what `fedbilevel cost` predicts
-    runs/NAME-SEED/               one run each: history.csv, checkpoint.eqx, variables.npz, outcome.json
+    runs/NAME-SEED/               one run each: history.csv, checkpoint.eqx, variables.npz, outcome.json; best.npz if kept
 
 The one run of an application lies in the folder itself, with rounds.csv and the files of the network if it was run over one.
 """
@@ -23,9 +23,9 @@ from ..given import JSON
 from ..identity import differences
 
 CONFIG, HISTORY, CHECKPOINT = "config.json", "history.csv", "checkpoint.eqx"
-VARIABLES, OUTCOME, ROUNDS, RUNS = "variables.npz", "outcome.json", "rounds.csv", "runs"
+VARIABLES, BEST, OUTCOME, ROUNDS, RUNS = "variables.npz", "best.npz", "outcome.json", "rounds.csv", "runs"
 
-_OF_A_RUN = (HISTORY, CHECKPOINT, VARIABLES, OUTCOME, ROUNDS, "nvflare.log")
+_OF_A_RUN = (HISTORY, CHECKPOINT, VARIABLES, BEST, OUTCOME, ROUNDS, "nvflare.log")
 _TABLES = ("summary.csv", "summary.md", "cost.csv", "cost.md", "cost.png")
 _NETWORK = ("nvflare", "poc", "job", "sites")  # folders of a run over a network on this machine
 _SIGNS = (CONFIG, HISTORY, OUTCOME)  # any of them makes a folder ours; the first is younger than the others

@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..best import Best
 from ..callbacks import CSV, Callback, Checkpoint, Progress
 from ..description import Description
 from ..errors import RunError, with_notes
 from ..given import JSON
 from ..metrics import STOPPED
 from ..processes import of as over
-from ..result import Result, save_variables
-from .folder import CHECKPOINT, HISTORY, OUTCOME, VARIABLES
+from ..result import Result, save_best, save_variables
+from .folder import BEST, CHECKPOINT, HISTORY, OUTCOME, VARIABLES
 
 
 def keep(
@@ -21,6 +22,8 @@ def keep(
     quiet: bool = False, every: float = 30.0, callbacks: Sequence[Callback] = (),
 ) -> Result:  # fmt: skip
     """Run it, and leave history.csv, checkpoint.eqx, variables.npz and outcome.json in the folder, however it ends.
+
+    Where it keeps the best x and y, they are in best.npz, with iteration, rounds and value.
 
     Args:
         place: the folder; what is there is gone on with or replaced.
@@ -51,13 +54,23 @@ def keep(
 def _leave(place: Path, result: Result | None, outcome: Mapping[str, JSON]) -> None:
     if result is not None:
         save_variables(result, place / VARIABLES)
+        if result.kept is None:
+            (place / BEST).unlink(missing_ok=True)  # an earlier run's
+        else:
+            save_best(result.kept, place / BEST)
     tell(place, outcome)
 
 
 def ended(result: Result) -> dict[str, JSON]:
     """How a run that ended well did, for outcome.json."""
     reason: dict[str, JSON] = {} if result.stopped is None else {STOPPED: result.stopped}
-    return {"status": "done", "iterations": result.iteration, "compiled": result.compiled, **reason}
+    figures: dict[str, JSON] = {} if result.kept is None else {"best": figures_of(result.kept)}
+    return {"status": "done", "iterations": result.iteration, "compiled": result.compiled, **reason, **figures}
+
+
+def figures_of(best: Best) -> dict[str, JSON]:
+    """Where a run was the best, and how good."""
+    return {"iteration": best.iteration, "rounds": best.rounds, "value": best.value}
 
 
 def tell(folder: Path, outcome: Mapping[str, JSON]) -> None:

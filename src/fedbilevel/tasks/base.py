@@ -41,6 +41,7 @@ class How(TypedDict, total=False):
     rounds: Whole | None
     engine: Engine | None
     evaluate_every: Whole
+    keep: str | None
     callbacks: Sequence[Callback] | Callable[[], Sequence[Callback]]
     check: bool
     precision: int | None
@@ -72,7 +73,7 @@ class Task:
 
         Args:
             how: what `Description` takes beside problem, data, start, key and metrics: iterations or rounds, engine,
-                evaluate_every, callbacks, check, precision, name.
+                evaluate_every, keep, callbacks, check, precision, name.
         """
         return Description(
             problem=self.problem, algorithm=algorithm, data=self.data, start=(self.x, self.y), key=self.key,

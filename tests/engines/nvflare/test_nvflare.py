@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 
+import numpy as np
 import pytest
 
 from helpers import apps
@@ -18,16 +19,20 @@ FEDNEST = "algorithm=fb.FedNest(inner_rounds=2, inner_lr=0.02, hessian_lr=0.02, 
 
 def test_over_nvflares_simulator_it_is_the_simulation(tmp_path):
     file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=10, {apps.LOCKSTEP}")
-    call("run", file, "--out", tmp_path / "simulated")
+    keep = ("--keep", "lower_gradient_norm:max")
+    assert "best: lower_gradient_norm " in call("run", file, "--out", tmp_path / "simulated", *keep)
     out = tmp_path / "network"
     bystander = subprocess.Popen(["tail", "-f", "/dev/null", str(out / "rounds.csv")], stderr=subprocess.DEVNULL)
     try:
-        call("run", file, "--out", out, "--engine", "nvflare")
+        assert "best: lower_gradient_norm " in call("run", file, "--out", out, "--engine", "nvflare", *keep)
         assert bystander.poll() is None  # it names the folder, but it is nobody's of the run
     finally:
         bystander.kill()
         bystander.wait()
     close(out, tmp_path / "simulated", 1e-12)
+    with np.load(out / "best.npz") as best, np.load(tmp_path / "simulated" / "best.npz") as expected:
+        assert 0 < best["iteration"] == expected["iteration"] < 10
+        assert all(np.allclose(best[name], expected[name], rtol=0, atol=1e-12) for name in expected)
     same_books(out, tmp_path / "simulated")
     compiled_once(out, 3)
     nothing_left(tmp_path)

@@ -17,7 +17,7 @@ from .site import Site
 
 
 def _recipe(
-    file: Path, loaded: App, settings: Mapping[str, int | None], sites: int, out: str, resume: bool
+    file: Path, loaded: App, settings: Mapping[str, int | str | None], sites: int, out: str, resume: bool
 ) -> CollabRecipe:
     """The nvflare recipe of an application."""
     name = str(file.resolve()) if out else file.name
@@ -37,7 +37,7 @@ def _recipe(
 def export(
     app: str | Path,
     folder: str | Path,
-    settings: Mapping[str, int | None],
+    settings: Mapping[str, int | str | None],
     sites: int,
     *,
     out: str = "",
@@ -48,7 +48,7 @@ def export(
     It holds the app's modules and declared files, in folders as they lie beside the app.
 
     Args:
-        settings: what to change of the app: iterations, rounds, cohort, seed.
+        settings: what to change of the app: iterations, rounds, cohort, seed, keep.
         sites: how many have to be connected before it starts.
         out: where the server writes its results, on this machine: the sites then read the app where it
             lies. "": in the server's workspace, under fedbilevel/NAME, and they read what the job holds.

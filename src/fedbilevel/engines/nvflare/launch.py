@@ -27,7 +27,7 @@ _PATIENCE = 40.0  # seconds within which an interrupted run has to end by itself
 
 
 def run(
-    app: str, loaded: App, out: Path, clients: int, settings: Mapping[str, int | None], *, poc: bool, resume: bool
+    app: str, loaded: App, out: Path, clients: int, settings: Mapping[str, int | str | None], *, poc: bool, resume: bool
 ) -> None:
     """Run an application in nvflare's simulator or (`poc`) provisioned; results go to the folder `out`.
 

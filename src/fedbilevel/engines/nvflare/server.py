@@ -57,7 +57,7 @@ class Server:
         app: the name of the application's file, in the job's folder for custom code.
         name: what results are filed under.
         out: folder for the results; "": in the server's workspace, under fedbilevel/NAME.
-        settings: what to change of the app: iterations, rounds, cohort, seed.
+        settings: what to change of the app: iterations, rounds, cohort, seed, keep.
         resume: go on from the checkpoint in that folder.
     """
 
@@ -66,7 +66,7 @@ class Server:
         app: str = "app.py",
         name: str = "app",
         out: str = "",
-        settings: Mapping[str, int | None] | None = None,
+        settings: Mapping[str, int | str | None] | None = None,
         resume: bool = False,
     ):
         self.app, self.name, self.out, self.settings, self.resume = app, name, out, settings or {}, resume
