@@ -11,6 +11,8 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.cohorts import combine_replies
+from fedbilevel.engines.messaging.client_side import ClientSide, Methods
+from fedbilevel.engines.messaging.transport import START, Request
 from helpers import cases
 from helpers.parts import PARTS, Parts, ledger
 from helpers.quadratic import flat, quadratic
@@ -139,6 +141,18 @@ def test_servers_and_sites_agree_on_it():
 
     marks = [fingerprint(protocol(combine=combine)) for combine in (PARTS, PARTS[::-1], ("mean", "mean"), "mean")]
     assert len(set(marks)) == 3 and marks[2] == marks[3]
+
+
+def test_a_client_refuses_a_request_of_who_knows_nothing_of_parts():
+    """As a server of an earlier version would ask: one flag for the whole reply."""
+    q, told = cases.problem(), protocol(combine=PARTS)
+    rows = q.data.inner.alone(0), q.data.outer.alone(0)
+    client = ClientSide(q.problem, rows, Asking(PARTS), told, KEY, 0, None, Methods())
+    ask = lambda wanted: client.answer(Request(1, (0, 1, 0), (), wanted, START, START, b""))
+    with pytest.raises(fb.RunError, match="flags for other parts than the protocol's"):
+        ask((True,))
+    with pytest.raises(fb.RunError, match="bytes arrived"):  # as far as that it is understood
+        ask((True, True))
 
 
 REFUSED = {

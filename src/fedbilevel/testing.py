@@ -31,6 +31,7 @@ from .solve import estimate_hypergradient, solve
 from .variables import trainable
 
 _AGREE = 1e-12
+_DROPOUT = 0.4
 _PROGRAMS = itertools.count(1)
 
 
@@ -114,7 +115,8 @@ def check_algorithm(algorithm: Algorithm, accurate: Algorithm | None = None, tol
     Checked: simulation (plain, in client batches, and over devices where there are several) and loopback agree to 1e-12
     on a cohort of 4 of 8 clients, whatever the order of replies; all of them count the same rounds and bytes, and what
     they count is what `protocol` says; nothing is compiled again between iterations, nor for another step size; the same
-    key gives the same run; and what `accurate` estimates is the hypergradient.
+    key gives the same run; and what `accurate` estimates is the hypergradient. Where parts of a reply are combined in
+    several ways, engines agree with clients dropping out, too.
 
     Args:
         algorithm: the instance to check, with step sizes that are stable where curvatures are of order one.
@@ -136,9 +138,9 @@ def check_algorithm(algorithm: Algorithm, accurate: Algorithm | None = None, tol
             )
             return runs[name]
 
-        def agree(name: str, engine: Engine) -> Callable[[], tuple[bool, str]]:
+        def agree(name: str, engine: Engine, like: str = "simulation") -> Callable[[], tuple[bool, str]]:
             def check() -> tuple[bool, str]:
-                one, other = runs["simulation"], run(name, engine)
+                one, other = runs[like], run(name, engine)
                 gap = distance((one.x, one.y), (other.x, other.y))
                 ledgers = [
                     [(r["rounds"], r["bytes_down"], r["bytes_up"]) for r in each.history] for each in (one, other)
@@ -165,6 +167,10 @@ def check_algorithm(algorithm: Algorithm, accurate: Algorithm | None = None, tol
         if len(jax.devices()) > 1:
             auto = jax.make_mesh((len(jax.devices()),), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
             report.add(f"{len(jax.devices())} devices = one", agree("mesh", Simulation(cohort=4, mesh=auto)))
+        if _in_parts(runs["simulation"].protocol):  # who does not answer counts in none of them
+            run("dropping out", Simulation(cohort=4, dropout=_DROPOUT))
+            dropping = agree("dropping out, loopback", Loopback(cohort=4, dropout=_DROPOUT), like="dropping out")
+            report.add("means and maxima of those who answer", dropping)
         report.add("same key, same run", agree("again", Simulation(cohort=4)))
         report.add("ledger = protocol", lambda: _ledger_fits(runs["simulation"]))
         report.add("compiles once", lambda: _compiles_once(algorithm, problem, data, x, y))
@@ -179,6 +185,11 @@ def distance(one: PyTree, other: PyTree) -> float:
         lambda a, b: np.max(np.abs(np.asarray(a) - np.asarray(b)) / np.maximum(1, np.abs(a)), initial=0.0), one, other
     )
     return float(max(jax.tree.leaves(gaps)))
+
+
+def _in_parts(protocol: Protocol) -> bool:
+    """Whether parts of one reply are combined in several ways."""
+    return any(len(set(site.combine)) > 1 for site in protocol.sites.values())
 
 
 def _ledger_fits(result: Result) -> tuple[bool, str]:

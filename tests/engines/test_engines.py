@@ -13,8 +13,10 @@ import optax.tree
 import pytest
 
 import fedbilevel as fb
+from fedbilevel.cohorts import combine_replies
 from helpers import cases
 from helpers.cases import CASES, OneRound
+from helpers.parts import Careful
 from helpers.places import ROOT, TESTS
 from helpers.quadratic import flat, quadratic
 
@@ -81,6 +83,24 @@ def test_clients_in_batches_are_all_at_once(simulated):
 def test_the_conformance_suite_passes_the_stateful_algorithm():
     report = fb.testing.check_algorithm(OneRound(batch_size=2))
     assert report.passed and len(report.lines) >= 6
+
+
+def test_the_conformance_suite_has_clients_drop_out_where_parts_are_combined_each_in_its_way():
+    report = fb.testing.check_algorithm(Careful(batch_size=2))
+    assert "means and maxima of those who answer" in [what for what, _, _ in report.lines]
+
+
+@pytest.mark.slow
+def test_the_conformance_suite_finds_an_engine_that_asks_those_who_dropped_out(monkeypatch):
+    """A maximum over the whole cohort: nothing but dropouts shows it."""
+
+    def spoilt(how, replies, weights, present=None):
+        return combine_replies(how, replies, weights, present if how == "mean" else None)
+
+    monkeypatch.setattr(fb.engines.simulated.federation, "combine_replies", spoilt)
+    with pytest.raises(fb.testing.CheckFailed, match="FAILED means and maxima of those") as failed:
+        fb.testing.check_algorithm(Careful(batch_size=3))  # not compiled yet
+    assert str(failed.value).count("FAILED") == 1
 
 
 class Padded(fb.Algorithm):

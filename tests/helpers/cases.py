@@ -15,6 +15,7 @@ import optax.tree
 
 import fedbilevel as fb
 from fedbilevel.algorithms import ALGORITHMS, checked
+from helpers.parts import Parts
 from helpers.quadratic import Quadratic, flat, quadratic
 
 
@@ -60,9 +61,10 @@ class OneRound(fb.Algorithm):
 
 CASES = {name: checked(name)[0] for name in ALGORITHMS}
 CASES["one-round"] = OneRound(batch_size=2)
+CASES["parts"] = Parts(batch_size=2)
 ON_DEVICES = {  # names and cohorts; a cohort of five fills no whole number of four devices
-    "first": [("aggitd", 4), ("lockstep", 4), ("fedbioacc-local", 4), ("one-round", 5)],
-    "others": [("fednest", 4), ("lfednest", 4), ("fedmsa", 4), ("one-round", 4)],
+    "first": [("aggitd", 4), ("lockstep", 4), ("fedbioacc-local", 4), ("one-round", 5), ("parts", 8)],
+    "others": [("fednest", 4), ("lfednest", 4), ("fedmsa", 4), ("one-round", 4), ("parts", 5)],
 }
 
 

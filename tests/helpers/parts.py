@@ -65,6 +65,28 @@ class Parts(fb.Algorithm):
         return {"curved": curved, "slope": -optax.tree.norm(client.problem.inner_gradient(x, y, rows)) - client.state}
 
 
+class Careful(fb.Algorithm):
+    """Two steps on y, the first of which is shorter where the steepest client is steep.
+
+    So y depends on both parts, and the second travels only with the first step.
+    """
+
+    inner_lr: Any = fb.rate(0.1)
+    batch_size: int | None = fb.count(None)
+
+    def step(self, fed, state):
+        def turn(t, y):
+            wanted = True, t == 0
+            gradient, steepest = fed.average(self.both, state.x, y, replies=wanted, combine=PARTS)
+            return optax.tree.add_scale(y, -self.inner_lr / (1 + steepest), gradient)
+
+        return fb.State(state.x, fed.repeat(2, turn, state.y)), {}
+
+    def both(self, client, x, y):
+        gradient = client.problem.inner_gradient(x, y, client.batch("inner", self.batch_size))
+        return gradient, optax.tree.norm(gradient)
+
+
 def _first(x, y):
     return {"h": optax.tree.zeros_like(x), "g": optax.tree.zeros_like(y)}
 

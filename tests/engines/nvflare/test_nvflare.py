@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from helpers import apps
-from helpers.network import call, close, compiled_once, nothing_left, same_books
+from helpers.network import call, close, compiled_once, lines, nothing_left, same_books
 
 pytest.importorskip("nvflare")
 
@@ -49,6 +49,41 @@ def test_it_goes_on_in_32_bits(tmp_path):
     call("run", file, "--out", out, "--engine", "nvflare", "--resume")
     close(out, tmp_path / "simulated", 1e-5)
     same_books(out, tmp_path / "simulated")
+
+
+CAREFUL = """
+    import optax.tree
+
+    class Careful(fb.Algorithm):
+        def step(self, fed, state):
+            both = fed.average(self.both, state.x, state.y, combine=("mean", "maximum"))
+            (h, g), steepest = both
+            down = lambda a, b: optax.tree.add_scale(a, -0.3 / (1 + steepest), b)
+            return fb.State(down(state.x, h), down(state.y, g)), {"steepest": steepest}
+
+        def both(self, client, x, y):
+            rows = client.batch("inner", 3)
+            h, _ = client.problem.outer_gradients(x, y, client.outer)
+            g = client.problem.inner_gradient(x, y, rows)
+            return (optax.tree.add(h, x - y), g), optax.tree.norm(g)
+
+    app = fb.App("""
+
+
+@pytest.mark.network
+def test_each_part_of_a_reply_is_combined_in_its_way(tmp_path):
+    text = apps.CLOSED_FORM.replace("app = fb.App(", CAREFUL.lstrip("\n "))
+    file = apps.write(tmp_path, text, "algorithm=Careful(), iterations=6, weights='rows'")
+    call("run", file, "--out", tmp_path / "simulated")
+    out = tmp_path / "network"
+    call("run", file, "--out", out, "--engine", "nvflare")
+    close(out, tmp_path / "simulated", 1e-12)
+    same_books(out, tmp_path / "simulated")
+    assert len(lines(out / "rounds.csv")) == 6
+    told = [lines(place / "history.csv")[1:] for place in (out, tmp_path / "simulated")]
+    steepest = [[float(row["steepest"]) for row in rows] for rows in told]
+    np.testing.assert_allclose(*steepest, rtol=1e-12)
+    nothing_left(tmp_path)
 
 
 def test_a_job_for_an_operator(fedbilevel, tmp_path):
