@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is fir
     from .result import History, Result
     from .solve import estimate_hypergradient, solve
     from .stepper import Standing, Stepper, stepper
+    from .train import train
 else:
     _OFFERED, __getattr__, __dir__ = _loading(__name__, __file__)
     __all__ = ["ClientError", "Diverged", "InputError", "RunError", *_OFFERED]

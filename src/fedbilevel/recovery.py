@@ -60,6 +60,7 @@ class Recovery:
         self._execution, self._algorithm = execution, algorithm
         step = automatic(algorithm)
         self._probes = step is not None and step.local_factors
+        self._setting = _automatic_setting(algorithm)
         self._size = _ORDINARY * max(1.0, largest((start.state.x, start.state.y)))
         self.snapshot = start
 
@@ -134,7 +135,13 @@ class Recovery:
 
     def spent(self, why: str) -> str:
         """The sentence that ends the run, with what was tried before."""
-        return f"{why} (The automatic hessian_lr had been halved {self.halvings} times by then.)"
+        return f"{why} (The automatic {self._setting} had been halved {self.halvings} times by then.)"
+
+
+def _automatic_setting(algorithm: Algorithm) -> str:
+    """The name of the step that is found while running."""
+    steps = [field.name for field in dataclasses.fields(algorithm) if field.metadata.get("role") == "rate"]
+    return next((name for name in steps if isinstance(getattr(algorithm, name), str)), "hessian_lr")
 
 
 def recovery(execution: Execution, algorithm: Algorithm, start: Carry) -> Recovery | None:

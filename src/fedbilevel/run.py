@@ -57,6 +57,7 @@ class Run:
         problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, keep, resume:
             as `solve` takes them.
         sane: whether the problem is looked at before the first iteration: `check` of `solve`.
+        upper: whether the upper level is looked at too; not where x stays.
 
     Attributes:
         algorithm, history, protocol, metrics: what runs, its rows so far, its protocol, and its metrics by name.
@@ -90,6 +91,7 @@ class Run:
         keep: str | None = None,
         resume: str | os.PathLike[str] | None = None,
         sane: bool = True,
+        upper: bool = True,
     ):
         cache.begin()
         check_kinds(problem, data, algorithm)
@@ -110,7 +112,7 @@ class Run:
         with seldom_collecting():
             self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
             if sane and resume is None:
-                check_sane(self._execution.problem, data, self._x, self._y)
+                check_sane(self._execution.problem, data, self._x, self._y, upper)
         self.processes = self._execution.processes
         self._listeners = Listeners(callbacks, self.processes)
         whole = (self._x, self._x_rest), (self._y, self._y_rest)

@@ -58,35 +58,42 @@ class Figures(NamedTuple):
 # The whole check --------------------------------------------------------------------------------------------------------
 
 
-def check_sane(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> None:
+def check_sane(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, upper: bool = True) -> None:
     """Refuse a problem that cannot mean what it says, and warn of what may go wrong.
 
     Args:
         problem: over the floating-point arrays of x and y alone (`bind`).
         x, y: pytrees of floating-point arrays, the start.
+        upper: whether the upper level counts; False where x stays, so that only g in y matters.
 
     Raises:
         InputError: a loss on which a variable it needs has no influence, or an inner loss that curves downwards in
             every direction tried.
     """
     check_influence(
-        problem, x, y, *jax.eval_shape(lambda: [level.client(0).all() for level in (data.inner, data.outer)])
+        problem,
+        x,
+        y,
+        *jax.eval_shape(lambda: [level.client(0).all() for level in (data.inner, data.outer)]),
+        upper=upper,
     )
     v, few = directions(y), _selected(data, ROWS)
     figures = measure(problem, x, y, v, data, few)
     if _suspicious(figures, v, y):
         if sum(map(_count, few)) < data.count("inner").sum() + data.count("outer").sum():
             figures = measure(problem, x, y, v, data, _selected(data, None))
-        judge(figures, v, y)
+        judge(figures, v, y, upper)
 
 
-def check_influence(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> None:
+def check_influence(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows, upper: bool = True) -> None:
     """Refuse losses on which a variable that they need has no influence at all, by their traced programs.
 
     Raises:
         InputError: with the loss and the variable.
     """
     for level, variable, read in _without(problem, x, y, inner, outer):
+        if not upper and (level, variable) != ("inner", "y"):
+            continue
         what = _NEEDS[level, variable]
         if read:
             warn(
@@ -106,7 +113,7 @@ def measure(
     return jax.tree.map(np.asarray, found)
 
 
-def judge(figures: Figures, v: PyTree, y: PyTree) -> None:
+def judge(figures: Figures, v: PyTree, y: PyTree, upper: bool = True) -> None:
     """Refuse or warn by the figures of all clients.
 
     Raises:
@@ -138,7 +145,7 @@ def judge(figures: Figures, v: PyTree, y: PyTree) -> None:
             "the inner loss has no curvature in y at the start along any direction tried: it has no strict minimum in y "
             "if it is linear there, so add a regulariser such as 1e-3 * |y|^2."
         )
-    if not np.any(figures.outer):
+    if upper and not np.any(figures.outer):
         warn(
             "the gradient of the outer loss in y is exactly zero at the start, so that the first hypergradient sees "
             "nothing of the lower level: start y from small random numbers, or look whether the outer loss is flat in y."

@@ -185,9 +185,14 @@ class AutoStep(Component):
             times = jnp.where(due, most, jnp.where(soon, 1, 0))
             due = due | soon
             measured = fed.repeat(times, turn, _FORGET * before.largest, most=most)
-        largest = jnp.where(due, measured, before.largest)
+        now = self.renewed(before, due, measured)
+        return now.step, now
+
+    def renewed(self, before: Curvature, due: Bool[Array, ""], measured: Float[Array, ""]) -> Curvature:
+        """What is remembered once `measured` is known; it counts if the iteration was `due` to measure."""
+        k, largest = before.iteration, jnp.where(due, measured, before.largest)
         thrown = due & before.longer(THROWN) & ~(before.step * largest <= 2) & (before.halvings < HALVINGS)
-        now = Curvature(
+        return Curvature(
             alarm=_alarm(thrown, largest),
             floor=jnp.where(k % EVERY == 0, 0.5, 1.0).astype(largest.dtype) * before.floor,
             largest=largest,
@@ -198,7 +203,6 @@ class AutoStep(Component):
             halvings=before.halvings,
             iteration=k + 1,
         )
-        return now.step, now
 
     def lam(self, sent: Float[Array, ""] | None) -> Rate:
         """The step of the Hessian factors: the one that came with the message, or else the configured one."""

@@ -1,0 +1,123 @@
+"""Training against numpy, step by step: its fixed point, its measured step, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax.tree
+import pytest
+
+import fedbilevel as fb
+from fedbilevel.algorithms.components.inner_step import rounds_of_first, share_of_curvature
+from fedbilevel.algorithms.training import Training
+from fedbilevel.engines.base import Carry
+from helpers.quadratic import DX, DY, flat, orthogonal, quadratic
+
+Q = quadratic()
+CLIENTS = len(Q.inner)
+STIFFEST = np.linalg.eigvalsh(Q.hessians(Q.t))[:, -1].max()
+
+
+def by_hand(q, rounds, lr, local_steps):
+    """y after so many rounds with everyone and all rows."""
+    z, kept, mean, H = q.z, np.zeros((CLIENTS, DY)), np.zeros(DY), q.hessians(q.t)
+    for _ in range(rounds):
+        own, zs = H @ z - q.targets(q.t), np.tile(z, (CLIENTS, 1))
+        for _ in range(local_steps):
+            zs = zs - lr * (np.einsum("ijk,ik->ij", H, zs) - q.targets(q.t) - kept + mean)
+        z, kept, mean = zs.mean(0), own, own.mean(0)
+    return z
+
+
+def run(q, algorithm, iterations, **options):
+    return fb.solve(q.problem, q.data, algorithm, q.x, q.y, iterations, key=jax.random.key(0), check=False, **options)
+
+
+@pytest.mark.parametrize("local_steps", [1, 3])
+def test_iterations_are_those_made_by_hand(local_steps):
+    result = run(Q, Training(0.05, local_steps), 4)
+    np.testing.assert_allclose(flat(result.y), by_hand(Q, 4, 0.05, local_steps), atol=1e-13)
+    assert np.abs(flat(result.y) - by_hand(Q, 4, 0.05, local_steps + 1)).max() > 1e-3
+    np.testing.assert_array_equal(flat(result.x), Q.t)
+
+
+@pytest.mark.parametrize("local_steps", [1, 5])
+def test_the_step_follows_the_stiffest_client_and_the_number_of_local_steps(local_steps):
+    result = run(Q, Training(local_steps=local_steps), 4)
+    lr = share_of_curvature(local_steps, CLIENTS, CLIENTS) / (1.2 * STIFFEST)
+    np.testing.assert_allclose(result.history.column("inner_lr")[1:], lr, rtol=1e-10)
+    np.testing.assert_allclose(flat(result.y), by_hand(Q, 4, lr, local_steps), atol=1e-12)
+    assert [row["rounds"] for row in result.history] == [0, 2, 4, 6, 7]  # iterations 0, 1 and 2 measure
+
+
+def test_how_long_a_step_may_be():
+    share = share_of_curvature
+    assert [share(T, 9, 9) for T in (1, 2, 3)] == [1.0] * 3
+    assert 0.55 < share(5, 9, 9) < 0.65 and 2.9 < 1000 * share(1000, 9, 9) < 3.1
+    assert share(5, 9, 1) == share(5, 9, 9) / 6 < share(5, 9, 3) < share(5, 9, 9)
+    assert share(1, 1, 1) == 1.0
+    assert [rounds_of_first(9, size) for size in (9, 8, 2, 1)] == [1, 2, 5, 9]
+    assert rounds_of_first(1_000, 1) == 20
+
+
+@pytest.mark.parametrize("cohort", [None, 2])
+def test_nothing_moves_where_every_gradient_is_known(cohort):
+    best = jax.flatten_util.ravel_pytree(Q.y)[1](jnp.asarray(Q.solution(Q.t)))
+    algorithm = Training(0.05, 3)
+    begin = algorithm.init(Q.x, best)
+    execution = fb.Simulation(cohort=cohort).bind(Q.problem, Q.data, algorithm, begin, jax.random.key(0))
+    own = Q.hessians(Q.t) @ flat(best) - Q.targets(Q.t)
+    stacked = jax.vmap(jax.flatten_util.ravel_pytree(Q.y)[1])(jnp.asarray(own))
+    moved = []
+    for clients in (stacked, optax.tree.zeros_like(stacked)):
+        after, _ = execution.advance(algorithm, Carry(begin, clients, 0), 5, np.inf)
+        moved.append(np.abs(flat(after.state.y) - flat(best)).max())
+    assert moved[0] < 1e-12 and moved[1] > 1e-3
+
+
+@pytest.mark.parametrize("q", [Q, orthogonal(Q)], ids=["ragged", "orthogonal"])
+@pytest.mark.parametrize("cohort", [None, 2])
+@pytest.mark.parametrize("inner_lr", ["auto", 0.01])
+def test_the_error_falls_geometrically_to_nothing(q, cohort, inner_lr):
+    """No floor from clients that differ, nor from cohorts as long as all rows are used."""
+    result = run(q, Training(inner_lr), 3_000, engine=fb.Simulation(cohort=cohort), evaluate_every=100)
+    size = result.history.column("lower_gradient_norm")[1:]
+    rounding = 1e-12 * size[0]
+    falling = size[: 1 + int(np.argmax(size < rounding))]
+    assert np.all(falling[1:] < 0.9 * falling[:-1])
+    np.testing.assert_allclose(flat(result.y), q.solution(q.t), rtol=0, atol=1e-10)
+
+
+def test_what_it_exchanges():
+    protocol = fb.protocol(Training(0.1), Q.problem, Q.data, Q.x, Q.y)
+    assert (protocol.rounds, protocol.bytes_down) == (1, 8 * CLIENTS * (DX + 2 * DY))
+    assert protocol.bytes_up == 8 * CLIENTS * 2 * DY
+    measured = fb.protocol(Training(), Q.problem, Q.data, Q.x, Q.y)
+    assert (measured.rounds_most, measured.bytes_up_most) == (2, protocol.bytes_up + 8 * CLIENTS)
+    cohort = fb.protocol(Training(), Q.problem, Q.data, Q.x, Q.y, engine=fb.Simulation(cohort=2))
+    assert cohort.rounds_most == 3 + 1  # everybody, cohort by cohort
+
+
+def stiff(factor=1e6):
+    """One client of five is steeper than the rest."""
+    inside = [dict(e, a=e["a"] * (factor**0.5 if i == 3 else 1)) for i, e in enumerate(Q.inner)]
+    return dataclasses.replace(Q, data=fb.FederatedData.stack(inside, Q.outer), inner=inside)
+
+
+def test_everybody_is_measured_before_anybody_moves():
+    """A cohort of one that left the steep client out would throw y away."""
+    q = stiff()
+    result = run(q, Training(), 3, engine=fb.Simulation(cohort=1))
+    lr = share_of_curvature(5, CLIENTS, 1) / (1.2 * np.linalg.eigvalsh(q.hessians(q.t))[:, -1].max())
+    np.testing.assert_allclose(result.history[1]["inner_lr"], lr, rtol=1e-6)
+    assert [row["rounds"] for row in result.history] == [0, 6, 8, 10]
+    assert [row["halvings"] for row in result.history] == [0] * 4
+
+
+def test_weighted_clients_have_to_be_all_there():
+    weighted = fb.FederatedData.stack(Q.inner, Q.outer, weights="rows")
+    with pytest.raises(fb.InputError, match="needs all of them"):
+        fb.protocol(Training(), Q.problem, weighted, Q.x, Q.y, engine=fb.Simulation(cohort=2))
