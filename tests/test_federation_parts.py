@@ -160,7 +160,7 @@ REFUSED = {
     "a name of a part": ({"combine": ("mean", "largest")}, r"got \('mean', 'largest'\)"),
     "a list": ({"combine": ["mean", "maximum"]}, r"got \['mean', 'maximum'\]"),
     "nothing": ({"combine": ()}, r"got \(\)"),
-    "no name": ({"combine": 2}, "got 2"),
+    "no name": ({"combine": (2, None)}, r"got \(2, None\)"),
     "parts": (
         {"combine": ("mean", "mean", "maximum")},
         r"combine= has 3 ways .* Asking\.both, which is .* as many parts",

@@ -104,7 +104,7 @@ def parts_wanted(replies: Replies, combine: Combine) -> tuple[Wanted, Combine]:
     """
     ways = combine if isinstance(combine, tuple) else (combine,)
     check(
-        len(ways) > 0 and all(way in _WAYS for way in ways),
+        len(ways) > 0 and all(isinstance(way, str) and way in _WAYS for way in ways),
         'fed.average(combine=...) is "mean" or "maximum", or a tuple with one of them for each part of the reply; '
         f"got {combine!r}.",
     )
