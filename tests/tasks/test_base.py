@@ -10,19 +10,24 @@ from fedbilevel.jaxprs import COMPILING
 from fedbilevel.tasks import TASKS
 from fedbilevel.tasks.base import Options
 from fedbilevel.tasks.network import layer
+from helpers import hospitals
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_building_compiles_nothing(name):
+def test_building_compiles_nothing(name, tmp_path):
+    if name == "hearts":
+        options = [{"data_dir": hospitals.write(tmp_path)}]  # these cannot be dealt to others
+    else:  # as many clients as no other test has, whose programs would not be new
+        kinds = ["iid"] if TASKS[name].datasets == ("synthetic",) else ["iid", "quantity"]
+        options = [{"clients": 13, "partition": kind} for kind in kinds]
     seen = []
     listen = lambda event, seconds, **_: seen.append(event) if event.startswith(COMPILING) else None
     jax.monitoring.register_event_duration_secs_listener(listen)
-    kinds = ["iid"] if TASKS[name].datasets == ("synthetic",) else ["iid", "quantity"]
     try:
         for wide in (False, True):
             with jax.enable_x64(wide):
-                for partition in kinds:  # as many clients as no other test has, whose programs would not be new
-                    assert TASKS[name](clients=13, seed=5, partition=partition).data.clients == 13
+                for given in options:
+                    assert TASKS[name](seed=5, **given).data.clients == given.get("clients", 4)
         assert not seen
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from ..errors import check
 from .shuffle import halves, stratified
 
 Folder = str | os.PathLike[str] | None
-KINDS = ("images", "classes", "numbers")
+KINDS = ("images", "classes", "numbers", "silos")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Facts:
     """What a task goes by, known before the rows are read.
 
     Attributes:
-        kind: what a row is: "images" with a class each, features with "classes", or features with "numbers" to predict.
+        kind: what a row is: "images" with a class each, features with "classes", features with "numbers" to predict, or
+            "silos": features with classes that are somebody's own, and dealt to nobody else.
         clients: how many clients share it, unless the user says.
         hidden: the width of a network's hidden layer; None where a network would be too much for it.
         rarest: where classes are to be unequal, rows of the rarest class for each of the commonest.
@@ -47,6 +49,7 @@ class Dataset:
         y_train, y_test: (rows,) int32 labels in [0, classes), or float32 targets.
         classes: how many classes there are; None for a regression.
         facts: what tasks go by.
+        sites_train, sites_test: (rows,) int32, of silos: whose each row is; None where rows are pooled.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Dataset:
     y_test: np.ndarray
     classes: int | None
     facts: Facts = Facts()
+    sites_train: np.ndarray | None = None
+    sites_test: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +82,18 @@ class Source:
     def __call__(self, data_dir: Folder = None) -> Dataset:
         """The data set, with these facts."""
         return dataclasses.replace(self.read(data_dir), facts=self.facts)
+
+
+def places(name: str, data_dir: Folder) -> list[Path]:
+    """Where the files of a data set are looked for, in this order: NAME in `data_dir`, `data_dir`, the user's cache.
+
+    FEDBILEVEL_DATA stands in for a `data_dir` that is not given; only without one does the cache count.
+    """
+    given = data_dir if data_dir is not None else os.environ.get("FEDBILEVEL_DATA") or None
+    looked = [] if given is None else [Path(given).expanduser() / name, Path(given).expanduser()]
+    if data_dir is None:
+        looked.append(Path(os.path.expanduser("~/.cache/fedbilevel")) / name)
+    return looked
 
 
 def split(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, check
-from .base import Dataset, Facts, Folder
+from .base import Dataset, Facts, Folder, places
 
 PIXELS = {"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530)}
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -118,16 +118,13 @@ def find_idx(name: str, data_dir: Folder) -> Path:
     Raises:
         InputError: they are in none of these, or `data_dir` is the other data set's.
     """
-    given = data_dir if data_dir is not None else os.environ.get("FEDBILEVEL_DATA") or None
-    places = [] if given is None else [Path(given).expanduser() / name, Path(given).expanduser()]
-    if data_dir is None:
-        places.append(Path(os.path.expanduser("~/.cache/fedbilevel")) / name)
-    for place in places:
+    looked = places(name, data_dir)
+    for place in looked:
         if any((place / (stem + end)).is_file() for stem in IDX_FILES for end in ("", ".gz")):
             own = place.absolute().name
             check(own == name or own not in PIXELS, f"{place} is named after {own}: pass the folder of {name}.")
             return place
     raise InputError(
-        f"the data set {name} is not in {' or '.join(map(str, places))}: pass --data-dir (data_dir=) with a folder "
+        f"the data set {name} is not in {' or '.join(map(str, looked))}: pass --data-dir (data_dir=) with a folder "
         f"that holds {', '.join(IDX_FILES)} (or .gz), itself or in {name}/."
     )

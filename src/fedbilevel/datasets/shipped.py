@@ -6,3 +6,4 @@ from .embedded import DIABETES as DIABETES
 from .embedded import BREAST_CANCER as BREAST_CANCER
 from .mnist import MNIST as MNIST
 from .mnist import FASHION_MNIST as FASHION_MNIST
+from .heart import HEART_DISEASE as HEART_DISEASE

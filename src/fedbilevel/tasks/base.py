@@ -87,7 +87,7 @@ class Options:
 
     Attributes:
         dataset: name of the data set; None for the task's default.
-        data_dir: folder of data sets that are not embedded (MNIST, Fashion-MNIST).
+        data_dir: folder of data sets that are not embedded (MNIST, Fashion-MNIST, heart disease).
         partition: "iid", "shards", "dirichlet" or "quantity".
         clients: how many; None for the task's default.
         alpha: concentration of "dirichlet" and "quantity"; None for their default.
@@ -192,6 +192,13 @@ def validation_loss(outer_loss: Loss, data: FederatedData) -> Metric:
     p = np.full(data.clients, 1 / data.clients) if data.weights is None else np.asarray(data.weights)
     weights = held(np.repeat(p * np.asarray(data.outer.scale) / counts, counts))
     return lambda x, y: _weighted_loss(outer_loss, x, y, data.outer.rows, weights)
+
+
+def mean_loss(loss: Loss, rows: PyTree) -> Metric:
+    """The mean of a loss over rows that are a pytree of arrays, rows first: of test rows, say."""
+    count = len(jax.tree.leaves(rows)[0])
+    weights = held(np.full(count, 1 / count))
+    return lambda x, y: _weighted_loss(loss, x, y, rows, weights)
 
 
 @functools.partial(jax.jit, static_argnums=0)

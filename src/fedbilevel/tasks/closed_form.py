@@ -38,10 +38,7 @@ def synthetic(
     Raises:
         InputError: the options ask for a partition or a data set.
     """
-    check(
-        options.partition == "iid" and options.data_dir is None,
-        f"the {name} task makes its own clients: leave --partition and --data-dir out.",
-    )
+    check_own_clients(name, options)
     place, _, begin, run = options.keys()
     counts = [ROWS[i % len(ROWS)] for i in range(options.clients or CLIENTS)]
     rows = list(clients(generator(place), counts))
@@ -49,6 +46,14 @@ def synthetic(
     problem = Problem(inner_loss, outer_loss)
     x, y = start(begin)
     return Task(name, "synthetic", problem, data, x, y, closed_form_metrics(problem, data), run)
+
+
+def check_own_clients(name: str, options: Options) -> None:
+    """Raises InputError where the options of a task that makes its own clients ask for a partition or a data set."""
+    check(
+        options.partition == "iid" and options.data_dir is None,
+        f"the {name} task makes its own clients: leave --partition and --data-dir out.",
+    )
 
 
 def closed_form_metrics(problem: Problem, data: FederatedData) -> dict[str, Metric]:

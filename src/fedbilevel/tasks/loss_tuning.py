@@ -118,8 +118,11 @@ def clients_data(a: np.ndarray, labels: np.ndarray, inner: Parts, outer: Parts) 
     )
 
 
-def levels(labels: np.ndarray, parts: Parts, key: Key[Array, ""]) -> tuple[Parts, Parts]:
+def levels(labels: np.ndarray, parts: Parts, key: Key[Array, ""], share: float = VALIDATION) -> tuple[Parts, Parts]:
     """Split each client's rows at random into training and validation rows, with every class among the latter.
+
+    Args:
+        share: of a client's rows for validation, to the nearest row.
 
     Raises:
         InputError: a client with fewer than two rows, or a class for which nobody has a row to spare.
@@ -141,7 +144,7 @@ def levels(labels: np.ndarray, parts: Parts, key: Key[Array, ""]) -> tuple[Parts
     for rows in parts:
         order = rng.permutation(rows)
         order = order[np.argsort(~chosen[order], kind="stable")]
-        held = min(max(round(VALIDATION * len(rows)), int(chosen[rows].sum()), 1), len(rows) - 1)
+        held = min(max(round(share * len(rows)), int(chosen[rows].sum()), 1), len(rows) - 1)
         outer.append(order[:held])
         inner.append(order[held:])
     return inner, outer

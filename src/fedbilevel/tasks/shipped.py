@@ -8,3 +8,7 @@ from .compositional import compositional as compositional
 from .regularisation import regularisation as regularisation
 from .hyper_representation import hyper_representation as hyper_representation
 from .loss_tuning import loss_tuning as loss_tuning
+from .bank import bank as bank
+from .scaled import scaled as scaled
+from .hearts import hearts as hearts
+from .cleaning import cleaning as cleaning
