@@ -23,7 +23,7 @@ JUDGED = {"bank": "test_loss", "scaled": "test_error", "hearts": "test_loss", "c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "algorithm"), GAINS, ids="-".join)
+@pytest.mark.parametrize(("name", "algorithm"), GAINS, ids=map("-".join, GAINS))
 def test_stored_steps_improve_the_task(name, algorithm):
     if name == "hearts" and not (DATA / "heart-disease").is_dir():
         pytest.skip("no folder with the hospitals' files")
