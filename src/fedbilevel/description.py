@@ -23,6 +23,7 @@ from .problem import Problem
 from .protocol import Protocol, protocol
 from .result import Result
 from .solve import solve
+from .validation import Validation, asked, judged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,10 +83,14 @@ class Description:
             )  # fmt: skip
 
     def protocol(self) -> Protocol:
-        """What one of its iterations exchanges."""
+        """What one of its iterations exchanges, and a row of its history if it does."""
         with self.bits():
-            x, y = self.begin()
-            return protocol(self.algorithm, self.problem, self.rows(), x, y, self.engine or Simulation())
+            data, (x, y), engine = self.rows(), self.begin(), self.engine or Simulation()
+            found = protocol(self.algorithm, self.problem, data, x, y, engine)
+            if not judged(asked(self.keep, self.metrics)):
+                return found
+            each_row = protocol(Validation(), self.problem, data, x, y, engine).exchanges
+            return dataclasses.replace(found, each_row=each_row)
 
     def rows(self) -> FederatedData:
         """The clients' rows."""

@@ -28,6 +28,22 @@ _BESIDE = (
 )  # in tables with them
 
 
+def validation_loss(x: PyTree, y: PyTree) -> ArrayLike:
+    """f(x, y) averaged over the federation: `metrics={"validation_loss": fb.validation_loss}`.
+
+    A run measures it itself, on every engine: at each row of the history x and y go to all clients (whatever the cohort),
+    each says its own outer loss over all its outer rows, and the mean is that of the clients' weights. The round and its
+    bytes are counted in that row. Where clients fail or drop out, it is the mean of those that answer.
+
+    Raises:
+        InputError: always: it is a metric's name, for no clients are at hand here.
+    """
+    raise InputError(
+        "fb.validation_loss is measured by the run, which asks the clients: it cannot be called. Where the data is at hand, "
+        "fb.reference.outer_value(problem, data, x, y) computes it."
+    )
+
+
 def measured(name: str, metric: Metric, x: PyTree, y: PyTree) -> float:
     """What a metric says.
 

@@ -40,6 +40,8 @@ from .protocol import check_kinds
 from .recovery import Back, recovery, saved_snapshot
 from .result import EMPTY, History, Result, Row
 from .sanity import check_sane
+from .validation import NAME as VALIDATION
+from .validation import Judge, asked, judged
 from .variables import trainable
 from .watch import Seen, precision
 
@@ -120,10 +122,14 @@ class Run:
         self.protocol = self._execution.protocol
         check_diagnostics(type(algorithm).__name__, _fields(self.protocol.info))
         checked_metrics(metrics, _fields(self.protocol.info))
+        told = [name for name, value in self._scalars().items() if value is not None]
         if self.kept is not None:
-            told = [name for name, value in self._scalars().items() if value is not None]
-            self.kept.goal.known([*self.metrics, *told])
+            self.kept.goal.known([*self.metrics, *told, VALIDATION])
+        self.metrics = asked(keep, self.metrics, told)
         self.lower = Lower(self._execution, algorithm, state, self._y_rest)
+        self._judge = self._judging(data)
+        if self._judge is not None:
+            self.protocol = dataclasses.replace(self.protocol, each_row=self._judge.protocol.exchanges)
         self._check_budget()
         self.goal = self._most_iterations or self._budget
         self.carry = self._execution.start(algorithm, state)
@@ -145,11 +151,27 @@ class Run:
         if resume is not None:
             self._resume(resume)
 
+    def _judging(self, data: FederatedData) -> Judge | None:
+        """What measures the loss of the federation, where that is asked for."""
+        if not judged(self.metrics):
+            return None
+        check(
+            not self.lower.away,
+            f"{VALIDATION} cannot be measured, for y stays at the sites: let the algorithm share it (share_lower=True).",
+        )
+        return Judge(self._execution, self._x, self._y, data)
+
+    @property
+    def _reserve(self) -> int:
+        """Rounds that a row of the history takes."""
+        return 0 if self._judge is None else self._judge.protocol.rounds_most
+
     def _check_budget(self) -> None:
         least, name = self.protocol.rounds_most, type(self.algorithm).__name__
+        rows = f", and {VALIDATION} {self._reserve} at the start and the end" if self._reserve else ""
         check(
-            self._budget is None or self._budget >= least,
-            f"{self._budget} rounds are too few: one iteration of {name} takes up to {least}.",
+            self._budget is None or self._budget >= least + 2 * self._reserve,
+            f"{self._budget} rounds are too few: one iteration of {name} takes up to {least}{rows}.",
         )
 
     def _resume(self, folder: str | os.PathLike[str]) -> None:
@@ -261,7 +283,7 @@ class Run:
         """About how many iterations are to come."""
         if self._budget is None:
             return (self._most_iterations or 0) - self.iteration
-        return int((self._budget - self.rounds) / max(1.0, float(self.protocol.rounds)))
+        return int((self._budget - self.rounds) / max(1.0, self.protocol.rounds + self._reserve / self._every))
 
     # One stretch of iterations --------------------------------------------------------------------------------------
 
@@ -270,7 +292,7 @@ class Run:
         if self._budget is None:
             left = (self._most_iterations or 0) - self.iteration
         else:  # the last iterations one by one, as long as another one may fit
-            spare = self._budget - self.rounds
+            spare = self._budget - self.rounds - self._reserve
             left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
         paced = 1 if self._pace is None else max(1, int(_STRETCH / max(self._pace, 1e-9)))
         row_by_row = self.metrics or self.kept is not None or self._listeners.row_by_row
@@ -311,7 +333,7 @@ class Run:
     def _fits(self, record: Record) -> bool:
         """Whether a stretch is within the budget."""
         blown = record.spent[0] if self._recovery is not None else 0
-        return self._budget is None or self.rounds + sum(record.rounds) + blown <= self._budget
+        return self._budget is None or self.rounds + sum(record.rounds) + blown + self._reserve <= self._budget
 
     def _advance(self, before: Carry, length: int) -> tuple[Carry, Record]:
         """What the engine gives, who may write over `before`; where it is needed after all, it is computed anew."""
@@ -361,7 +383,8 @@ class Run:
         """After a blow-up, to the last snapshot with half the automatic step; False if the run has to end."""
         if self._recovery is None:
             return False
-        spare = None if self._budget is None else self._budget - self.rounds - sum(record.rounds) - record.spent[0]
+        spent = self.rounds + sum(record.rounds) + record.spent[0] + self._reserve
+        spare = None if self._budget is None else self._budget - spent
         back = self._recovery.back(self._last_good(before, record), after, self._limit, spare)
         if back is None:
             return False
@@ -431,10 +454,12 @@ class Run:
             message, self._refused = self._refused, None
             raise RunError(message, self._result())
 
-    def _measured(self, x: PyTree, y: PyTree) -> tuple[dict[str, float], str | None]:
+    def _measured(self, x: PyTree, y: PyTree, loss: float) -> tuple[dict[str, float], str | None]:
         """(The metrics, what failed): one that does while running leaves its place empty, and ends the run."""
-        found, refused = {}, None
+        found, refused = dict.fromkeys(judged(self.metrics), loss), None
         for name, metric in self.metrics.items():
+            if name in found:
+                continue
             try:
                 found[name] = y.number(name, metric, x) if isinstance(y, Away) else measured(name, metric, x, y)
             except InputError as error:
@@ -444,16 +469,31 @@ class Run:
         return found, refused
 
     def _row(self, info: PyTree, iteration: int | None = None) -> Row:
+        loss = self._loss()
         row = {"iteration": self.iteration if iteration is None else iteration, **self._figures()}
         row["seconds"] = round(row["seconds"], 6)
         if self.metrics:
             x, y = self.variables()
             y = Away() if self.lower.away else y
-            found, refused = self.processes.said(lambda: self._measured(x, y))
+            found, refused = self.processes.said(lambda: self._measured(x, y, loss))
             row, self._refused = row | found, self._refused or refused
         turn = {"turn": EMPTY if info is None else self._last_turn}
         halvings = {} if self._recovery is None else {"halvings": self._recovery.halvings}
         return row | self._diagnostics(info) | turn | halvings
+
+    def _loss(self) -> float:
+        """f(x, y) over the federation where the run is, if it is asked for; what it takes is counted."""
+        if self._judge is None:
+            return EMPTY
+        before = self._restored().get(judged(self.metrics)[0])
+        if before is not None:  # it was measured and counted before the run was interrupted
+            return float(before)
+        x, y = self.carry.state.x, self.carry.state.y
+        if self.lower.own:
+            y, _ = trainable(self.lower.one(self.carry), "y")
+        found = self._judge(x, y, self.iteration)
+        self._spend(found.rounds, found.bytes_down, found.bytes_up)
+        return found.value
 
     def _diagnostics(self, info: PyTree) -> dict[str, float]:
         """Scalars of the algorithm's diagnostics as columns; NaN at the start, where there are none yet."""

@@ -160,14 +160,15 @@ def protocol(
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition and the start.")] = None,
-    sets: Sets = None, as_json: Json = False, precision: Precision = 32, no_cache: NoCache = False,
+    sets: Sets = None, as_json: Json = False, precision: Precision = 32, no_cache: NoCache = False, keep: Keep = None,
 ):  # fmt: skip
     """Print what one iteration exchanges: rounds and bytes, from the algorithm's own program."""
     import jax
 
     plan = plan_of(
         context, task, None if algorithm is None else [algorithm], dataset=dataset, data_dir=data_dir,
-        partition=partition, alpha=alpha, clients=clients, cohort=cohort, seed=seed, sets=sets, precision=precision,
+        partition=partition, alpha=alpha, clients=clients, cohort=cohort, seed=seed, sets=sets,
+        precision=precision, keep=keep,
     )  # fmt: skip
     with jax.enable_x64(plan.precision == 64):
         name, seed = next(iter(plan.algorithms)), plan.seeds[0]

@@ -132,6 +132,15 @@ class Execution(abc.ABC):
         fresh.key = key
         return fresh
 
+    def another(self, algorithm: Algorithm, state: PyTree, data: FederatedData, key: Key[Array, ""]) -> Execution:
+        """The same clients for another algorithm, which runs beside this one.
+
+        Args:
+            state: its first.
+            data: this one's, as it was given to `Engine.bind`.
+        """
+        return self.engine.bind(self.problem, data, algorithm, state, key)
+
     def client_states(self, carry: Carry) -> PyTree:
         """The clients' states, leaves (clients, ...); None if they keep none."""
         return carry.client_state

@@ -151,6 +151,10 @@ class _Simulated(Execution):
         asked = self.engine.compile
         return (self._chosen or "full") if asked == "auto" else asked
 
+    def another(self, algorithm: Algorithm, state: PyTree, data: FederatedData, key: Key[Array, ""]) -> _Simulated:
+        protocol = plan(self.engine, self.problem, data, algorithm, state, self.protocol.cohort, iteration)
+        return _Simulated(self.engine, self.problem, self.data, key, protocol, iteration)  # rows lie where they lay
+
     def follow(self, way: str) -> None:
         self._chosen = way
 

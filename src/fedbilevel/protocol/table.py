@@ -62,6 +62,7 @@ class Protocol:
             depends on the data: the expected values are then the most).
         sites, info: the call sites by path and the shapes of the diagnostics, for engines.
         taken_most: the most exchanges and draws of the server together; None where that is not certain.
+        each_row: what is exchanged beside iterations, once at each row of the history (`validation_loss`); not in the sums.
     """
 
     algorithm: str
@@ -78,6 +79,7 @@ class Protocol:
     sites: Mapping[Path, Site] = dataclasses.field(repr=False, compare=False)
     info: PyTree = dataclasses.field(repr=False, compare=False)
     taken_most: int | None = dataclasses.field(default=None, repr=False, compare=False)
+    each_row: tuple[Exchange, ...] = ()
 
     def to_dict(self) -> dict[str, JSON]:
         """Everything that can be printed, for JSON."""
@@ -94,7 +96,7 @@ class Protocol:
             "bound": "the number of rounds depends on the data: these are the most",
         }[self.kind]
         title = f"{self.algorithm}: one iteration, {self.cohort} of {self.clients} clients an exchange ({note})"
-        return f"{title}\n\n{self._drawn()}"
+        return "\n".join([title, "", self._drawn(), *map(_at_each_row, self.each_row)])
 
     def _drawn(self) -> str:
         """The table, as plain text."""
@@ -119,6 +121,13 @@ class Protocol:
         drawn = io.StringIO()
         Console(file=drawn, width=_WIDEST, color_system=None).print(table)
         return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines())
+
+
+def _at_each_row(e: Exchange) -> str:
+    return (
+        f"and at each row of the history {e.name}: {e.down} down, {e.up} up; {e.times_most} round, "
+        f"{e.bytes_down_most:,} bytes down and {e.bytes_up_most:,} up"
+    )
 
 
 def bytes_of(site: Site, counts: np.ndarray, replies: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

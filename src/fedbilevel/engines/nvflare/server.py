@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,7 @@ from ...result import Result
 from ...results.folder import CONFIG, ROUNDS
 from ...results.kept import ended, keep, tell
 from ...sampled import Sampled
+from ...validation import Validation
 from ..base import Engine, Program, plan
 from ..faults import Faults
 from ..messaging.server_side import Messaging
@@ -142,6 +144,7 @@ class Collab(Engine):
         self.names, self.faults, self.resume, self.cohort = names, faults, resume, cohort
         self.transport, self.ledger = CollabTransport(names), Ledger(rounds, names, resume)
         self.schemas: list[str] = []
+        self._exchanges = 0  # of the run's own protocol
 
     def meet(self, app: App) -> list[float] | None:
         """Have all sites load their rows and derive the protocol; returns their weights, if they count unalike."""
@@ -202,11 +205,17 @@ class Collab(Engine):
     ) -> OverNetwork:
         cohort = check_cohort(self.cohort, data.clients)
         problem = freeze(problem, state.x, state.y, data)
-        protocol = plan(self, problem, data, algorithm, state, cohort, program)
-        return OverNetwork(
-            self, problem, data, key, protocol, program,
-            transport=self.transport, faults=self.faults, dropout=0.0, watch=self.ledger.write,
+        protocol, write = plan(self, problem, data, algorithm, state, cohort, program), self.ledger.write
+        beside = isinstance(algorithm, Validation)
+        made = OverNetwork(
+            self, problem, data, key, protocol, program, transport=self.transport, faults=self.faults, dropout=0.0,
+            watch=(lambda r: write(dataclasses.replace(r, iteration=r.iteration - 1))) if beside else write,
         )  # fmt: skip
+        if beside:  # at the sites its exchanges come after the run's own
+            made.places = {path: self._exchanges + place for path, place in made.places.items()}
+        else:
+            self._exchanges = len(protocol.sites)
+        return made
 
 
 class OverNetwork(Messaging):

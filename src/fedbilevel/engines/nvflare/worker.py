@@ -6,10 +6,13 @@ a reply, not the run, and starts again with the state that it left on disk. The 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,10 +139,12 @@ class _Inside:
     Attributes:
         app: the application, once its rows are loaded.
         side: what answers requests, once it is prepared.
+        beside: what answers those that come after the run's own exchanges (`validation`); made when one comes.
     """
 
     app: App
     side: ClientSide
+    beside: Callable[[], ClientSide]
 
     def __init__(self, app: str, site: str, folder: Path):
         self.file, self.site, self.folder = app, site, folder
@@ -186,11 +191,13 @@ class _Inside:
         import jax
         import jax.numpy as jnp
 
+        from ...algorithm import State
         from ...app import schema
         from ...errors import check as expect
         from ...program import freeze, settle
-        from ...protocol import as_leaves, client_state
+        from ...protocol import as_leaves, client_state, trace
         from ...sanity import told
+        from ...validation import Validation
         from ..messaging.client_side import ClientSide, Methods
         from .agreement import begin, derive, fingerprint, placeholder_data
 
@@ -212,6 +219,25 @@ class _Inside:
             problem, (inner, outer), as_leaves(settle(app.algorithm, state.x)), derived,
             jax.random.key(message.seed), message.index, first, Methods(), self.site,
         )  # fmt: skip
+        self._exchanges = len(derived.sites)
+
+        @functools.cache
+        def beside() -> ClientSide:
+            protocol = trace(Validation(), problem, data, State(state.x, state.y), message.cohort)
+            key = jax.random.key(message.seed)
+            return ClientSide(
+                problem,
+                (inner, outer),
+                as_leaves(Validation()),
+                protocol,
+                key,
+                message.index,
+                None,
+                Methods(),
+                self.site,
+            )
+
+        self.beside = beside
         self._store(message.resume)
         return ({"figures": told(problem, self.own, *self.variables)} if message.check else {}), b""
 
@@ -220,9 +246,12 @@ class _Inside:
         from ...clock import compiling
         from ..messaging.client_side import Methods
 
-        before = compiling()
-        numbers = self.side.answer(message.request(payload))
-        if self.side.keeps:
+        before, request = compiling(), message.request(payload)
+        side, own = self.side, self._exchanges
+        if request.place >= own:
+            side, request = self.beside(), dataclasses.replace(request, place=request.place - own)
+        numbers = side.answer(request)
+        if side.keeps:
             self._save()
         return {"traced": dict(Methods.traced), "compiling": compiling() - before}, numbers
 
