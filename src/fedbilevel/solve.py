@@ -53,7 +53,8 @@ def solve(
         evaluate_every: iterations between history rows.
         keep: a metric and a direction, as in "test_loss:min" or "test_accuracy:max": the x and y of the row of the history
             that is the best by it are kept too, and `result.best()` gives them. Beside the metrics it may be a scalar
-            of what the algorithm tells of an iteration (`Info`).
+            of what the algorithm tells of an iteration (`Info`), or "validation_loss", which is built in
+            (`fedbilevel.validation_loss`).
         resume: a folder with a checkpoint of this very run, to go on from.
         check: look, before the first iteration, whether the problem can mean what it says: whether the losses depend on
             what they need, and whether the inner loss curves upwards in y at the start. One compiled call on some of

@@ -6,7 +6,6 @@ a reply, not the run, and starts again with the state that it left on disk. The 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import multiprocessing
@@ -224,18 +223,10 @@ class _Inside:
         @functools.cache
         def beside() -> ClientSide:
             protocol = trace(Validation(), problem, data, State(state.x, state.y), message.cohort)
-            key = jax.random.key(message.seed)
             return ClientSide(
-                problem,
-                (inner, outer),
-                as_leaves(Validation()),
-                protocol,
-                key,
-                message.index,
-                None,
-                Methods(),
-                self.site,
-            )
+                problem, (inner, outer), as_leaves(Validation()), protocol, jax.random.key(message.seed),
+                message.index, None, Methods(), self.site, self._exchanges,
+            )  # fmt: skip
 
         self.beside = beside
         self._store(message.resume)
@@ -247,9 +238,7 @@ class _Inside:
         from ..messaging.client_side import Methods
 
         before, request = compiling(), message.request(payload)
-        side, own = self.side, self._exchanges
-        if request.place >= own:
-            side, request = self.beside(), dataclasses.replace(request, place=request.place - own)
+        side = self.side if request.place < self._exchanges else self.beside()
         numbers = side.answer(request)
         if side.keeps:
             self._save()
