@@ -1,4 +1,8 @@
-"""Heart disease in four hospitals, each a client of its own: the UCI data of Janosi, Steinbrunn, Pfisterer and Detrano."""
+"""Heart disease in four hospitals, each a client of its own.
+
+The UCI data of Janosi, Steinbrunn, Pfisterer and Detrano (1988, CC BY 4.0), which nobody but the user
+downloads.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 COLUMNS = (
     "age", "sex", "cp", "trestbps", "chol", "fbs", "restecg", "thalach", "exang", "oldpeak", "slope", "ca", "thal", "num",
 )  # fmt: skip
-# What a row is made of, in groups: the patient, examined at rest, under exercise, and by imaging. (column, code) is one
-# for this code of a column of codes, and zero else.
+# What a row is made of, in groups: the patient, examined at rest, under exercise, and by imaging.
+# (column, code) is one for this code of a column of codes, and zero else.
 PATIENT = ("age", "sex", ("cp", 2), ("cp", 3), ("cp", 4))
 REST = ("trestbps", "chol", "fbs", ("restecg", 1), ("restecg", 2))
 EXERCISE = ("thalach", "exang", "oldpeak", "slope")
@@ -55,8 +59,9 @@ def read_hospital(path: Path) -> np.ndarray:
 def prepared(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(rows, features) float32 of one hospital's rows, by what its own training rows say and nothing else.
 
-    What is missing becomes the column's lower median, so that a code stays a code, and zero where a hospital never measured
-    it; then codes become columns, and all have mean 0 and deviation 1 in the training rows (one that is constant is 0).
+    What is missing becomes the column's lower median, so that a code stays a code, and zero where a
+    hospital never measured it. Then codes become columns, and all have mean 0 and deviation 1 in the
+    training rows (one that is constant is 0).
     """
     middle = np.zeros(len(COLUMNS))
     for i, column in enumerate(train.T):
@@ -75,7 +80,7 @@ def _features(table: np.ndarray) -> np.ndarray:
 
 
 def heart_disease(folder: Path, seed: int = 0) -> Dataset:
-    """The four hospitals' rows, one after the other, with `sites`; a quarter of each class of each is for the test.
+    """The four hospitals' rows, one after the other, with their sites; a quarter of each class of each is for the test.
 
     Raises:
         InputError: a file is missing or unusable.

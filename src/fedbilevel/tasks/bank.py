@@ -11,9 +11,10 @@ loss that positives get, and p their share of the training rows,
 
 The weights' mean is one whatever x is: class_weight weighs classes against each other, and never the
 loss against the penalties. Banks count in proportion to their rows at both levels, so g is a mean
-over all training rows, and f the mean of the two classes' own mean cross-entropies. The outer loss
-does not contain x: the hypergradient has no direct part. The start is s = p (all rows alike) and
-penalties of one; s = 1/2 would be the usual weights by hand, one over the frequency.
+over all training rows, and f the mean of the two classes' own mean cross-entropies. (With such
+weights Lockstep and FedF2SA ask everybody, and refuse a cohort.) The outer loss does not contain x:
+the hypergradient has no direct part. The start is s = p (all rows alike) and penalties of one; s = 1/2
+would be the usual weights by hand, one over the frequency.
 
 Five banks have 51 to 411 rows, of which 40 % validate; another number of banks is spread over the
 same range. 6 % of all rows are positive. Banks differ in where their columns lie, in how often they

@@ -61,7 +61,7 @@ def outer_loss(x: Float[Array, " training"], y: Layer, example: Row) -> Float[Ar
 
 
 class InnerLoss(eqx.Module):
-    """Weighted cross-entropy of one example, plus penalty/2 |y|^2; the example knows its place in x, `number`."""
+    """Weighted cross-entropy of one example, plus penalty/2 |y|^2; `number` is its place in x."""
 
     penalty: float = eqx.field(static=True, default=PENALTY)
 
@@ -103,7 +103,10 @@ def replaced(labels: np.ndarray, classes: int, rng: np.random.Generator) -> tupl
 
 
 def found(wrong: np.ndarray) -> Metric:
-    """How well x tells wrong rows: the share of pairs in which the wrong row has the smaller x; ties count a half."""
+    """How well x tells wrong rows: the share of pairs in which the wrong row has the smaller x.
+
+    Ties count a half. `wrong` is (rows,) bool.
+    """
     flags = on_device(wrong)
     return lambda x, y: _area(x, flags)
 

@@ -80,7 +80,8 @@ def moments(clients: Sequence[Columns]) -> Moments:
 class ClosedForm:
     """y*(x), Phi(x) and its gradient, x (columns,) float64, in 64 bits whatever the run is in.
 
-    In 32 bits the reference would refuse what a long step makes of the condition number, and the run would end with it.
+    In 32 bits the reference would refuse what a long step makes of the condition number, and the run
+    would end with it.
     """
 
     inner: Moments
