@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +112,42 @@ def test_few_rounds_measure_less():
         assert (result.history[-1]["rounds"], result.iteration) == (rounds, iterations)
 
 
+def badly_scaled(seed, by):
+    """A problem of `testing` whose rows' sizes are factors of 1e-3 to 1e3 apart: its curvatures are of 1e-6 to 1e6."""
+    problem, data, x, y = fb.testing.heterogeneous(8, seed)
+    counts, draw = np.asarray(data.inner.counts), np.random.default_rng(seed)
+    many = {"row": counts.sum(), "client": len(counts), "problem": 1}[by]
+    factors = 10 ** draw.uniform(-3, 3, many)
+    each = factors if by == "row" else np.repeat(factors, counts if by == "client" else counts.sum())
+    scale = lambda leaf: jnp.asarray(each.reshape(-1, *[1] * (leaf.ndim - 1)) * np.asarray(leaf))
+    return problem, eqx.tree_at(lambda d: d.inner.rows, data, jax.tree.map(scale, data.inner.rows)), x, y
+
+
+def value(problem, data, x, y):
+    """g(x, y)."""
+    return np.mean([float(problem.inner_value(x, y, data.inner.client(i).all())) for i in range(data.clients)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["row", "client", "problem"])
+@pytest.mark.parametrize(
+    "company",
+    [{}, {"cohort": 3}, {"cohort": 1}, {"dropout": 0.4}, {"batch_size": 2}, {"local_steps": 1}],
+    ids=lambda company: " ".join(map(str, company)) or "everyone",
+)
+def test_no_scale_of_rows_makes_it_blow_up(by, company):
+    """Nor is y thrown away on the way: g ends below where it began, and is nowhere far above."""
+    engine = fb.Simulation(**{name: company[name] for name in ("cohort", "dropout") if name in company})
+    options = {name: company[name] for name in ("batch_size", "local_steps") if name in company}
+    for seed in range(4):
+        problem, data, x, y = badly_scaled(seed, by)
+        given = {"rounds": 200, "key": jax.random.key(seed), "evaluate_every": 50, "check": False}
+        metrics = {"value": lambda x, y, problem=problem, data=data: value(problem, data, x, y)}
+        result = fb.train(problem, data, x, y, engine=engine, metrics=metrics, **given, **options)
+        values = result.history.column("value")
+        assert values[-1] < values[0] and values.max() < 10 * values[0], (seed, values)
+
+
 REFUSED = [
     ({"rounds": 1}, "1 round is too few"),
     ({"rounds": 0}, "rounds= is a whole number of at least 1"),
@@ -135,6 +172,11 @@ def test_a_step_that_is_too_large_is_named():
     with pytest.raises(fb.Diverged, match="lower inner_lr ") as failure:
         train(rounds=2_000, inner_lr=4.0)
     assert np.isfinite(flat(failure.value.result.y)).all()
+
+
+def test_the_best_is_kept():
+    result = train(rounds=20, keep="lower_gradient_norm:min")
+    assert result.best().value == np.nanmin(result.history.column("lower_gradient_norm"))
 
 
 def test_a_start_that_cannot_be_used():

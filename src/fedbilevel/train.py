@@ -39,6 +39,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     metrics: Mapping[str, Metric] | None = None,
     evaluate_every: Whole = 1,
+    keep: str | None = None,
     resume: str | os.PathLike[str] | None = None,
     check: bool = True,
 ) -> Result:
@@ -57,7 +58,7 @@ def train(
         inner_lr: the step of ONE local step, or "auto": it is measured, at the start and then in iterations 1, 2, 4, 8, ...
         local_steps: local steps a round.
         batch_size: rows of a minibatch, fresh for every local step; None for all rows.
-        callbacks, metrics, evaluate_every, resume: as `solve` takes them.
+        callbacks, metrics, evaluate_every, keep, resume: as `solve` takes them.
         check: look, before the first iteration, whether the inner loss depends on y and curves upwards in it.
 
     Returns:
@@ -77,7 +78,8 @@ def train(
         algorithm = _within(algorithm, budget, rounds_of_first(data.clients, cohort))
     run = Run(
         problem=problem, data=data, algorithm=algorithm, x=x, y=y, rounds=budget, key=key, engine=engine,
-        callbacks=callbacks, metrics=metrics, evaluate_every=evaluate_every, resume=resume, sane=check, upper=False,
+        callbacks=callbacks, metrics=metrics, evaluate_every=evaluate_every, keep=keep, resume=resume,
+        sane=check, upper=False,
     )  # fmt: skip
     return run.go()
 

@@ -11,7 +11,7 @@ import optax.tree
 import pytest
 
 import fedbilevel as fb
-from fedbilevel.algorithms.components.inner_step import rounds_of_first, share_of_curvature
+from fedbilevel.algorithms.components.inner_step import rounds_of_first, share_of_curvature, watched_descent
 from fedbilevel.algorithms.training import Training
 from fedbilevel.engines.base import Carry
 from helpers.quadratic import DX, DY, flat, orthogonal, quadratic
@@ -57,7 +57,8 @@ def test_how_long_a_step_may_be():
     share = share_of_curvature
     assert [share(T, 9, 9) for T in (1, 2, 3)] == [1.0] * 3
     assert 0.55 < share(5, 9, 9) < 0.65 and 2.9 < 1000 * share(1000, 9, 9) < 3.1
-    assert share(5, 9, 1) == share(5, 9, 9) / 6 < share(5, 9, 3) < share(5, 9, 9)
+    assert share(5, 9, 1) == pytest.approx(1 / 15) and share(1, 9, 1) == pytest.approx(1 / 3)
+    assert share(5, 9, 1) < share(5, 9, 3) < share(5, 9, 9)
     assert share(1, 1, 1) == 1.0
     assert [rounds_of_first(9, size) for size in (9, 8, 2, 1)] == [1, 2, 5, 9]
     assert rounds_of_first(1_000, 1) == 20
@@ -96,7 +97,7 @@ def test_what_it_exchanges():
     assert (protocol.rounds, protocol.bytes_down) == (1, 8 * CLIENTS * (DX + 2 * DY))
     assert protocol.bytes_up == 8 * CLIENTS * 2 * DY
     measured = fb.protocol(Training(), Q.problem, Q.data, Q.x, Q.y)
-    assert (measured.rounds_most, measured.bytes_up_most) == (2, protocol.bytes_up + 8 * CLIENTS)
+    assert (measured.rounds_most, measured.bytes_up_most) == (2, protocol.bytes_up + 2 * 8 * CLIENTS)
     cohort = fb.protocol(Training(), Q.problem, Q.data, Q.x, Q.y, engine=fb.Simulation(cohort=2))
     assert cohort.rounds_most == 3 + 1  # everybody, cohort by cohort
 
@@ -113,8 +114,44 @@ def test_everybody_is_measured_before_anybody_moves():
     result = run(q, Training(), 3, engine=fb.Simulation(cohort=1))
     lr = share_of_curvature(5, CLIENTS, 1) / (1.2 * np.linalg.eigvalsh(q.hessians(q.t))[:, -1].max())
     np.testing.assert_allclose(result.history[1]["inner_lr"], lr, rtol=1e-6)
+    assert (result.history.column("inner_lr")[1:] > 0).all()
     assert [row["rounds"] for row in result.history] == [0, 6, 8, 10]
     assert [row["halvings"] for row in result.history] == [0] * 4
+
+
+@pytest.mark.parametrize(("local_steps", "batch_size"), [(5, None), (1, None), (3, 2)])
+def test_a_round_that_would_throw_y_away_moves_nothing(local_steps, batch_size):
+    """The steep client was not there to be measured: the others are all that is known."""
+    q = stiff()
+    algorithm = Training(local_steps=local_steps, batch_size=batch_size)
+    begin = algorithm.init(q.x, q.y)
+    assert begin.curvature is not None
+    known = dataclasses.replace(begin.curvature, largest=jnp.asarray(STIFFEST), iteration=jnp.asarray(3, jnp.int32))
+    begin = dataclasses.replace(begin, curvature=known)
+    execution = fb.Simulation().bind(q.problem, q.data, algorithm, begin, jax.random.key(0))
+    start = dataclasses.replace(execution.start(algorithm, begin), iteration=3)
+    after, record = execution.advance(algorithm, start, 1, np.inf)
+    assert record.info["inner_lr"].tolist() == [0.0]
+    np.testing.assert_array_equal(flat(after.state.y), q.z)
+    assert np.abs(flat(after.state.control)).max() > 1  # what was learnt of everybody stays
+    later, record = execution.advance(algorithm, after, 40, np.inf)
+    assert record.info["inner_lr"][-1] > 0
+    size = lambda z: np.linalg.norm((q.hessians(q.t) @ flat(z) - q.targets(q.t)).mean(0))
+    assert size(later.state.y) < size(q.y)
+
+
+@pytest.mark.parametrize("local_steps", [1, 4])
+def test_the_curvature_of_a_path(local_steps):
+    """Of an eigenvector's it is the eigenvalue; where rounding makes it, there is none."""
+    along = lambda s: lambda z: {"w": 3.0 * z["w"]}
+    descend = lambda w: watched_descent(
+        along, {"w": w}, {"w": 3 * w}, {"w": 0 * w}, jnp.asarray(0.1), local_steps, True
+    )
+    end, steepest = descend(jnp.asarray([1.0, -2.0]))
+    np.testing.assert_allclose(end["w"], 0.7**local_steps * np.asarray([1.0, -2.0]), rtol=1e-14)
+    np.testing.assert_allclose(steepest, 3.0, rtol=1e-10)
+    assert descend(jnp.zeros(2))[1] == 0
+    assert not np.isfinite(descend(jnp.full(2, np.nan))[1])
 
 
 def test_weighted_clients_have_to_be_all_there():

@@ -2,10 +2,13 @@
 
 The part of y of `Lockstep`. Client i keeps c_i, the server c = mean c_i over ALL clients, both zero at first. One iteration:
 
-    ask     inner_lr="auto": now and then the largest curvature of any client (`components.inner_step`)
+    ask     inner_lr="auto": now and then the largest curvature of any client (`inner_step`)
     moves   a_i = d_y g_i(x, y);   y_i = y, `local_steps` times   y_i -= inner_lr [d_y g_i(x, y_i) - c_i + c]
             up y_i - y and a_i - c_i;  c_i <- a_i
     server  y += mean (y_i - y),   c += sum of p_i (a_i - c_i) over those who answered
+
+With inner_lr="auto" one number more goes up, the steepest curvature along the clients' paths; where
+it is beyond what was reckoned with, y stays for this round.
 
 At y*(x), with c_i = d_y g_i and c = 0, nothing moves, whatever the clients, the local steps and the cohorts: no floor but
 that of minibatches. It is SCAFFOLD (Karimireddy et al., ICML 2020), with a step that is found. Floats per client and round:
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
+import jax
 import jax.numpy as jnp
 import optax.tree
 from jaxtyping import Array, Float, PyTree
@@ -26,8 +30,8 @@ from ..errors import check
 from ..federation import Client, Federation, Reply
 from .components.curvature import AutoStep, Curvature, Rate
 from .components.directions import inner_gradient
-from .components.inner_step import ask, noted, share_of_curvature
-from .components.steps import controlled_descent, moved_mean, norm
+from .components.inner_step import ask, judged, share_of_curvature, watched_descent
+from .components.steps import Gradient, controlled_descent, moved_mean, norm
 
 
 class State(algorithm.State):
@@ -46,7 +50,8 @@ class State(algorithm.State):
 class Training(Algorithm):
     """The lower level alone, at a fixed x: corrected local steps, one round an iteration.
 
-    Diagnostics: `lower_gradient_norm`, |d_y g|, and `inner_lr`, the step that was taken.
+    Diagnostics: `lower_gradient_norm`, |d_y g|, and `inner_lr`, the step that was taken; zero where
+    it would have been too long, and y stayed.
 
     Args:
         inner_lr: the step of ONE local step; "auto" finds it.
@@ -76,21 +81,56 @@ class Training(Algorithm):
     def step(self, fed: Federation, state: State) -> tuple[State, dict[str, Float[Array, ""]]]:
         everyone = fed.cohort_size == fed.clients
         check(everyone or not fed.weighted, "Training with weighted clients needs all of them: leave cohort= out.")
-        x, y, c, memory, lam = state.x, state.y, state.control, state.curvature, None
-        if memory is not None:
-            longest, memory = ask(self.pace, fed, x, y, memory, self.measuring)
-            share = share_of_curvature(self.local_steps, fed.clients, fed.cohort_size)
-            lam = longest * jnp.asarray(share, longest.dtype)
-        moved, change = fed.average(self.moves, x, y, c, lam)
-        direction = optax.tree.add(c, change)  # an estimate of d_y g at the old point
-        told = {"lower_gradient_norm": norm(direction), "inner_lr": jnp.asarray(self.pace.lam(lam), norm(y).dtype)}
-        control = moved_mean(c, fed.share, change)
-        return State(x, optax.tree.add(y, moved), control, noted(memory, direction)), told
+        if state.curvature is not None:
+            return self._measured(fed, state, state.curvature)
+        moved, change = fed.average(self.moves, state.x, state.y, state.control)
+        after, direction = self._after(fed, state, moved, change)
+        lr = jnp.asarray(self.inner_lr, norm(direction).dtype)
+        return after, {"lower_gradient_norm": norm(direction), "inner_lr": lr}
 
-    def moves(self, client: Client, x: PyTree, y: PyTree, c: PyTree, lam: Float[Array, ""] | None) -> Reply:
+    def _measured(self, fed: Federation, state: State, memory: Curvature) -> tuple[State, dict[str, Float[Array, ""]]]:
+        """`step` with a step that is found."""
+        longest, memory = ask(self.pace, fed, state.x, state.y, memory, self.measuring)
+        share = share_of_curvature(self.local_steps, fed.clients, fed.cohort_size)
+        lam = longest * jnp.asarray(share, longest.dtype)
+        ways = ("mean", "mean", "maximum")
+        message = state.x, state.y, state.control, lam
+        moved, change, steepest = fed.average(self.watched_moves, *message, combine=ways)
+        safe, memory = judged(memory, steepest, optax.tree.add(state.control, change))
+        moved = jax.tree.map(lambda leaf: jnp.where(safe, leaf, jnp.zeros_like(leaf)), moved)
+        after, direction = self._after(fed, state, moved, change, memory)
+        lr = jnp.where(safe, lam, jnp.zeros_like(lam))
+        return after, {"lower_gradient_norm": norm(direction), "inner_lr": lr}
+
+    def _after(
+        self,
+        fed: Federation,
+        state: State,
+        moved: PyTree,
+        change: PyTree,
+        memory: Curvature | None = None,
+    ) -> tuple[State, PyTree]:
+        """(The next state, an estimate of d_y g at the old y)."""
+        control = moved_mean(state.control, fed.share, change)
+        after = State(state.x, optax.tree.add(state.y, moved), control, memory)
+        return after, optax.tree.add(state.control, change)
+
+    def moves(self, client: Client, x: PyTree, y: PyTree, c: PyTree) -> Reply:
         """How far the client's steps go from y, and a_i - c_i; it keeps a_i = d_y g_i(x, y)."""
+        along, a, correction = self._begun(client, x, y, c)
+        assert not isinstance(self.inner_lr, str)  # where it is found, it travels
+        end = controlled_descent(along, y, a, correction, self.inner_lr, self.local_steps)
+        return Reply((optax.tree.sub(end, y), optax.tree.sub(a, client.state)), a)
+
+    def watched_moves(self, client: Client, x: PyTree, y: PyTree, c: PyTree, lam: Float[Array, ""]) -> Reply:
+        """`moves` with a step that travels; and the steepest curvature along the client's path."""
+        along, a, correction = self._begun(client, x, y, c)
+        steps, same = self.local_steps, self.batch_size is None
+        end, steepest = watched_descent(along, y, a, correction, lam, steps, same)
+        return Reply((optax.tree.sub(end, y), optax.tree.sub(a, client.state), steepest), a)
+
+    def _begun(self, client: Client, x: PyTree, y: PyTree, c: PyTree) -> tuple[Gradient, PyTree, PyTree]:
+        """(The client's gradients by draw, a_i, what corrects its steps)."""
         rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
         along = lambda s: inner_gradient(client.problem, x, rows(s))
-        a, correction = along(0)(y), optax.tree.sub(c, client.state)
-        end = controlled_descent(along, y, a, correction, self.pace.lam(lam), self.local_steps)
-        return Reply((optax.tree.sub(end, y), optax.tree.sub(a, client.state)), a)
+        return along, along(0)(y), optax.tree.sub(c, client.state)

@@ -10,30 +10,43 @@ control variate is a round old. Where all H_i have the same eigenvectors, the er
 
 and dies away while N - M < 1. The largest b <= 1 that keeps that bound at 1/2 is 1 for T <= 3, .6
 for T = 5, and about 3/T beyond: T steps go three times as far as one, however much clients differ.
-A cohort of s of m clients leaves the others' control variates older still: b is divided by
-1 + 5 (m - s) / (s (m - 1)). The step is b / (1.2 L).
+A cohort of s of m clients leaves the others' control variates older still: b shrinks from there (all
+asked) to 1 / (3 T) (one asked), along with (m - s) / (s (m - 1)). The step is b / (1.2 L).
 
 L is measured by five Lanczos steps of each client on one batch, one number up: at the start in as
 many rounds as it takes to ask everybody, cohort by cohort (20 at most, then clients spread evenly
 over all), and in one round in iterations 1, 2, 4, 8, ..., and whenever |d_y g| is four times as long
-as at the last measurement. Where a run that blows up goes on is said in `curvature`.
+as at the last measurement. L falls to no less than .6 of what it was, .9 where clients or rows are
+sampled.
+
+In between every round tells, with one more number up, the steepest curvature along any client's own
+path: |gradient's change| / |step|, which local steps that grow make the largest there is. It raises
+L; and where it is beyond 1.8 L (a client that was not there to be measured, rows that are rare, a
+loss that curves more elsewhere) the round moves nothing. Where a run that blows up all the same goes
+on is said in `curvature`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+import optax.tree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ...federation import Federation
 from .curvature import GROWN, AutoStep, Curvature
-from .steps import norm
+from .steps import Gradient, descend, norm
 
 MOST = 20  # rounds of the first measurement, at most
-_FORGET = 0.9  # how much of an earlier, larger curvature is kept where clients or rows are sampled
+_KEPT = 0.6  # of an earlier, larger curvature, at least: some may drop out at a measurement
+_KEPT_SAMPLED = 0.9  # where clients or rows are sampled
+_RISK = 1.5  # of the step's product with the curvature of a path, in units of b
+_UNSEEN = 4.0  # how much larger a curvature is taken to be where a path left the range of numbers
+_ROUNDING = 100.0  # units in the last place, within which a gradient's change or a step says nothing
 _DAMPED = 0.5  # of N - M
-_OTHERS = 5.0  # how much shorter steps are where one client is asked
+_ALONE = 3.0  # T b = 1/3 where one client is asked at a time
 
 
 def rounds_of_first(clients: int, cohort: int) -> int:
@@ -50,7 +63,7 @@ def share_of_curvature(local_steps: int, clients: int, cohort: int) -> float:
             low, high = (middle, high) if _overshoot(middle, local_steps) <= _DAMPED else (low, middle)
         high = low
     left_out = (clients - cohort) / (cohort * max(clients - 1, 1))
-    return high / (1 + _OTHERS * left_out)
+    return high / (1 + left_out * (_ALONE * local_steps * high - 1))
 
 
 def _overshoot(b: float, steps: int) -> float:
@@ -77,7 +90,7 @@ def ask(
         cohort = None if fed.cohort_size == fed.clients else _cohort(fed, t + before.iteration, first)
         return jnp.maximum(seen, fed.maximum(auto.largest_curvature, x, y, cohort=cohort))
 
-    kept = jnp.zeros_like(before.largest) if everything else _FORGET * before.largest
+    kept = (_KEPT if everything else _KEPT_SAMPLED) * before.largest
     now = auto.renewed(before, due, fed.repeat(times, turn, kept, most=first))
     return now.step, now
 
@@ -90,11 +103,59 @@ def _cohort(fed: Federation, turn: Int[Array, ""], turns: int) -> Int[Array, " c
     return jnp.sort(index).astype(jnp.int32)
 
 
-def noted(memory: Curvature | None, gradient: PyTree) -> Curvature | None:
-    """What is remembered after an iteration, of how long d_y g was.
+def judged(memory: Curvature, steepest: Float[Array, ""], gradient: PyTree) -> tuple[Bool[Array, ""], Curvature]:
+    """(Whether a round may move y, what is remembered) after it told of its paths, and of d_y g.
 
     No alarm is raised: d_y g may well grow, and is then measured; what blows up is seen as such.
     """
-    if memory is None:
-        return None
-    return dataclasses.replace(memory, vector=norm(gradient).astype(memory.vector.dtype))
+    steepest, known = steepest.astype(memory.largest.dtype), memory.largest
+    safe = memory.step * steepest <= _RISK
+    found = jnp.isfinite(steepest)
+    largest = jnp.where(found, jnp.maximum(known, steepest), _UNSEEN * known)
+    vector = norm(gradient).astype(memory.vector.dtype)
+    return safe, dataclasses.replace(memory, largest=largest, vector=vector)
+
+
+# The clients' side ------------------------------------------------------------------------------
+
+
+def watched_descent(
+    gradient: Gradient,
+    start: PyTree,
+    first: PyTree,
+    correction: PyTree,
+    lr: Float[Array, ""],
+    steps: int,
+    same_rows: bool,
+) -> tuple[PyTree, Float[Array, ""]]:
+    """(The end of `steps.controlled_descent`, the steepest curvature along its path).
+
+    Where every step has rows of its own, or there is but one, the first one's gradient is taken
+    again at its end.
+    """
+    if steps == 1 or not same_rows:
+        after = descend(start, lr, optax.tree.add(first, correction))
+        steepest = _secant(first, gradient(0)(after), start, after)
+        turn = lambda s, z: descend(z, lr, optax.tree.add(gradient(s)(z), correction))
+        return jax.lax.fori_loop(1, steps, turn, after), steepest
+
+    def step(s, path):
+        before, last, z, steepest = path
+        now = gradient(s)(z)
+        steepest = jnp.maximum(steepest, _secant(last, now, before, z))
+        return z, now, descend(z, lr, optax.tree.add(now, correction)), steepest
+
+    after = descend(start, lr, optax.tree.add(first, correction))
+    path = start, first, after, jnp.zeros_like(norm(start))
+    _, _, end, steepest = jax.lax.fori_loop(1, steps, step, path)
+    return end, steepest
+
+
+def _secant(last: PyTree, now: PyTree, before: PyTree, after: PyTree) -> Float[Array, ""]:
+    """|now - last| / |after - before|, gradients over points; zero where rounding makes it."""
+    finest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(after))
+    noise = lambda one, other: _ROUNDING * finest * (norm(one) + norm(other))
+    length, change = norm(optax.tree.sub(after, before)), norm(optax.tree.sub(now, last))
+    change, told = change - noise(now, last), ~(length <= noise(before, after))
+    slope = change / jnp.where(length > 0, length, jnp.ones_like(length))
+    return jnp.where(told & ~(slope <= 0), slope, jnp.zeros_like(slope))
