@@ -107,6 +107,14 @@ def test_clients_with_lower_variables_of_their_own_are_judged_by_the_mean():
     np.testing.assert_allclose(*(result.history.column(name) for name in ("validation_loss", "own")), rtol=1e-12)
 
 
+def test_training_keeps_the_best_y():
+    result = fb.train(Q.problem, Q.data, Q.x, Q.y, rounds=12, key=new_key(1), keep="validation_loss:min", check=False)
+    column, best = result.history.column("validation_loss"), result.best()
+    assert best.value == column.min() and result.history[-1]["rounds"] <= 12
+    np.testing.assert_allclose(best.value, outer_value(Q.problem, Q.data, best.x, best.y), rtol=1e-12)
+    np.testing.assert_array_equal(flat(best.x), flat(Q.x))
+
+
 def test_a_callback_may_go_by_it_and_it_may_have_another_name():
     stopping = EarlyStopping("f", "max", patience=2)  # f falls
     result = solve(9, metrics={"f": fb.validation_loss}, callbacks=[stopping], keep="f:min")
