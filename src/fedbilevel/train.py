@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+import jax
 from jaxtyping import PyTree
 
 from . import errors
@@ -22,6 +23,7 @@ from .problem import Problem
 from .protocol import check_kinds
 from .result import Result
 from .run import Run
+from .variables import trainable
 
 
 def train(
@@ -43,27 +45,31 @@ def train(
     resume: str | os.PathLike[str] | None = None,
     check: bool = True,
 ) -> Result:
-    """Minimise g(x, y) over y, at the x given: train once with settings as they are, or again at those that were found.
+    """Minimise g(x, y) over y, at the x given: with settings as they are, or at those that were found.
 
-    One iteration is a round of local steps, corrected so that clients that differ leave no floor (`Training`). Its message
-    is much shorter than that of an algorithm that moves x.
+    One iteration is a round of local steps, corrected so that clients that differ leave no floor
+    (`Training`). Its messages are shorter than those of an algorithm that moves x.
 
     Args:
-        problem, data: what to train, on which data; of the losses only the inner one is asked for.
+        problem, data: what to train, on which data; only the inner loss is asked for.
         x: where the upper variable stays.
-        y: where to start. Both are pytrees of floating-point arrays (equinox modules too).
-        rounds: communication rounds, those that measure the step included: the whole iterations that fit are done.
+        y: where to start. Both are pytrees of floating-point arrays (equinox modules too); with
+            inner_lr="auto" the leaves of y are of one dtype.
+        rounds: communication rounds, those that measure the step included: the whole iterations that
+            fit are done.
         key: a `jax.random.key`; the same key gives the same run on every engine.
         engine: `Simulation()` (the default) or `Loopback()`, with their `cohort=`.
-        inner_lr: the step of ONE local step, or "auto": it is measured, at the start and then in iterations 1, 2, 4, 8, ...
+        inner_lr: the step of ONE local step, or "auto": it is measured, in as many rounds as it takes
+            to ask everybody (20 at most) at the start, in one in iterations 1, 2, 4, 8, and so on.
         local_steps: local steps a round.
         batch_size: rows of a minibatch, fresh for every local step; None for all rows.
         callbacks, metrics, evaluate_every, keep, resume: as `solve` takes them.
-        check: look, before the first iteration, whether the inner loss depends on y and curves upwards in it.
+        check: look, before the first iteration, whether the inner loss depends on y and curves
+            upwards in it.
 
     Returns:
-        A `Result`: x as it was given, y trained; in its history the columns lower_gradient_norm, |d_y g| at the old y, and
-        inner_lr, the step taken.
+        A `Result`: x as it was given, y trained; in its history the columns lower_gradient_norm,
+        |d_y g| at the old y, and inner_lr, the step taken, zero in a round that moved nothing.
 
     Raises:
         InputError: something cannot be used, or the rounds are too few for one iteration.
@@ -74,6 +80,7 @@ def train(
     check_kinds(problem, data, algorithm)
     budget = whole_number(rounds, 1, "rounds= is a whole number of at least 1")
     if algorithm.pace.measures:
+        _check_one_dtype(y)
         cohort = check_cohort(getattr(engine, "cohort", None), data.clients)
         algorithm = _within(algorithm, budget, rounds_of_first(data.clients, cohort))
     run = Run(
@@ -82,6 +89,16 @@ def train(
         sane=check, upper=False,
     )  # fmt: skip
     return run.go()
+
+
+def _check_one_dtype(y: PyTree) -> None:
+    """Refuse what no step is measured for."""
+    kinds = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(trainable(y, "y")[0])})
+    errors.check(
+        len(kinds) == 1,
+        f'inner_lr="auto" needs a y whose arrays are of one dtype; it has {" and ".join(kinds)}. Make '
+        "them one, or give inner_lr= a number.",
+    )
 
 
 def _within(algorithm: Training, budget: int, first: int) -> Training:

@@ -1,18 +1,19 @@
 """Training: y alone over the federation, at an x that stays where it is: what `fb.train` runs.
 
-The part of y of `Lockstep`. Client i keeps c_i, the server c = mean c_i over ALL clients, both zero at first. One iteration:
+The part of y of `Lockstep`. Client i keeps c_i, the server c = mean c_i over ALL clients, both zero
+at first. One iteration:
 
     ask     inner_lr="auto": now and then the largest curvature of any client (`inner_step`)
-    moves   a_i = d_y g_i(x, y);   y_i = y, `local_steps` times   y_i -= inner_lr [d_y g_i(x, y_i) - c_i + c]
+    moves   a_i = d_y g_i(x, y);  y_i = y, `local_steps` times  y_i -= inner_lr [d_y g_i(x, y_i) - c_i + c]
             up y_i - y and a_i - c_i;  c_i <- a_i
     server  y += mean (y_i - y),   c += sum of p_i (a_i - c_i) over those who answered
 
 With inner_lr="auto" one number more goes up, the steepest curvature along the clients' paths; where
 it is beyond what was reckoned with, y stays for this round.
 
-At y*(x), with c_i = d_y g_i and c = 0, nothing moves, whatever the clients, the local steps and the cohorts: no floor but
-that of minibatches. It is SCAFFOLD (Karimireddy et al., ICML 2020), with a step that is found. Floats per client and round:
-x and 2 dy down, 2 dy up.
+At y*(x), with c_i = d_y g_i and c = 0, nothing moves, whatever the clients, the local steps and the
+cohorts: no floor but that of minibatches. It is SCAFFOLD (Karimireddy et al., ICML 2020), with a step
+that is found. Floats per client and round: x and 2 dy down, 2 dy up.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Training(Algorithm):
         inner_lr: the step of ONE local step; "auto" finds it.
         local_steps: local steps a round.
         batch_size: rows of a minibatch, fresh for every local step; None for all rows.
-        measuring: rounds of the first measurement, at most; None for as many as it takes to ask everybody (20 at most).
+        measuring: rounds of the first measurement, at most; None for as many as it takes to ask
+            everybody (20 at most).
     """
 
     follows: ClassVar[dict[str, str]] = {"y": "inner_lr", "control": "inner_lr"}
