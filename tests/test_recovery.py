@@ -104,6 +104,27 @@ def test_clients_that_meet_the_jump_within_a_round_do_not_throw_x():
     assert end.history[-1]["halvings"] > 2
 
 
+class Given(Callback):
+    """Notes where the best so far was when the run went back, and which rows it saw before."""
+
+    def __init__(self):
+        self.rows, self.back = [], []
+
+    def record(self, run, rows):
+        self.rows.append(run.kept.best.iteration)
+
+    def went_back(self, run):
+        self.back.append((max(self.rows), run.kept.best.iteration))
+
+
+def test_the_best_of_a_run_that_goes_back_is_among_the_rows_that_stay():
+    seen = Given()
+    end = solve("lockstep", 40, metrics={"size": lambda x, y: jnp.max(jnp.abs(x))}, keep="size:max", callbacks=[seen])
+    size, best = end.history.column("size"), end.best()
+    assert seen.back == [(18, 0)]  # rows up to 18 and more are given up
+    assert (best.iteration, best.value) == (size.argmax(), size.max()) and best.value == np.abs(best.x).max()
+
+
 @pytest.mark.slow
 def test_vectors_that_stay_with_the_clients_are_watched():
     """v_i is thrown in one round, and x only in the next: the mean of |v_i| tells at once."""
