@@ -172,6 +172,15 @@ def test_a_step_that_is_too_large_is_named():
     assert np.isfinite(flat(failure.value.result.y)).all()
 
 
+def test_a_loss_without_a_minimum_ends_with_a_sentence():
+    """However short the step, y runs away; what there is stays."""
+    problem = fb.Problem(lambda x, y, e: -jnp.exp(0.1 * (y - e) ** 2) * (1 + x), lambda x, y, e: (y - e) ** 2)
+    data = fb.FederatedData.stack([np.ones(2), 3 * np.ones(1)], [np.ones(1), np.ones(1)])
+    with pytest.raises(fb.Diverged, match="The automatic inner_lr had been halved") as failure:
+        fb.train(problem, data, 0.0, 20.0, rounds=2_000, key=jax.random.key(0), check=False)
+    assert np.isfinite(failure.value.result.y)
+
+
 def test_the_best_is_kept():
     result = train(rounds=20, keep="lower_gradient_norm:min")
     assert result.best().value == np.nanmin(result.history.column("lower_gradient_norm"))

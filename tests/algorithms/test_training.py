@@ -154,6 +154,12 @@ def test_the_curvature_of_a_path(local_steps):
     assert not np.isfinite(descend(jnp.full(2, np.nan))[1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [Training(0.05, 2), Training(local_steps=2, batch_size=2)])
+def test_it_passes_the_conformance_suite(algorithm):
+    assert fb.testing.check_algorithm(algorithm).passed
+
+
 def test_weighted_clients_have_to_be_all_there():
     weighted = fb.FederatedData.stack(Q.inner, Q.outer, weights="rows")
     with pytest.raises(fb.InputError, match="needs all of them"):
