@@ -115,6 +115,15 @@ def test_training_keeps_the_best_y():
     np.testing.assert_array_equal(flat(best.x), flat(Q.x))
 
 
+@pytest.mark.parametrize("rounds", [4, 5, 7])
+def test_training_on_a_small_budget_measures_its_step_less(rounds):
+    how = {"key": new_key(1), "check": False, "engine": fb.Simulation(cohort=1), "metrics": FEDERATION}
+    result = fb.train(Q.problem, Q.data, Q.x, Q.y, rounds=rounds, evaluate_every=99, **how)
+    assert result.iteration == 1 and result.history[-1]["rounds"] == rounds
+    with pytest.raises(fb.InputError, match="3 rounds are too few"):
+        fb.train(Q.problem, Q.data, Q.x, Q.y, rounds=3, **how)
+
+
 def test_a_callback_may_go_by_it_and_it_may_have_another_name():
     stopping = EarlyStopping("f", "max", patience=2)  # f falls
     result = solve(9, metrics={"f": fb.validation_loss}, callbacks=[stopping], keep="f:min")

@@ -23,6 +23,7 @@ from .problem import Problem
 from .protocol import check_kinds
 from .result import Result
 from .run import Run
+from .validation import asked, judged
 from .variables import trainable
 
 
@@ -82,7 +83,11 @@ def train(
     if algorithm.pace.measures:
         _check_one_dtype(y)
         cohort = check_cohort(getattr(engine, "cohort", None), data.clients)
-        algorithm = _within(algorithm, budget, rounds_of_first(data.clients, cohort))
+        rows = judged(
+            asked(keep, metrics or {})
+        )  # the start and the end are measured in a round each; `Run` sees to that
+        room = max(budget - 2, 2) if rows else budget
+        algorithm = _within(algorithm, room, rounds_of_first(data.clients, cohort))
     run = Run(
         problem=problem, data=data, algorithm=algorithm, x=x, y=y, rounds=budget, key=key, engine=engine,
         callbacks=callbacks, metrics=metrics, evaluate_every=evaluate_every, keep=keep, resume=resume,
