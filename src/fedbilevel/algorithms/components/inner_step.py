@@ -29,6 +29,7 @@ on is said in `curvature`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -133,29 +134,35 @@ def watched_descent(
     Where every step has rows of its own, or there is but one, the first one's gradient is taken
     again at its end.
     """
+    slope = _secant(start, first)
+    after = descend(start, lr, optax.tree.add(first, correction))
     if steps == 1 or not same_rows:
-        after = descend(start, lr, optax.tree.add(first, correction))
-        steepest = _secant(first, gradient(0)(after), start, after)
+        steepest = slope(start, after, first, gradient(0)(after))
         turn = lambda s, z: descend(z, lr, optax.tree.add(gradient(s)(z), correction))
         return jax.lax.fori_loop(1, steps, turn, after), steepest
 
     def step(s, path):
         before, last, z, steepest = path
         now = gradient(s)(z)
-        steepest = jnp.maximum(steepest, _secant(last, now, before, z))
+        steepest = jnp.maximum(steepest, slope(before, z, last, now))
         return z, now, descend(z, lr, optax.tree.add(now, correction)), steepest
 
-    after = descend(start, lr, optax.tree.add(first, correction))
     path = start, first, after, jnp.zeros_like(norm(start))
     _, _, end, steepest = jax.lax.fori_loop(1, steps, step, path)
     return end, steepest
 
 
-def _secant(last: PyTree, now: PyTree, before: PyTree, after: PyTree) -> Float[Array, ""]:
-    """|now - last| / |after - before|, gradients over points; zero where rounding makes it."""
-    finest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(after))
-    noise = lambda one, other: _ROUNDING * finest * (norm(one) + norm(other))
-    length, change = norm(optax.tree.sub(after, before)), norm(optax.tree.sub(now, last))
-    change, told = change - noise(now, last), ~(length <= noise(before, after))
-    slope = change / jnp.where(length > 0, length, jnp.ones_like(length))
-    return jnp.where(told & ~(slope <= 0), slope, jnp.zeros_like(slope))
+def _secant(start: PyTree, first: PyTree) -> Callable[..., Float[Array, ""]]:
+    """(before, after, gradient before, gradient after) -> |its change| / |the step|.
+
+    Zero where it is rounding, which is judged by the start of the path.
+    """
+    finest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(start))
+    shortest, faintest = (_ROUNDING * finest * norm(each) for each in (start, first))
+
+    def slope(before: PyTree, after: PyTree, last: PyTree, now: PyTree) -> Float[Array, ""]:
+        length, change = norm(optax.tree.sub(after, before)), norm(optax.tree.sub(now, last))
+        found = (change - faintest) / jnp.where(length > 0, length, jnp.ones_like(length))
+        return jnp.where((length <= shortest) | (found <= 0), jnp.zeros_like(found), found)
+
+    return slope
