@@ -53,7 +53,7 @@ test-slow: .venv/core .venv/test .venv/docs .venv/dev ## the slow tests
 	$(TESTS) -m "slow and not network" $(ARGS) || { code=$$?; [ $$code -eq 5 ] && echo "There are no slow tests." || exit $$code; }
 
 test-network: .venv/core .venv/test ## the tests of a provisioned deployment on this machine
-	$(TESTS) -n 0 -m network $(ARGS)
+	$(subst .venv/xla,.venv/xla-network,$(TESTS)) -n 0 -m network $(ARGS)
 
 lint: .venv/dev ## ruff: the rules and the format; the contract of imports
 	$(BIN)/ruff check .
@@ -70,7 +70,7 @@ bench: .venv/core .venv/test ## the benchmarks
 	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
 
 clean: ## remove what was built and kept, but for .venv
-	rm -rf demo site dist build studies/dist studies/build .pytest_cache .ruff_cache .hypothesis .venv/xla
+	rm -rf demo site dist build studies/dist studies/build .pytest_cache .ruff_cache .hypothesis .venv/xla .venv/xla-network
 	find src studies tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .venv: one stamp for the environment, one for the two packages, one for each dependency group. They are renewed

@@ -83,10 +83,8 @@ def train(
     if algorithm.pace.measures:
         _check_one_dtype(y)
         cohort = check_cohort(getattr(engine, "cohort", None), data.clients)
-        rows = judged(
-            asked(keep, metrics or {})
-        )  # the start and the end are measured in a round each; `Run` sees to that
-        room = max(budget - 2, 2) if rows else budget
+        rows = judged(asked(keep, metrics or {}))
+        room = max(budget - 2, 2) if rows else budget  # start and end are measured in a round each (`Run`)
         algorithm = _within(algorithm, room, rounds_of_first(data.clients, cohort))
     run = Run(
         problem=problem, data=data, algorithm=algorithm, x=x, y=y, rounds=budget, key=key, engine=engine,
