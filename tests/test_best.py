@@ -207,6 +207,12 @@ def test_what_cannot_be_kept_is_refused_at_the_start(keep, sentence):
         solve([1.0] * 9, keep=keep)
 
 
+def test_a_name_is_said_once_where_a_metric_is_called_as_what_the_run_measures():
+    with pytest.raises(fb.InputError) as refused:
+        Goal("los", "min").known(["loss", "validation_loss", "validation_loss"])
+    assert str(refused.value).count("validation_loss") == 1
+
+
 def test_without_a_finite_value_the_run_ends_with_all_there_is():
     with pytest.raises(
         fb.RunError, match="keep='loss:min' found no best: loss is not finite at any of the 8 rows"

@@ -59,7 +59,7 @@ class Goal(NamedTuple):
         Raises:
             InputError: it is none of them.
         """
-        names = list(names)
+        names = list(dict.fromkeys(names))  # a metric may be called as what the run measures itself
         if self.metric not in names:
             raise _no_such(self.metric, names)
 
