@@ -257,11 +257,10 @@ def main() -> None:
         what = f"{'full batches of 300' if size is None else 'minibatches of 64'} rows, {local} local steps"
         many = 80 // local
         outer = {"outer_steps": local if size else 1}
-        compare(
-            fb.AggITD(inner_rounds=5, truncation=2, local_steps=local, batch_size=size, **outer, **steps), what, runs
-        )
-        compare(fb.Lockstep(local_steps=local, batch_size=size, **outer, **steps), what, runs, many)
-        compare(fb.SimFBO(local_steps=local, batch_size=size, **steps), what, runs, many)
+        common = {"local_steps": local, "batch_size": size, **steps}
+        compare(fb.AggITD(inner_rounds=5, truncation=2, **common, **outer), what, runs, many)
+        compare(fb.Lockstep(**common, **outer), what, runs, many)
+        compare(fb.SimFBO(**common), what, runs, many)
 
 
 if __name__ == "__main__":
