@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from ..best import goal
 from ..compare import Outcome, Plan, run_all, table
 from ..errors import InputError, check
 from ..given import JSON
@@ -41,10 +42,11 @@ def execute(plan: Plan, out: str | None, resume: bool, overwrite: bool, as_json:
 
 def say_best(keep: str, best: dict[str, JSON], as_json: bool, of: str = "") -> None:
     """Where a run was the best: on stdout, unless that is JSON."""
-    metric, _, direction = keep.rpartition(":")
+    wanted = goal(keep)
     where = f"iteration {best['iteration']}, round {best['rounds']}"
     print(
-        f"best: {metric} {best['value']:.6g} ({direction}) at {where}{of}", file=sys.stderr if as_json else sys.stdout
+        f"best: {wanted.metric} {best['value']:.6g} ({wanted.direction}) at {where}{of}",
+        file=sys.stderr if as_json else sys.stdout,
     )
 
 
