@@ -2,8 +2,10 @@
 
     fb.testing.check_algorithm(MyAlgorithm())
     fb.testing.check_problem(problem, data, x, y)
+    p = fb.testing.random_problem(seed)
 
-Both compute in float64, print nothing, return a `Report`, and raise `CheckFailed` with the whole table if a check fails.
+The first two compute in float64, print nothing, return a `Report`, and raise `CheckFailed` with the whole table if a check
+fails. The third draws a problem in units of any size, whose Phi is known.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from .problem import Problem, bind, check_losses
 from .problem_checks import checks
 from .protocol import protocol
 from .protocol.table import Protocol
+from .random_problems import RandomProblem as RandomProblem
+from .random_problems import random_problem as random_problem
 from .result import Result
 from .solve import estimate_hypergradient, solve
 from .variables import trainable
