@@ -230,7 +230,7 @@ def features(
 
 def mean(clients: Sequence[Rows], total: Callable[[Rows], np.ndarray | float]) -> np.ndarray:
     """The mean over clients of the mean over a client's rows, from a client's total."""
-    return np.asarray(np.mean([total(own) / len(own["a"]) for own in clients], axis=0))
+    return np.asarray(np.stack([np.asarray(total(own)) / len(own["a"]) for own in clients]).mean(axis=0))
 
 
 def _losses(own: Rows, y: np.ndarray) -> np.ndarray:

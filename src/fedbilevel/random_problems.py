@@ -96,10 +96,10 @@ def random_problem(seed: int) -> RandomProblem:
     model = (Quadratic if kind == "quadratic" else Logistic).draw(
         draw, clients, _whole(draw, UPPER), _whole(draw, COLUMNS), ROWS, CONDITION
     )
-    factors = tuple(float(s) for s in np.exp(draw.uniform(*np.log(FACTORS), size=3)))
+    sx, sy, rows = (float(s) for s in np.exp(draw.uniform(*np.log(FACTORS), size=3)))
     cohort = int(draw.integers(max(1, clients // 5), clients)) if "cohort" in mode else None
     batch = int(draw.integers(2, 9)) if "minibatches" in mode else None
-    return _scaled(model, kind, mode, factors, Simulation(cohort=cohort), batch)
+    return _scaled(model, kind, mode, (sx, sy, rows), Simulation(cohort=cohort), batch)
 
 
 def _scaled(
