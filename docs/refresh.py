@@ -34,7 +34,7 @@ def keep(place: Path) -> None:
             shutil.copy(file, kept / file.name)
     figures = [place / f"{STUDIES[name].metric}.png"] if name in STUDIES else place.glob("*.png")
     for figure in figures:
-        own = f"{name}.png" if name in STUDIES or name == "family" else f"why-{figure.name}"
+        own = f"{name}.png" if name in (*STUDIES, "family", "tuning") else f"why-{figure.name}"
         shutil.copy(figure, DOCS / "images" / own)
     if name in STUDIES:
         shutil.copy(place / "settings.toml", FOUND / f"{name}.toml")

@@ -223,10 +223,12 @@ _EMBEDDED = {"mnist": "digits", "fashion-mnist": "digits"}
 
 def names() -> dict[str, str]:
     """Every study and theory's, with a line about it."""
+    from . import tuning
     from .theory import THEORY
 
     found = {name: study.summary for name, study in STUDIES.items()}
     found |= {name: about for name, (about, _) in THEORY.items()}
+    found |= {tuning.NAME: tuning.SUMMARY}
     return found | {"family": "All algorithms: " + ", ".join(summary.STUDIES) + "; one table and figure of all"}
 
 
@@ -244,7 +246,7 @@ def reproduce(name: str, folder: Path, *, small: bool, data_dir: DataDir, checke
     from fedbilevel import InputError
     from fedbilevel.errors import unknown_name
 
-    from . import stages, tables
+    from . import stages, tables, tuning
     from .theory import THEORY
 
     if small and checked_in:
@@ -258,8 +260,11 @@ def reproduce(name: str, folder: Path, *, small: bool, data_dir: DataDir, checke
                 found(part.name)
         again = lambda part, place: reproduce(part, place, small=small, data_dir=data_dir, checked_in=checked_in)
         return summary.family(folder, again, parts)
+    say = lambda news: print(f"{name}: {news}", flush=True)
     if name in THEORY:
-        return THEORY[name][1](folder, small, lambda news: print(f"{name}: {news}", flush=True))
+        return THEORY[name][1](folder, small, say)
+    if name == tuning.NAME:
+        return tuning.tuning(folder, small, data_dir, say)
     if name not in STUDIES:
         raise unknown_name("study", name, names())
     study = quick(STUDIES[name]) if small else STUDIES[name]
