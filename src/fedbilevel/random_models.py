@@ -16,7 +16,7 @@ from .problem import Loss
 
 Rows: TypeAlias = dict[str, np.ndarray]  # of one client at one level, its columns by name
 Ends: TypeAlias = tuple[int, int]
-NOISE, OWN = 0.3, 0.3  # of targets; how far clients' own truths lie from the common one
+NOISE, OWN, SIGNAL = 0.3, 0.3, 3.0  # of targets; how far clients' own truths lie from the common one; of logits
 CURVE = 0.25  # of cross-entropy, at most
 
 
@@ -145,19 +145,24 @@ class Logistic(Model):
         base: the penalties at x = 0.
     """
 
+    BASE: ClassVar[float] = 0.05 * CURVE
+
     base: float
 
     @classmethod
     def draw(cls, draw: np.random.Generator, clients: int, dx: int, dy: int, rows: Ends, condition: float) -> Logistic:
-        """Some columns tell much and most little, so that penalties should differ."""
+        """Some groups tell much and the others nothing; the start holds the former and lets the latter loose."""
         dx = min(dx, dy)
         inner, outer = features(draw, clients, dy, rows, condition)
-        truth = 3 * draw.normal(size=dy) * (draw.random(dy) < 0.5)
-        labelled = lambda a, own: {"a": a, "label": (a @ own + draw.logistic(size=len(a)) > 0).astype(np.int32)}
-        own = [truth + OWN * draw.normal(size=dy) for _ in range(clients)]
+        telling = draw.random(dx) < 0.5
+        telling[0] = True
+        truth = draw.normal(size=dy) * telling[np.arange(dy) % dx]
+        truth *= SIGNAL / np.std(np.concatenate(inner) @ truth)
+        own = [truth * (1 + OWN * draw.normal(size=dy)) for _ in range(clients)]
+        labelled = lambda a, w: {"a": a, "label": (a @ w + draw.logistic(size=len(a)) > 0).astype(np.int32)}
         lower, upper = ([labelled(*pair) for pair in zip(level, own, strict=True)] for level in (inner, outer))
-        base = float(np.exp(draw.uniform(np.log(CURVE / condition), np.log(0.1 * CURVE))))
-        return cls(lower, upper, draw.uniform(-1, 1, size=dx), 0.1 * draw.normal(size=dy), base)
+        start = np.where(telling, draw.uniform(2, 3, size=dx), draw.uniform(-2, -1, size=dx))
+        return cls(lower, upper, start, np.zeros(dy), cls.BASE)
 
     @property
     def groups(self) -> np.ndarray:

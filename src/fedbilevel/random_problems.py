@@ -92,9 +92,9 @@ def random_problem(seed: int) -> RandomProblem:
     """
     draw, kind = np.random.default_rng(seed), KINDS[seed % 2]
     mode = MODES[draw.integers(len(MODES))]
-    clients = _whole(draw, CLIENTS)
+    clients, draw_from = _whole(draw, CLIENTS), lambda ends: int(draw.integers(ends[0], ends[1] + 1))
     model = (Quadratic if kind == "quadratic" else Logistic).draw(
-        draw, clients, _whole(draw, UPPER), _whole(draw, COLUMNS), ROWS, CONDITION
+        draw, clients, draw_from(UPPER), draw_from(COLUMNS), ROWS, CONDITION
     )
     sx, sy, rows = (float(s) for s in np.exp(draw.uniform(*np.log(FACTORS), size=3)))
     cohort = int(draw.integers(max(1, clients // 5), clients)) if "cohort" in mode else None
