@@ -17,13 +17,13 @@ class Paper(Purse):
     """A purse of which f falls with the distance of x from a place, and with the rounds in y."""
 
     def train(self, x, y, rounds):
-        self._afford(rounds + 1)
+        self.afford(rounds + 1)
         self.tried = [*getattr(self, "tried", []), (x, rounds)]
         self._pay({"rounds": rounds, "bytes_down": rounds, "bytes_up": 0})
         return (0 if y is self.task.y else y) + rounds
 
     def value(self, x, y):
-        self._afford(1)
+        self.afford(1)
         self._pay({"rounds": 1, "bytes_down": 0, "bytes_up": 1})
         return float(sum(np.sum((np.asarray(leaf) - 1) ** 2) for leaf in jax.tree.leaves(x))) + 1 / y
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from .fedex import fedex
 from .grounds import Ground
+from .hyperband import hyperband
 from .ours import ours
 from .purse import Point, Purse
 from .search import at_random, tpe
@@ -51,6 +53,8 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     Contender("random search", at_random, LENGTHS),
     Contender("TPE", tpe, LENGTHS, optuna=True),
+    Contender("Hyperband", hyperband, LENGTHS),
+    Contender("FedEx", fedex, (60, 300)),
     Contender(OURS, lambda purse, length, seed: ours(purse)),
 )
 RIVALS = tuple(c.label for c in CONTENDERS if c.label != OURS)

@@ -18,7 +18,7 @@ from fedbilevel.tasks import Task
 
 from .grounds import Ground
 
-LEAST = 2  # rounds of a training: one that measures the step, and one that trains
+EVERY = 5  # iterations of a run between two looks at x
 Told = dict[str, Float[Array, ""]]
 
 
@@ -28,6 +28,24 @@ class Point(NamedTuple):
     rounds: int
     bytes: int
     x: PyTree
+
+
+class Trail(fb.callbacks.Callback):
+    """Keeps x, and what it took, at every row of a run's history.
+
+    Args:
+        rounds, bytes: spent before the run.
+    """
+
+    def __init__(self, rounds: int = 0, bytes: int = 0) -> None:
+        self.before = rounds, bytes
+        self.points: list[Point] = []
+
+    def record(self, run: fb.callbacks.Running, rows: list) -> None:
+        """One point more."""
+        rounds, bytes = self.before
+        spent = rounds + run.rounds, bytes + run.bytes_down + run.bytes_up
+        self.points.append(Point(*spent, run.x))
 
 
 class Spent(Exception):
@@ -78,7 +96,7 @@ class Purse:
         Raises:
             Spent: the budget holds no such training and the exchange that judges it.
         """
-        self._afford(rounds + 1)
+        self.afford(rounds + 1)
         self.key, key = jax.random.split(self.key)
         try:
             result = fb.train(
@@ -92,6 +110,29 @@ class Purse:
         self._pay(result.history[-1])
         return result.y
 
+    def solve(self, algorithm: fb.Algorithm, rounds: int) -> tuple[list[Point], fb.Result | None]:
+        """(Points of a run from the start, every `EVERY` iterations; its result, None if it blew up).
+
+        Raises:
+            Spent: the budget holds no such run.
+        """
+        self.afford(rounds)
+        self.key, key = jax.random.split(self.key)
+        task, trail, failed = self.task, Trail(self.rounds, self.bytes), False
+        try:
+            result = fb.solve(
+                task.problem, task.data, algorithm, task.x, task.y, rounds=rounds, key=key,
+                engine=self.ground.engine(), evaluate_every=EVERY, callbacks=[trail], check=False,
+            )  # fmt: skip
+        except fb.Diverged as error:
+            result, failed = error.result, True
+        self._pay(result.history[-1])
+        return trail.points, None if failed else result
+
+    def send(self, values: PyTree) -> None:
+        """Pay for what goes to every client once, before a run."""
+        self.bytes += self.task.data.clients * sum(leaf.nbytes for leaf in jax.tree.leaves(values))
+
     def value(self, x: PyTree, y: PyTree | None) -> float:
         """f(x, y), by a round of its own; infinite where there is no y, or f is not finite.
 
@@ -100,7 +141,7 @@ class Purse:
         """
         if y is None:
             return np.inf
-        self._afford(1)
+        self.afford(1)
         task = self.task
         run = fb.solve(task.problem, task.data, Evaluation(), x, y, 1, key=task.key, check=False)
         self._pay(run.history[-1])
@@ -119,7 +160,12 @@ class Purse:
             self.best = value
             self.trail.append(Point(self.rounds, self.bytes, x))
 
-    def _afford(self, rounds: int) -> None:
+    def afford(self, rounds: int) -> None:
+        """Nothing, where the budget holds so many rounds more.
+
+        Raises:
+            Spent: it does not.
+        """
         if self.rounds + rounds > self.budget:
             raise Spent
 
