@@ -9,16 +9,16 @@ k values of x, a distribution theta over them at the server, and ONE model that 
              theta <- theta exp(-eta gradient), normalised;   eta = sqrt(2 log k) / |gradient|_inf
     baseline the mean of earlier L, discounted by a factor drawn from [0, 1]
 
-eta is the paper's aggressive schedule; it and the drawn discount are the defaults of the authors' public
-scripts. As there FedEx is wrapped in random search: runs of a given length, each with k values of its
-own, of which the one with the lowest L at its end counts; one run of the whole budget is among the
-lengths. It returns the likeliest x.
+eta is the paper's aggressive schedule; it and the drawn discount are the defaults of the authors'
+public scripts. As there FedEx is wrapped in random search: runs of a given length, each with k values
+of its own, of which the one with the lowest L at its end counts; one run of the whole budget is among
+the lengths. It returns the likeliest x.
 
-What is adapted: x is whatever the task tunes, where the paper has the settings of local training, so
-that the k = 27 values are drawn from the whole ranges (and not around one of them); a local step is
-1 / (1.2 L_i), of the client's own curvature at its x_j, measured by five Lanczos steps on the spot,
-so that nobody chooses it; f_i is the task's outer loss. Losses count as the library's means weigh
-clients. The values are sent once, to all, and their bytes are counted.
+What is adapted: x is whatever the task tunes, where the paper has the settings of local training,
+so that the k = 27 values are drawn from the whole ranges (and not around one of them); a local step
+is 1 / (1.2 L_i), of the client's own curvature at its x_j, measured by five Lanczos steps on the
+spot, so that nobody chooses it; f_i is the task's outer loss. Losses count as the library's means
+weigh clients. The values are sent once, to all, and their bytes are counted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import fedbilevel as fb
 from fedbilevel.algorithms.components.curvature import AutoStep
 
 from .purse import Purse, Spent, Told
-from .search import draw
+from .search import candidates
 
 VALUES = 27  # k
 MARGIN = 1.2  # of a step below the inverse of the curvature
@@ -118,13 +118,14 @@ def fedex(purse: Purse, length: int, seed: int) -> None:
 
     While the first is under way, its likeliest x.
     """
-    rng = np.random.default_rng(seed)
+    xs, rng = candidates(purse.ground, purse.task.x, seed), np.random.default_rng((seed, 1))
+    batch = purse.ground.batch_size
     with contextlib.suppress(Spent):
         while True:
             first = len(purse.trail) == 1
-            values = [draw(purse.ground, purse.task.x, rng) for _ in range(VALUES)]
+            values = [next(xs) for _ in range(VALUES)]
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)
-            algorithm = FedEx(values=stacked, discount=float(rng.uniform()), batch_size=purse.ground.batch_size)
+            algorithm = FedEx(values=stacked, discount=float(rng.uniform()), batch_size=batch)
             rounds = min(length, purse.budget)
             purse.afford(rounds)
             purse.send(stacked)

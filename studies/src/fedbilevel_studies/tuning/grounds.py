@@ -1,12 +1,13 @@
 """What is tuned: six tasks, the ranges of x that every search draws from, and values by hand.
 
-Ranges are written down here once, and are the same for every rival:
+Ranges are written down here once, and are the same for every rival, whose first x is the start
+(FedEx: the first of its values):
 
     a log penalty                  log 1e-4 to log 1e2
     a class weight (logit)         -4.6 to 4.6: positives get 1 to 99 % of the loss
     a hospital's weight (logit)    -3 to 3
-    a class's factor (logit)       -3 to 3
-    a class's shift                -5 to 5
+    a class's factor (logit)       -2 to 2
+    a class's shift                -3 to 3
     a weight or bias of a body     +-1/sqrt(inputs), from which the task draws its own start
 
 By hand is what one would set without looking at a validation loss:
@@ -130,7 +131,13 @@ GROUNDS: dict[str, Ground] = {
     ground.name: ground
     for ground in (
         Ground("bank", Options(), {"penalty": PENALTY, "class_weight": (-4.6, 4.6)}, _bank),
-        Ground("hearts", Options(), {"penalty": PENALTY, "hospital": (-3.0, 3.0)}, _hearts, files=True),
+        Ground(
+            "hearts",
+            Options(),
+            {"penalty": PENALTY, "hospital": (-3.0, 3.0)},
+            _hearts,
+            files=True,
+        ),
         Ground(
             "regularisation",
             Options(dataset="breast-cancer", partition="dirichlet", clients=10),
@@ -141,7 +148,7 @@ GROUNDS: dict[str, Ground] = {
         Ground(
             "loss-tuning",
             Options(dataset="digits", clients=20),
-            {"delta": (-3.0, 3.0), "iota": (-5.0, 5.0)},
+            {"delta": (-2.0, 2.0), "iota": (-3.0, 3.0)},
             _loss_tuning,
             convex=False,
             ours={"inner_lr": 0.03, "hessian_lr": 0.03, "outer_lr": 1.0},

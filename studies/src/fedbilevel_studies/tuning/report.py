@@ -134,7 +134,7 @@ def figure(best: pandas.DataFrame, path: Path) -> Path:
 
 
 def _draw(axis, own: list[pandas.DataFrame], spent: str, unit: float, look: dict) -> None:
-    """The median of a contender's curves as steps, their range as a band; flat where nobody searches."""
+    """The median of a contender's curves, their range as a band; flat where nobody searches."""
     most = max(float(curve[spent].iloc[-1]) for curve in own)
     if look["label"] in (UNTUNED, BY_HAND):
         axis.axhline(float(np.median([curve["phi"].iloc[-1] for curve in own])), **look)

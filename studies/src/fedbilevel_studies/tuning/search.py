@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +20,21 @@ INSTALL = (
 )
 
 
-def draw(ground: Ground, x: PyTree, rng: np.random.Generator) -> PyTree:
-    """An x, uniform in the ground's ranges."""
+def candidates(ground: Ground, x: PyTree, seed: int) -> Iterator[PyTree]:
+    """x as it is, which every search tries first; then others, uniform in the ground's ranges."""
+    rng = np.random.default_rng(seed)
     low, high = ground.box(x)
     one = lambda a, b: jnp.asarray(rng.uniform(np.asarray(a), np.asarray(b)), a.dtype)
-    return jax.tree.map(one, low, high)
+    yield x
+    while True:
+        yield jax.tree.map(one, low, high)
 
 
 def at_random(purse: Purse, rounds: int, seed: int) -> None:
     """Federated random search: x at random, a run, a round to judge it; until all is spent."""
-    rng = np.random.default_rng(seed)
     with contextlib.suppress(Spent):
-        while True:
-            purse.trial(draw(purse.ground, purse.task.x, rng), rounds)
+        for x in candidates(purse.ground, purse.task.x, seed):
+            purse.trial(x, rounds)
 
 
 def has_optuna() -> bool:
@@ -47,6 +50,10 @@ def tpe(purse: Purse, rounds: int, seed: int) -> None:
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
     low, high = (jax.tree.leaves(end) for end in purse.ground.box(purse.task.x))
     treedef = jax.tree.structure(purse.task.x)
+
+    first = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(purse.task.x)]).tolist()
+    places = [f"{i}.{j}" for i, leaf in enumerate(low) for j in range(leaf.size)]
+    study.enqueue_trial(dict(zip(places, first, strict=True)))
 
     def asked(trial: optuna.Trial) -> PyTree:
         leaves = []
