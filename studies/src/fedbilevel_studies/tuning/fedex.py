@@ -10,9 +10,9 @@ k values of x, a distribution theta over them at the server, and ONE model that 
     baseline the mean of earlier L, discounted by a factor drawn from [0, 1]
 
 eta is the paper's aggressive schedule; it and the drawn discount are the defaults of the authors'
-public scripts. As there FedEx is wrapped in random search: runs of a given length, each with k values
-of its own, of which the one with the lowest L at its end counts; one run of the whole budget is among
-the lengths. It returns the likeliest x.
+public scripts. As there FedEx is wrapped in random search: runs of a given length, each with k
+values of its own, of which the one with the lowest L at its end counts; one run of the whole budget
+is among the lengths. It returns the likeliest x.
 
 What is adapted: x is whatever the task tunes, where the paper has the settings of local training,
 so that the k = 27 values are drawn from the whole ranges (and not around one of them); a local step

@@ -145,6 +145,7 @@ GROUNDS: dict[str, Ground] = {
             _regularisation,
             ours={"inner_lr": 0.3, "hessian_lr": 0.1, "outer_lr": 30.0},
         ),
+        Ground("scaled", Options(), {"": PENALTY}, _scaled, test="test_error"),
         Ground(
             "loss-tuning",
             Options(dataset="digits", clients=20),
@@ -162,6 +163,5 @@ GROUNDS: dict[str, Ground] = {
             cohort=5,
             batch_size=16,
         ),
-        Ground("scaled", Options(), {"": PENALTY}, _scaled, test="test_error"),
     )
 }

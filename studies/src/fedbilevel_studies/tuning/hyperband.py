@@ -8,8 +8,8 @@ A resource is a round of training. With R the most that one x gets, eta = 3 and 
                              judge them, keep the floor(n_i / eta) best
 
 What is ours: an x that is kept goes on from its y and pays for the rounds that are added (they
-measure a step anew); judging is a round; R eta^-s is rounded, and never below r; the whole begins again
-until the budget is spent. It returns the x with the lowest f seen, as in the paper.
+measure a step anew); judging is a round; R eta^-s is rounded, and never below r; the whole begins
+again until the budget is spent. It returns the x with the lowest f seen, as in the paper.
 """
 
 from __future__ import annotations

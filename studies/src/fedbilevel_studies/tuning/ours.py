@@ -1,6 +1,7 @@
-"""Ours: x by its hypergradient, in one run whose steps nobody searched for here.
+"""Ours: x by its hypergradient, in one run of Lockstep.
 
-This is the one place that says what "ours" is.
+This is the one place that says what "ours" is. Its steps are the best known of the task (the store,
+or the ground's own), which searches found that no budget here pays for.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Purse:
         return result.y
 
     def solve(self, algorithm: fb.Algorithm, rounds: int) -> tuple[list[Point], fb.Result | None]:
-        """(A run's points from the start, every `EVERY` iterations; its result, None if it blew up).
+        """(A run's points, every `EVERY` iterations; its result, None if it blew up).
 
         Raises:
             Spent: the budget holds no such run.

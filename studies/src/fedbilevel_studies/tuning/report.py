@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+from matplotlib.axes import Axes
 
 from fedbilevel.results import pipe_table
 
+from ..kinds import Look
 from ..theory import common
 from .contenders import BY_HAND, OURS, UNTUNED
 
@@ -125,6 +127,8 @@ def figure(best: pandas.DataFrame, path: Path) -> Path:
             look = {**common.style(labels.index(label)), "marker": "", "label": label}
             for row, spent, unit in ((0, "rounds", 1.0), (1, "bytes", MB)):
                 _draw(axes[row, column], own, spent, unit, look)
+        for axis in axes[:, column]:
+            axis.set_ylim(_window(best[best["task"] == task]))
         axes[0, column].set(title=task, xlabel="rounds")
         axes[1, column].set(xlabel="MB, all clients, both ways")
     for row in (0, 1):
@@ -133,7 +137,14 @@ def figure(best: pandas.DataFrame, path: Path) -> Path:
     return common.save(picture, path)
 
 
-def _draw(axis, own: list[pandas.DataFrame], spent: str, unit: float, look: dict) -> None:
+def _window(own: pandas.DataFrame) -> tuple[float, float]:
+    """From below the lowest Phi to above that of the start; what is worse than that is cut off."""
+    start = float(own.groupby("seed")["phi"].first().max())
+    lowest = float(own["phi"].min())
+    return lowest - 0.05 * (start - lowest), start + 0.1 * (start - lowest)
+
+
+def _draw(axis: Axes, own: list[pandas.DataFrame], spent: str, unit: float, look: Look) -> None:
     """The median of a contender's curves, their range as a band; flat where nobody searches."""
     most = max(float(curve[spent].iloc[-1]) for curve in own)
     if look["label"] in (UNTUNED, BY_HAND):
