@@ -40,6 +40,7 @@ from .. import algorithm
 from ..algorithm import About, Algorithm, Info, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
+from .components.anderson import Anderson, Parts, Past
 from .components.curvature import AutoStep, Curvature, Rate
 from .components.diagnostics import of_each, residual
 from .components.directions import hypergradient, inner_gradient
@@ -54,12 +55,20 @@ class State(algorithm.State):
         control: c, like (x, y, v).
         pull: |d_y f| of the first iteration, to which the residual of v is compared.
         curvature: what `hessian_lr="auto"` remembers.
+        past: what `anderson=` remembers.
     """
 
     v: PyTree
     control: PyTree
     pull: Float[Array, ""]
     curvature: Curvature | None
+    past: Past | None = None
+
+
+class Told(Info):
+    """`Info` with `anderson=`: `mixed` says whether earlier points were mixed (1), or the iteration was a plain one (0)."""
+
+    mixed: Float[Array, ""] | None = None
 
 
 @final
@@ -74,6 +83,9 @@ class Lockstep(Algorithm):
         outer_lr: the step of ONE local upper step.
         outer_steps: local upper steps a round.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.
+        anderson: how many earlier points the server mixes the next one from (`components.anderson`), 20 say; None: none.
+            It remembers 2 (dx + 2 dy) floats for each. Where cohorts or minibatches are drawn nothing is mixed, for under
+            noise it loses; the column `mixed` of the history says when it did.
     """
 
     about: ClassVar[About] = About(
@@ -92,15 +104,22 @@ class Lockstep(Algorithm):
     local_steps: int = count(5)
     outer_lr: Rate = rate(0.05)
     outer_steps: int = count(1)
+    anderson: int | None = count(None)
 
     @component
     def hessian(self) -> AutoStep:
         """The step of v."""
         return AutoStep(self.hessian_lr, self.batch_size)
 
+    @component
+    def mixing(self) -> Anderson | None:
+        """What mixes earlier points, if anything does."""
+        return None if self.anderson is None else Anderson(self.anderson)
+
     def init(self, x: PyTree, y: PyTree) -> State:
         zeros = optax.tree.zeros_like
-        return State(x, y, zeros(y), zeros((x, y, y)), jnp.zeros_like(norm(y)), self.hessian.begin(y))
+        past = None if self.mixing is None else self.mixing.begin((x, y, y))
+        return State(x, y, zeros(y), zeros((x, y, y)), jnp.zeros_like(norm(y)), self.hessian.begin(y), past)
 
     def client_init(self, x: PyTree, y: PyTree) -> PyTree:
         return optax.tree.zeros_like((x, y, y))
@@ -111,11 +130,25 @@ class Lockstep(Algorithm):
         lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
         z, c = (state.x, state.y, state.v), state.control
         moved, change = fed.average(self.moves, *z, c, lam)
-        x, y, v = optax.tree.add(z, moved)
+        (x, y, v), past, mixed = self._next(fed, z, moved, lam, state.past)
         direction = optax.tree.add(c, change)  # an estimate of D at the old point
         lag, pull = residual(state.pull, norm(direction[2]))
-        info = Info(norm(direction[0]), None, lag, norm(direction[1]))
-        return State(x, y, v, moved_mean(c, fed.share, change), pull, self.hessian.watch(memory, v)), info
+        told = norm(direction[0]), None, lag, norm(direction[1])
+        info = Info(*told) if mixed is None else Told(*told, mixed)
+        return State(x, y, v, moved_mean(c, fed.share, change), pull, self.hessian.watch(memory, v), past), info
+
+    def _next(
+        self, fed: Federation, z: Parts, moved: Parts, lam: Float[Array, ""] | None, past: Past | None
+    ) -> tuple[Parts, Past | None, Float[Array, ""] | None]:
+        """(The next z, what is remembered, whether it was mixed)."""
+        if self.mixing is None or past is None:
+            return optax.tree.add(z, moved), None, None
+        if fed.cohort_size < fed.clients or self.batch_size is not None:  # under noise it loses
+            return optax.tree.add(z, moved), past, jnp.zeros_like(norm(moved))
+        steps = self.outer_lr * self.outer_steps, self.inner_lr * self.local_steps, self.hessian.lam(lam)
+        share = jnp.asarray(fed.share)
+        whole = share > 1 - 4 * fed.clients * jnp.finfo(share.dtype).eps  # a sum of weights, rounded
+        return self.mixing.step(past, z, moved, steps, whole)
 
     def moves(self, client: Client, x: PyTree, y: PyTree, v: PyTree, c: PyTree, lam: Float[Array, ""] | None) -> Reply:
         """How far the client's steps go from (x, y, v), and a_i - c_i; it keeps a_i = D_i(x, y, v)."""

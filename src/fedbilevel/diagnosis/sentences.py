@@ -22,7 +22,7 @@ _BOUND = "below 2 / (largest curvature of the inner loss)"
 _WORDS = {
     "control": "the control variates", "optimizer": "the optimiser's state", "estimate": "the estimates",
     "before": "the last iteration's x, y and v", "moments": "the second moments", "penalty": "the penalty",
-    "curvature": "the measured curvature", "pull": "d_y f",
+    "curvature": "the measured curvature", "pull": "d_y f", "past": "the points that are mixed",
 }  # fmt: skip
 
 
