@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeAlias, final
 
 import jax
@@ -33,6 +34,16 @@ class Model(abc.ABC):
     outer: Sequence[Rows]
     x: np.ndarray
     y: np.ndarray
+
+    @functools.cached_property
+    def lower(self) -> Rows:
+        """All inner rows, with what each counts in the mean over clients."""
+        return pooled(self.inner)
+
+    @functools.cached_property
+    def upper(self) -> Rows:
+        """The same of the outer rows."""
+        return pooled(self.outer)
 
     @abc.abstractmethod
     def losses(self, sx: float, sy: float, rows: float) -> tuple[Loss, Loss]:
@@ -101,20 +112,21 @@ class Quadratic(Model):
         return SquaredError(sx, sy, 0.0), SquaredError(sx, sy, self.SLACK * rows**2)
 
     def solution(self, x: np.ndarray) -> np.ndarray:
-        right = mean(self.inner, lambda own: own["a"].T @ (own["c"] @ x + own["t"]))
+        rows = self.lower
+        right = rows["a"].T @ (rows["weight"] * (rows["c"] @ x + rows["t"]))
         return np.linalg.solve(self.hessian(x, self.y), right)
 
     def outer_value(self, x: np.ndarray, y: np.ndarray) -> float:
-        fit = mean(self.outer, lambda own: 0.5 * np.sum((own["a"] @ y - own["t"]) ** 2))
-        return float(fit + 0.5 * self.SLACK * np.sum(x**2))
+        rows = self.upper
+        return float(0.5 * rows["weight"] @ (rows["a"] @ y - rows["t"]) ** 2 + 0.5 * self.SLACK * np.sum(x**2))
 
     def hypergradient(self, x: np.ndarray) -> np.ndarray:
-        y = self.solution(x)
-        v = np.linalg.solve(self.hessian(x, y), mean(self.outer, lambda own: own["a"].T @ (own["a"] @ y - own["t"])))
-        return self.SLACK * x + mean(self.inner, lambda own: own["c"].T @ (own["a"] @ v))
+        y, (lower, upper) = self.solution(x), (self.lower, self.upper)
+        v = np.linalg.solve(self.hessian(x, y), upper["a"].T @ (upper["weight"] * (upper["a"] @ y - upper["t"])))
+        return self.SLACK * x + lower["c"].T @ (lower["weight"] * (lower["a"] @ v))
 
     def hessian(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return mean(self.inner, lambda own: own["a"].T @ own["a"])
+        return (self.lower["a"].T * self.lower["weight"]) @ self.lower["a"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,36 +188,34 @@ class Logistic(Model):
     def solution(self, x: np.ndarray) -> np.ndarray:
         """By Newton's method with halved steps, from zero."""
         y = np.zeros(len(self.y))
-        for _ in range(200):
-            step = np.linalg.solve(self.hessian(x, y), self._gradient(x, y))
+        for _ in range(100):
+            gradient = _gradient(self.lower, y) + self._penalty(x) * y
+            step = np.linalg.solve(self.hessian(x, y), gradient)
             size, now = 1.0, self._inner_value(x, y)
-            while self._inner_value(x, y - size * step) > now + 1e-12 * abs(now) and size > 1e-8:
+            if not gradient @ step > 1e-14 * now:  # twice what is left: the next step is exact to rounding
+                return y - step
+            while self._inner_value(x, y - size * step) > now and size > 1e-6:
                 size /= 2
             y = y - size * step
-            if np.linalg.norm(step) <= 1e-12 * (1 + np.linalg.norm(y)):
+            if size <= 1e-6:  # rounding errors are all that is left
                 break
         return y
 
     def outer_value(self, x: np.ndarray, y: np.ndarray) -> float:
-        return float(mean(self.outer, lambda own: np.sum(_losses(own, y))))
+        return _loss(self.upper, y)
 
     def hypergradient(self, x: np.ndarray) -> np.ndarray:
         y = self.solution(x)
-        v = np.linalg.solve(self.hessian(x, y), mean(self.outer, lambda own: own["a"].T @ _slopes(own, y)))
+        v = np.linalg.solve(self.hessian(x, y), _gradient(self.upper, y))
         return -np.bincount(self.groups, self._penalty(x) * y * v, minlength=len(x))
 
     def hessian(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        def own(rows: Rows) -> np.ndarray:
-            p = _positive(rows["a"] @ y)
-            return (rows["a"].T * (p * (1 - p))) @ rows["a"]
-
-        return mean(self.inner, own) + np.diag(self._penalty(x))
+        rows = self.lower
+        p = _positive(rows["a"] @ y)
+        return (rows["a"].T * (rows["weight"] * p * (1 - p))) @ rows["a"] + np.diag(self._penalty(x))
 
     def _inner_value(self, x: np.ndarray, y: np.ndarray) -> float:
-        return float(mean(self.inner, lambda own: np.sum(_losses(own, y))) + 0.5 * np.sum(self._penalty(x) * y**2))
-
-    def _gradient(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return mean(self.inner, lambda own: own["a"].T @ _slopes(own, y)) + self._penalty(x) * y
+        return float(_loss(self.lower, y) + 0.5 * np.sum(self._penalty(x) * y**2))
 
     def _penalty(self, x: np.ndarray) -> np.ndarray:
         return self.base * np.exp(x)[self.groups]
@@ -233,19 +243,22 @@ def features(
     return [a @ change for a in inner], [a @ change for a in outer]
 
 
-def mean(clients: Sequence[Rows], total: Callable[[Rows], np.ndarray | float]) -> np.ndarray:
-    """The mean over clients of the mean over a client's rows, from a client's total."""
-    return np.asarray(np.stack([np.asarray(total(own)) / len(own["a"]) for own in clients]).mean(axis=0))
+def pooled(clients: Sequence[Rows]) -> Rows:
+    """All rows, and what each counts in the mean over clients of the mean over a client's: `weight`."""
+    rows = {name: np.concatenate([own[name] for own in clients]) for name in clients[0]}
+    weights = [np.full(len(own["a"]), 1 / (len(clients) * len(own["a"]))) for own in clients]
+    return rows | {"weight": np.concatenate(weights)}
 
 
-def _losses(own: Rows, y: np.ndarray) -> np.ndarray:
-    logit = own["a"] @ y
-    return np.logaddexp(0, np.where(own["label"] == 1, -logit, logit))
+def _loss(rows: Rows, y: np.ndarray) -> float:
+    """The mean cross-entropy."""
+    logit = rows["a"] @ y
+    return float(rows["weight"] @ np.logaddexp(0, np.where(rows["label"] == 1, -logit, logit)))
 
 
-def _slopes(own: Rows, y: np.ndarray) -> np.ndarray:
-    """d loss / d logit of each row."""
-    return _positive(own["a"] @ y) - own["label"]
+def _gradient(rows: Rows, y: np.ndarray) -> np.ndarray:
+    """Its gradient in y."""
+    return rows["a"].T @ (rows["weight"] * (_positive(rows["a"] @ y) - rows["label"]))
 
 
 def _positive(logit: np.ndarray) -> np.ndarray:
