@@ -12,7 +12,7 @@ search. Its best point has the lowest median of Phi at the end; "fastest" is the
 end within a hundredth of the gain of it. G is what the best point gains over the start with y trained. It arrives at the
 first look at or below the best end + .1 G whose next three stay below it + .15 G, the end and G of its own seed. "Gain" is
 that of the returned x, in G. All numbers are medians over seeds, ratios those of medians. Later seeds of the last four
-tasks leave out points that gain less than half of the best one on the first seed.
+tasks leave out points that gain less than nine tenths of the best one on the first seed.
 
 What the grid computes is kept in --folder, and a second call goes on from there; the runs without steps are made anew.
 """

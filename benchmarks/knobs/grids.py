@@ -24,7 +24,7 @@ from knobs.quality import quality
 
 LOWER, COARSE, TOGETHER = (0.03, 0.1, 0.3, 1.0), tuple(range(-5, 6)), 16
 EQUAL = 0.01
-HELD = 0.5  # of the first seed's best gain: what a point has to reach there to be tried on others, on heavy tasks
+HELD = 0.9  # of the first seed's best gain: what a point has to reach there to be tried on others, on heavy tasks
 Point = tuple[float, float, int]  # inner_lr L, hessian_lr L, the power of ten of outer_lr
 
 

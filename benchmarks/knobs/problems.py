@@ -20,7 +20,7 @@ class Case:
     dataset: str | None = None
     cohort: int | None = None
     batch: int | None = None
-    heavy: bool = False  # a later seed tries only points with half of the first seed's best gain
+    heavy: bool = False  # a later seed tries only points with .9 of the first seed's best gain
 
     def task(self, seed: int) -> fb.tasks.Task:
         return getattr(fb.tasks, self.name.replace("-", "_"))(dataset=self.dataset, seed=seed)
