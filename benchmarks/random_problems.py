@@ -16,6 +16,7 @@ the rival's are taken from it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import tempfile
 import time
@@ -97,12 +98,13 @@ def row(seed: int, problem: RandomProblem, rounds: int, best: float) -> list[str
 def run(problem: RandomProblem, rounds: int) -> tuple[np.ndarray, np.ndarray, str]:
     """(The returned x and y of Lockstep with no step given; why it ended early, if it did)."""
     algorithm = fb.Lockstep(local_steps=5, batch_size=problem.batch_size)
+    engine = dataclasses.replace(problem.engine, compile="quick")  # each problem is compiled, and takes no time beside
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fb.errors.FedbilevelWarning)
         try:
             result, words = fb.solve(
                 problem.problem, problem.data, algorithm, problem.x, problem.y, rounds=rounds,
-                key=jax.random.key(0), engine=problem.engine, check=False, evaluate_every=rounds,
+                key=jax.random.key(0), engine=engine, check=False, evaluate_every=rounds,
             ), ""  # fmt: skip
         except fb.RunError as error:
             result, words = error.result, " ".join(str(error).split())
