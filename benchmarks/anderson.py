@@ -204,7 +204,7 @@ def line(name: str, point: tuple[float, float, float], found: np.ndarray, most: 
 
 def drawn(case: Case, most: int) -> None:
     """Where a cohort or minibatches are drawn: with anderson= against without."""
-    steps = {"inner_lr": 0.1 / case.L, "hessian_lr": 0.1 / case.L, "outer_lr": 0.1}
+    steps = {"inner_lr": 0.1 / case.L, "hessian_lr": 0.1 / case.L, "outer_lr": 0.01}
     for name, engine, batch in (("a cohort", fb.Simulation(cohort=5), None), ("minibatches", fb.Simulation(), 2)):
         ends = []
         for most_points in (None, SETTING[0]):
