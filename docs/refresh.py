@@ -22,7 +22,7 @@ from fedbilevel_studies.catalogue import STUDIES
 DOCS = Path(__file__).resolve().parent
 FOUND = DOCS.parent / "studies" / "src" / "fedbilevel_studies" / "found"
 TABLE = re.compile(r"(?P<start><!-- (?P<study>(?!facts/)[\w-]+)/(?P<table>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.S)
-TOO_LONG = ("history.csv", "shares.csv", "grid.csv")
+TOO_LONG = ("history.csv", "shares.csv", "grid.csv", "tuning.csv")
 
 
 def keep(place: Path) -> None:

@@ -141,7 +141,8 @@ def _window(own: pandas.DataFrame) -> tuple[float, float]:
     """From below the lowest Phi to above that of the start; what is worse than that is cut off."""
     start = float(own.groupby("seed")["phi"].first().max())
     lowest = float(own["phi"].min())
-    return lowest - 0.05 * (start - lowest), start + 0.1 * (start - lowest)
+    span = max(start - lowest, 0.05 * abs(start))
+    return lowest - 0.05 * span, start + 0.1 * span
 
 
 def _draw(axis: Axes, own: list[pandas.DataFrame], spent: str, unit: float, look: Look) -> None:
