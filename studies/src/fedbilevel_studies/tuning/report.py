@@ -146,7 +146,7 @@ def _window(own: pandas.DataFrame) -> tuple[float, float]:
 
 
 def _draw(axis: Axes, own: list[pandas.DataFrame], spent: str, unit: float, look: Look) -> None:
-    """The median of a contender's curves, their range as a band; flat where nobody searches."""
+    """The median of a contender's curves, flat where nobody searches; for ours their range too."""
     most = max(float(curve[spent].iloc[-1]) for curve in own)
     if look["label"] in (UNTUNED, BY_HAND):
         axis.axhline(float(np.median([curve["phi"].iloc[-1] for curve in own])), **look)
@@ -154,7 +154,7 @@ def _draw(axis: Axes, own: list[pandas.DataFrame], spent: str, unit: float, look
     grid = np.unique(np.concatenate([curve[spent].to_numpy(float) for curve in own] + [[most]]))
     values = np.array([[at(curve, spent, level) for level in grid] for curve in own])
     axis.step(grid / unit, np.median(values, axis=0), where="post", **look)
-    if len(own) > 1:
+    if len(own) > 1 and look["label"] == OURS:
         lowest, highest = values.min(axis=0), values.max(axis=0)
-        band = {"step": "post", "alpha": 0.12, "color": look["color"], "linewidth": 0}
+        band = {"step": "post", "alpha": 0.15, "color": look["color"], "linewidth": 0}
         axis.fill_between(grid / unit, lowest, highest, **band)
