@@ -23,7 +23,7 @@ from knobs.problems import Case, Contestant, largest_curvature
 from knobs.quality import quality
 
 LOWER, COARSE, TOGETHER = (0.03, 0.1, 0.3, 1.0), tuple(range(-5, 6)), 16
-EQUAL = 0.01
+EQUAL, LOOKED_AT = 0.01, 4
 HELD = 0.9  # of the first seed's best gain: what a point has to reach there to be tried on others, on heavy tasks
 Point = tuple[float, float, int]  # inner_lr L, hessian_lr L, the power of ten of outer_lr
 
@@ -140,6 +140,8 @@ class Grid:
         whole = {point for point, _ in self.found} & {p for p, seed in self.found if seed == self.seeds[-1]}
         gap = lambda point, seed: (self.end(point, seed) - self.end(best, seed)) / self.gain(seed)
         equals = [p for p in whole if np.median([gap(p, seed) for seed in self.seeds]) <= EQUAL]
+        if self.case.heavy:  # a look takes long there
+            equals = sorted(equals, key=lambda p: (np.median([gap(p, seed) for seed in self.seeds]), p))[:LOOKED_AT]
         curves = {seed: self.curves(seed, equals) for seed in self.seeds}
         late = lambda p: np.median(
             [arrival(curves[seed][p], self.end(best, seed), self.gain(seed)) for seed in self.seeds]
