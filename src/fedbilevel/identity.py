@@ -97,13 +97,18 @@ class Identity:
                 "an earlier version of fedbilevel wrote it, which did not note what the losses compute "
                 "(that version can go on with it)"
             )
-        saved = {"compile": "full", **saved}  # earlier versions knew nothing else
+        saved = {"compile": "full", **self._later, **saved}  # earlier versions knew nothing else
         both = {**self.fields, "written by": _WRITTEN_BY, "oracles": None}
         left_out = {"written by", "oracles"}
         if saved.get("written by") != _WRITTEN_BY:
             traced = (name for name, value in self.fields.items() if str(value).startswith(_OPTAX))
             left_out |= {*_TRACED, *traced}
         return differences(*({k: v for k, v in each.items() if k not in left_out} for each in (saved, both)))
+
+    @property
+    def _later(self) -> dict[str, JSON]:
+        """Options that are off by default, as they were before there were any: off."""
+        return {f.name: said(None) for f in dataclasses.fields(self._algorithm) if f.default is None}
 
     def other_oracles(self, saved: Mapping[str, JSON], state: PyTree) -> str:
         """Whether the losses compute something else at a checkpoint's x and y, where another version wrote it."""

@@ -56,7 +56,9 @@ VARIANTS: dict[str, dict[str, Any]] = {  # options, each for the algorithms that
     "slowing": {"slow_after": 2.0},
     "kept": {"keep": 0.5, "damping": 1.0},
     "growing penalty": {"penalty": 2.0, "penalty_growth": 0.5},
+    "mixing": {"anderson": 2},
 }
+BUSY = {"one cohort": "weights, cohort", "two chains": "weights, cohort", "mixing": "everyone"}
 
 
 NONE = {("fedmbo", "full")}  # its chains end at random
@@ -124,8 +126,7 @@ def cases() -> Iterator[Case]:
         fields = kind.__dataclass_fields__
         for variant, changes in VARIANTS.items():
             if all(field in fields for field in changes) and (name, variant) not in NONE:
-                busy = "weights, cohort" if variant in ("one cohort", "two chains") else "weights, dropout"
-                yield Case("quadratic", name, variant, busy)
+                yield Case("quadratic", name, variant, BUSY.get(variant, "weights, dropout"))
 
 
 def run(case: Case, engine: type) -> dict[str, Any]:
