@@ -6,6 +6,7 @@ files. An algorithm without a page of its own gets one here, so that adding one 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from fedbilevel.algorithms import ALGORITHMS  # noqa: E402
 from fedbilevel.algorithms.about import about, summary  # noqa: E402
 from fedbilevel.datasets import DATASETS  # noqa: E402
 from fedbilevel.results import pipe_table  # noqa: E402
+from fedbilevel.settings import STEPS  # noqa: E402
 from fedbilevel.tasks import TASKS  # noqa: E402
 
 REGION = re.compile(r"(?P<start><!-- facts/(?P<name>[\w-]+) -->)(?P<line>\n?).*?(?P<end><!-- end -->)", re.S)
@@ -131,6 +133,20 @@ def algorithm_pages() -> str:
     return table(["page", "names"], ([link(page), listed(names[page])] for page in names))
 
 
+def steps() -> str:
+    """Which steps of which algorithm may be "auto", and why others may not."""
+    return table(
+        ["algorithm", *(f"`{name}`" for name in STEPS)],
+        ([f"`{kind.__name__}`", *_steps(kind)] for kind in ALGORITHMS.values()),
+    )
+
+
+def _steps(kind: type[Algorithm]) -> list[str]:
+    fields = {field.name: field.metadata for field in dataclasses.fields(kind)}
+    told = lambda field: "auto" if "auto" in field.get("words", ()) else field["why"]
+    return [told(fields[name]) if name in fields else "it has none" for name in STEPS]
+
+
 # Everything else ---------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +177,7 @@ MADE: dict[str, Callable[[], str]] = {
     "algorithms": algorithms,
     "algorithm-names": lambda: listed(kind.__name__ for kind in ALGORITHMS.values()),
     "algorithm-pages": algorithm_pages,
+    "steps": steps,
     "tasks": _tasks,
     "task-names": lambda: ", ".join(TASKS),
     "datasets": _datasets,

@@ -4,7 +4,7 @@ import optax.tree
 from jaxtyping import PyTree
 
 from fedbilevel.algorithm import Algorithm, State, Truncation, component, count, rate
-from fedbilevel.algorithms.components import curvature, lower, neumann, upper
+from fedbilevel.algorithms.components import lower, neumann, upper
 
 
 class Kept(State):
@@ -18,7 +18,7 @@ class WarmNest(Algorithm):
     inner_lr: float = rate(0.1)
     outer_lr: float = rate(0.1)
     lower = component(lambda self: lower.CorrectedLower(self.inner_rounds, self.inner_lr))
-    series = component(lambda self: neumann.NeumannSeries(curvature.AutoStep(self.inner_lr), Truncation("full")))
+    series = component(lambda self: neumann.NeumannSeries(neumann.AutoStep(self.inner_lr), Truncation("full")))
     upper = component(lambda self: upper.CorrectedUpper(self.outer_lr))
 
     def init(self, x, y):

@@ -153,3 +153,14 @@ def test_a_call_of_python_in_a_loop():
 
 def test_version_of_jaxlib():
     assert [int(part) for part in jaxprs.jaxlib_version.split(".")[:2]] >= [0, 10]
+
+
+def test_a_number_gives_way_as_python_s_do():
+    """Within a trace too, and across the precisions of strict promotion."""
+
+    def scaled(number):
+        return jnp.ones(2, jnp.float16) * jaxprs.weakly(number)
+
+    with jax.numpy_dtype_promotion("strict"):
+        for run in (scaled, jax.jit(scaled)):
+            assert run(jnp.asarray(2.0, jnp.float32)).dtype == jnp.float16

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
-from fedbilevel.algorithms.components.curvature import remembered
 from fedbilevel.app import load_app
 from fedbilevel.engines.loopback import _Looped
 from fedbilevel.engines.messaging.transport import Answers as InTransit
+from fedbilevel.pace.curvature import remembered
 from fedbilevel.result import save_variables
 from helpers import apps
 from helpers.quadratic import flat, quadratic

@@ -11,6 +11,8 @@ from fedbilevel.app import load_app
 from fedbilevel.sampled import Sampled
 from helpers import apps
 
+AUTO = dict.fromkeys(("inner_lr", "hessian_lr", "outer_lr"), "auto")
+
 SITES = ("site-1", "site-2", "site-3")
 OWN_ALGORITHM = """
     class Still(fb.Algorithm):
@@ -47,28 +49,32 @@ def test_another_algorithm_runs_with_the_same_counts_of_work(fedbilevel, file, t
     code, text, errors = fedbilevel("run", file, *words, "--out", tmp_path / "out", "--json")
     assert code == 0, errors
     assert json.loads(text)["iteration"] == 4
-    algorithm = fb.FedNest(local_steps=2, hessian_lr=0.03, neumann_terms=2)  # two local steps, as the app's Lockstep
+    algorithm = fb.FedNest(
+        local_steps=2, hessian_lr=0.03, neumann_terms=2, inner_lr="auto", outer_lr="auto"
+    )  # two local steps, as the app's Lockstep
     expected = solved(file, algorithm, 0)
     with np.load(tmp_path / "out" / "variables.npz") as kept:
         np.testing.assert_allclose(kept["x"], expected.x, rtol=0, atol=1e-13)
         np.testing.assert_allclose(kept["y"], expected.y, rtol=0, atol=1e-13)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["algorithms"]["fednest"]["local_steps"] == 2
-    assert config["steps"] == {"fednest": "class defaults, hessian_lr given"}
+    assert config["steps"] == {"fednest": "auto, hessian_lr given"}
 
 
 def test_compared_its_own_algorithm_is_as_the_file_says(fedbilevel, file, tmp_path):
     words = ("--algorithms", "lockstep,simfbo", "--seeds", 2, "--cohort", 2, "--set", "simfbo.inner_lr=0.05")
     code, text, errors = fedbilevel("compare", file, *words, "--out", tmp_path / "out")
     assert code == 0, errors
-    assert "the app's own" in text and "class defaults" in text
-    assert "simfbo runs at its class defaults beside" in errors
+    assert "the app's own" in text and "auto, inner_lr given" in text
     frame = pandas.read_csv(tmp_path / "out" / "history.csv")
     assert set(zip(frame["algorithm"], frame["seed"], strict=True)) == {
         (a, s) for a in ("lockstep", "simfbo") for s in (0, 1)
     }
     own = load_app(file).algorithm
-    for name, algorithm in (("lockstep", own), ("simfbo", fb.SimFBO(local_steps=2, inner_lr=0.05))):
+    for name, algorithm in (
+        ("lockstep", own),
+        ("simfbo", fb.SimFBO(local_steps=2, inner_lr=0.05, hessian_lr="auto", outer_lr="auto")),
+    ):
         expected = solved(file, algorithm, 1, engine=fb.Simulation(cohort=2))
         with np.load(tmp_path / "out" / "runs" / f"{name}-1" / "variables.npz") as kept:
             np.testing.assert_allclose(kept["y"], expected.y, rtol=0, atol=1e-13)
@@ -97,7 +103,7 @@ def test_its_protocol_is_printed(fedbilevel, file):
     x, y = app.begin()
     for words, algorithm, cohort in (
         ((), app.algorithm, None),
-        (("--algorithm", "aggitd", "--set", "inner_rounds=2", "--cohort", 2), fb.AggITD(2, local_steps=2), 2),
+        (("--algorithm", "aggitd", "--set", "inner_rounds=2", "--cohort", 2), fb.AggITD(2, local_steps=2, **AUTO), 2),
     ):
         code, text, errors = fedbilevel("protocol", file, *words, "--json")
         assert code == 0, errors

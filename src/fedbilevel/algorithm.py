@@ -62,9 +62,13 @@ class Info(eqx.Module):
     lower_gradient_norm: Float[Array, ""] | None = None
 
 
-def rate(default: Default, *words: str) -> Default:
-    """A field that holds a step size: positive, a leaf; or one of the words; or None, where that is the default."""
-    metadata = {"role": "rate", "words": words if default is not None else (*words, None)}
+def rate(default: Default, *words: str, why: str = "") -> Default:
+    """A field that holds a step size: positive, a leaf; or one of the words; or None, where that is the default.
+
+    Args:
+        why: why it cannot be found while running, where others of its kind can.
+    """
+    metadata = {"role": "rate", "words": words if default is not None else (*words, None), "why": why}
     return eqx.field(default=default, converter=_as_float, metadata=metadata)
 
 
@@ -176,9 +180,11 @@ class Algorithm(Checked):
         follows: which setting moves which part of the state: "x", "y", another attribute of the state, or an entry of a
             dict or tuple in it ("control.1"). A run that blows up names its setting by it.
         about: the facts of one that ships with the library.
+        paced: whether its steps, where they are "auto", are found around it (`pace.automatic`); else it finds them itself.
     """
 
     about: ClassVar[About]
+    paced: ClassVar[bool] = True
     follows: ClassVar[dict[str, str]] = {"x": "outer_lr", "y": "inner_lr", "v": "hessian_lr"}
 
     def init(self, x: PyTree, y: PyTree) -> PyTree:

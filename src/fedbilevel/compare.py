@@ -22,13 +22,13 @@ from .engines import ENGINES
 from .engines.base import Engine
 from .engines.faults import Faults
 from .engines.simulated.room import IN_MEMORY
-from .errors import RunError, check, unknown_name, warn, with_notes
+from .errors import RunError, check, unknown_name, with_notes
 from .given import JSON
 from .identity import said
 from .result import History, Result
 from .results import folder as folders
 from .results.kept import keep
-from .settings import UNTUNED, Chosen, chosen, told_apart
+from .settings import Chosen, chosen
 from .tasks import TASKS, Options, Task
 from .tasks.base import Kind
 
@@ -228,12 +228,7 @@ def run_all(
     Args:
         first: the task of the first seed, if it is built already (`Plan.first`).
     """
-    outcomes, labels = [], told_apart(plan.steps)
-    for name in (name for name, label in labels.items() if label != name):
-        warn(
-            f"{name} runs at its {UNTUNED} beside algorithms whose step sizes were chosen, and tables and figures say "
-            f"so: give its own with --set, or find them with `fedbilevel search`."
-        )
+    outcomes = []
     with jax.enable_x64(plan.precision == 64):
         for seed in plan.seeds:
             task, first = plan.source.build(seed) if first is None else first, None

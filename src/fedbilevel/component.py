@@ -1,12 +1,14 @@
-"""Modules in modules: components, made from a module's fields, and the paths of all that a module holds."""
+"""Modules in modules: components, made from a module's fields, the paths of all that a module holds, and methods by path."""
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Generic, TypeVar, overload
 
 import equinox as eqx
+import jax
 
 Made = TypeVar("Made")
 
@@ -50,3 +52,39 @@ def modules_in(module: eqx.Module, path: str = "") -> dict[str, eqx.Module]:
         if isinstance(each, eqx.Module):
             found |= {path + name: each} | modules_in(each, f"{path}{name}.")
     return found
+
+
+def method_named(module: eqx.Module, name: str) -> Callable:
+    """The method of that name: the module's own, or (with a path before it) that of a module in it.
+
+    A module that stands for another one says itself what it has: by `client_method`.
+    """
+    own = getattr(type(module), "client_method", None)
+    return operator.attrgetter(name)(module) if own is None else own(module, name)
+
+
+def path_of(owner: object, module: eqx.Module) -> str | None:
+    """Where in a module another one is: "" for itself, else a path that ends in a dot; None: it is none of it.
+
+    Of several of one kind it is the one that holds the same values.
+    """
+    if type(owner) is type(module):
+        return ""
+    for name, each in vars(module).items():  # its own components and fields, without a search
+        if each is owner:
+            return f"{name}."
+    if not isinstance(owner, eqx.Module):
+        return None
+    alike = {path: each for path, each in modules_in(module).items() if type(each) is type(owner)}
+    same = [path for path, each in alike.items() if _same(each, owner)]
+    return next((f"{path}." for path in (*same, *alike)), None)
+
+
+def _same(one: eqx.Module, other: eqx.Module) -> bool:
+    (leaves, structure), (others, theirs) = jax.tree.flatten(one), jax.tree.flatten(other)
+    return structure == theirs and all(a is b for a, b in zip(leaves, others, strict=True))
+
+
+def title_of(module: eqx.Module) -> str:
+    """What users know a module by: its class, or that of the one which it stands for."""
+    return getattr(module, "title", None) or type(module).__name__

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from .algorithm import Algorithm, State
+from .beginning import first_state
 from .data import FederatedData
 from .diagnosis import of_estimate
 from .engines.base import Carry, Engine
@@ -15,8 +16,8 @@ from .errors import Diverged, check
 from .federation import Federation
 from .jaxprs import Tracer
 from .keys import KeyLike, one_key, threefry
+from .pace.automatic import Auto, measure, ready, with_numbers
 from .problem import Problem, bind
-from .program import settle
 from .protocol import Protocol, check_kinds
 from .template import Template
 from .variables import trainable
@@ -47,7 +48,7 @@ class Estimator:
 
     Attributes:
         protocol: what one call exchanges: its rounds and bytes.
-        algorithm: whose estimate it is.
+        algorithm: whose estimate it is; steps that are "auto" were measured when it was made, at the templates.
     """
 
     protocol: Protocol
@@ -62,10 +63,9 @@ class Estimator:
         )
         x, x_rest = trainable(x, "x")
         y, y_rest = trainable(y, "y")
-        self.algorithm, state = settle(algorithm, x), State(x, y)
-        self._execution = (engine or Simulation()).bind(
-            bind(problem, x_rest, y_rest), data, self.algorithm, state, jax.random.key(0), estimate
-        )
+        engine, bound, state = engine or Simulation(), bind(problem, x_rest, y_rest), State(x, y)
+        self.algorithm = _measured(ready(algorithm, x), engine, bound, data, state)
+        self._execution = engine.bind(bound, data, self.algorithm, state, jax.random.key(0), estimate)
         self.protocol = self._execution.protocol
         self._once = self._execution.once(self.algorithm, state)
         self._x, self._y = Template(x, x_rest, "x", "the estimator"), Template(y, y_rest, "y", "the estimator")
@@ -115,6 +115,16 @@ class Estimator:
         self._y.check_finite(state.y)
         execution = self._execution.anew(key)
         raise Diverged(of_estimate(execution, self.algorithm, Carry(state, None, 0), Carry(after, None, 1)))
+
+
+def _measured(algorithm: Algorithm, engine: Engine, problem: Problem, data: FederatedData, at: State) -> Algorithm:
+    """The algorithm with numbers for all its steps, those that are "auto" found once, at the templates."""
+    if not isinstance(algorithm, Auto):
+        return algorithm
+    first = first_state(algorithm, at.x, at.y)
+    execution = engine.bind(problem, data, algorithm, first, jax.random.key(0), measure)
+    _, record = execution.advance(algorithm, execution.start(algorithm, first), 1, np.inf)
+    return with_numbers(algorithm, {name: float(value[-1]) for name, value in record.info.items()})
 
 
 def estimate(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[State, tuple[()]]:

@@ -221,6 +221,14 @@ class Federation(abc.ABC):
             body: (t, carry) -> carry of the same structure, shapes and dtypes; t is a () int32.
         """
 
+    def rarely(self, times: Index, body: Body, carry: PyTree, most: int = 1) -> PyTree:
+        """`repeat`, of what happens in few iterations: it is no part of what an iteration usually takes.
+
+        The protocol says apart what is exchanged there. With most=1 an exchange in it may be beside the one before the
+        loop; what takes rounds of its own belongs to a run's first iteration.
+        """
+        return self.repeat(times, body, carry, most)
+
     @abc.abstractmethod
     def until(self, condition: Callable[[PyTree], Flag], body: Body, carry: PyTree, most: int) -> PyTree:
         """Repeat `carry = body(t, carry)` until `condition(carry)` holds, at most `most` times."""

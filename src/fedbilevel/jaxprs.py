@@ -4,17 +4,20 @@ Traced programs and what runs them (`ClosedJaxpr`, `Jaxpr`, `JaxprEqn`, `Var`, `
 program without what its results do not need (`dce_jaxpr`), a value inside a trace (`Tracer`), what a trace knows of a
 value (`ShapedArray`), which trace we are in (`get_opaque_trace_state`), random bits without a key array
 (`threefry_2x32`), how events of compiling are called (`COMPILING`), a call of Python by a compiled program (`on_host`),
+a number that gives way as Python's do (`weakly`),
 where JAX asks for what it has compiled before (`compilation_cache`, whose `_cache` is a `CacheInterface`) and
 `jaxlib_version`. A test holds each to what we rely on.
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import numpy as np
 from jax._src import compilation_cache
 from jax._src.callback import emit_python_callback
 from jax._src.compilation_cache_interface import CacheInterface
+from jax._src.lax.lax import _convert_element_type
 from jax.core import ShapedArray, Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, get_opaque_trace_state, jaxpr_as_fun
 from jax.extend.random import threefry_2x32
@@ -41,7 +44,14 @@ __all__ = [
     "jaxpr_as_fun",
     "on_host",
     "threefry_2x32",
+    "weakly",
 ]
+
+
+def weakly(number: jax.Array) -> jax.Array:
+    """A number whose type gives way in arithmetic, as that of Python's numbers does, within traces too."""
+    return cast(jax.Array, _convert_element_type(number, number.dtype, weak_type=True))
+
 
 _on_host = Primitive("on_host")
 _on_host.multiple_results = True

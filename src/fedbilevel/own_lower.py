@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from .algorithm import Algorithm
 from .beginning import client_state
 from .cohorts import mean_reply
+from .component import title_of
 from .engines.base import Carry, Execution
 from .errors import InputError, check, warn
 from .problem import describe
@@ -52,7 +53,7 @@ class Lower:
         self.own = one is not None
         check(
             not self.own or describe(one) == describe(like),
-            f"{type(algorithm).__name__}.own_lower(state) returns a client's own y, like {describe(like)}; "
+            f"{title_of(algorithm)}.own_lower(state) returns a client's own y, like {describe(like)}; "
             f"it returned {describe(one)}.",
         )
 
@@ -82,7 +83,7 @@ class Lower:
         """Warn, where there will be no y."""
         if self.away:
             warn(
-                f"{type(self._algorithm).__name__} leaves every client's y at its site, so that result.y is None: "
+                f"{title_of(self._algorithm)} leaves every client's y at its site, so that result.y is None: "
                 "each site keeps its own in its folder; share_lower=True has them send what their mean takes."
             )
 

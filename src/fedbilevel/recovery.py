@@ -1,4 +1,4 @@
-"""Going back after a blow-up: where the step of the Hessian factors is found while running, it is halved, and a run goes on.
+"""Going back after a blow-up: where steps are found while running they are halved, and a run goes on.
 
 A run with an automatic step keeps a snapshot: the server's state, the clients' states (over a
 network, the tags that say which counted) and the iteration, and so the keys. It is taken after
@@ -6,7 +6,7 @@ every 20th iteration whose state is of ordinary size; stretches end there, so th
 depend on how fast a machine is. A checkpoint holds it too.
 
 When an iteration blows up (a number is not finite, or out of range, or the state raises its alarm,
-see `algorithms.components.curvature`), it is taken again from the last good iterate, with a measurement. If it
+see `pace.curvature`), it is taken again from the last good iterate, with a measurement. If it
 was an alarm, and the step is found to have been right, the run goes on from there. (Clients that
 move before the factors act may have met another curvature on their way: the iteration is then taken
 with half the step first, which makes what is right half as long at the least, and shortens much
@@ -26,10 +26,11 @@ from jaxtyping import PyTree
 
 from . import arrays
 from .algorithm import Algorithm
-from .algorithms.components.curvature import EVERY, HALVINGS, automatic, remembered, remembering
 from .callbacks.checkpoint import FILE, read
 from .diagnosis import largest
 from .engines.base import Carry, Execution, Record
+from .pace.automatic import found_in
+from .pace.curvature import EVERY, HALVINGS, automatic, remembered, remembering
 
 _ORDINARY = 1e3  # how far beyond the start's size x and y may be in a snapshot
 
@@ -60,7 +61,7 @@ class Recovery:
         self._execution, self._algorithm = execution, algorithm
         step = automatic(algorithm)
         self._probes = step is not None and step.local_factors
-        self._setting = _automatic_setting(algorithm)
+        self._settings = _automatic_settings(algorithm)
         self._size = _ORDINARY * max(1.0, largest((start.state.x, start.state.y)))
         self.snapshot = start
 
@@ -135,13 +136,14 @@ class Recovery:
 
     def spent(self, why: str) -> str:
         """The sentence that ends the run, with what was tried before."""
-        return f"{why} (The automatic {self._setting} had been halved {self.halvings} times by then.)"
+        return f"{why} (The automatic {self._settings} had been halved {self.halvings} times by then.)"
 
 
-def _automatic_setting(algorithm: Algorithm) -> str:
-    """The name of the step that is found while running."""
-    steps = [field.name for field in dataclasses.fields(algorithm) if field.metadata.get("role") == "rate"]
-    return next((name for name in steps if isinstance(getattr(algorithm, name), str)), "hessian_lr")
+def _automatic_settings(algorithm: Algorithm) -> str:
+    """The names of the steps that are found while running, in words."""
+    fields = [field.name for field in dataclasses.fields(algorithm) if field.metadata.get("role") == "rate"]
+    names = found_in(algorithm) or [name for name in fields if isinstance(getattr(algorithm, name), str)]
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [*names[-1:]])
 
 
 def recovery(execution: Execution, algorithm: Algorithm, start: Carry) -> Recovery | None:

@@ -21,6 +21,7 @@ from .best import Kept, goal
 from .callbacks.base import Callback
 from .callbacks.checkpoint import load, load_kept
 from .callbacks.listeners import Listeners
+from .component import title_of
 from .data import FederatedData
 from .diagnosis import LEAST, diagnose, largest
 from .diagnosis.swing import Trail
@@ -34,9 +35,10 @@ from .keys import KeyLike, as_key, threefry
 from .memory import seldom_collecting
 from .metrics import STOPPED, Metric, check_diagnostics, checked_metrics, measured
 from .own_lower import Away, Lower
+from .pace.automatic import Auto, measures_first, ready
 from .problem import Problem, bind
 from .program import settle
-from .protocol import check_kinds
+from .protocol import Protocol, check_kinds
 from .recovery import Back, recovery, saved_snapshot
 from .result import EMPTY, History, Result, Row
 from .sanity import check_sane
@@ -107,20 +109,30 @@ class Run:
         Listeners(callbacks)  # refuses what is none
         self._x, self._x_rest = trainable(x, "x")
         self._y, self._y_rest = trainable(y, "y")
-        algorithm = settle(algorithm, self._x)
-        self.algorithm, self.metrics = algorithm, checked_metrics(metrics)
-        state = first_state(algorithm, self._x, self._y)
-        bound = bind(problem, self._x_rest, self._y_rest)
+        self.algorithm, self.metrics = settle(algorithm, self._x), checked_metrics(metrics)
+        bound, engine, key = bind(problem, self._x_rest, self._y_rest), engine or Simulation(), check_key(key)
+
+        def begun(running: Algorithm) -> Execution:
+            return engine.bind(bound, data, running, first_state(running, self._x, self._y), key)
+
         with seldom_collecting():
-            self._execution: Execution = (engine or Simulation()).bind(bound, data, algorithm, state, check_key(key))
+            self._running = ready(algorithm, self._x)
+            self._execution: Execution = begun(self._running)
+            rows = judged(asked(keep, self.metrics, list(_fields(self._execution.protocol.info))))
+            less = _measuring_less(self._running, self._execution.protocol, self._budget, bool(rows))
+            if less is not None:
+                self._running, self._execution = less, begun(less)
             if sane and resume is None:
                 check_sane(self._execution.problem, data, self._x, self._y, upper)
+        algorithm, state = self._running, first_state(self._running, self._x, self._y)
         self.processes = self._execution.processes
         self._listeners = Listeners(callbacks, self.processes)
         whole = (self._x, self._x_rest), (self._y, self._y_rest)
-        self._identity = Identity(self._execution, algorithm, *whole, data, self._every)
+        self._identity = Identity(self._execution, self.algorithm, *whole, data, self._every)
         self.protocol = self._execution.protocol
-        check_diagnostics(type(algorithm).__name__, _fields(self.protocol.info))
+        if less is not None:
+            self.protocol = dataclasses.replace(self.protocol, rounds_rarely=less.first)
+        check_diagnostics(title_of(algorithm), _fields(self.protocol.info))
         checked_metrics(metrics, _fields(self.protocol.info))
         told = [name for name, value in self._scalars().items() if value is not None]
         if self.kept is not None:
@@ -167,7 +179,7 @@ class Run:
         return 0 if self._judge is None else self._judge.protocol.rounds_most
 
     def _check_budget(self) -> None:
-        least, name = self.protocol.rounds_most, type(self.algorithm).__name__
+        least, name = self.protocol.rounds_most, title_of(self.algorithm)
         rows = f", and {VALIDATION} {self._reserve} at the start and the end" if self._reserve else ""
         check(
             self._budget is None or self._budget >= least + 2 * self._reserve,
@@ -259,13 +271,13 @@ class Run:
             raise error
         swing = self._trail.swing()
         if swing is not None and self._last is not None:
-            tell(self._execution, self.algorithm, self.carry, swing, self._last)
+            tell(self._execution, self._running, self.carry, swing, self._last)
         return self._result()
 
     def _iterate(self) -> None:
         """The first row, stretches up to the goal or until it is stopped, the last row."""
         self.lower.tell()
-        self._execution.prepare(self.algorithm, self.carry, self._iterations_left(), self._limit)
+        self._execution.prepare(self._running, self.carry, self._iterations_left(), self._limit)
         if not self.history:
             self._record([self._row(None)])
         while self.stopped is None and (length := self._next_stretch()) > 0:
@@ -293,6 +305,7 @@ class Run:
             left = (self._most_iterations or 0) - self.iteration
         else:  # the last iterations one by one, as long as another one may fit
             spare = self._budget - self.rounds - self._reserve
+            spare -= self.protocol.rounds_rarely if measures_first(self.carry.state) else 0
             left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
         paced = 1 if self._pace is None else max(1, int(_STRETCH / max(self._pace, 1e-9)))
         row_by_row = self.metrics or self.kept is not None or self._listeners.row_by_row
@@ -346,12 +359,12 @@ class Run:
             self._execution.write_over(before)
         good = False
         try:
-            after, record = self._execution.advance(self.algorithm, before, length, self._limit)
+            after, record = self._execution.advance(self._running, before, length, self._limit)
             good = record.finite and self._fits(record)
         finally:
             if over and not good:
                 missing = before.iteration - self._healthy.iteration
-                self.carry, _ = self._execution.advance(self.algorithm, self._healthy, missing, self._limit)
+                self.carry, _ = self._execution.advance(self._running, self._healthy, missing, self._limit)
         return after, record
 
     def _account(self, first: int, record: Record) -> None:
@@ -377,7 +390,7 @@ class Run:
         """The carry after the last good iteration of a stretch in which one blew up."""
         if record.last is not None or not record.done:
             return record.last or before
-        return self._execution.advance(self.algorithm, before, record.done, self._limit)[0]
+        return self._execution.advance(self._running, before, record.done, self._limit)[0]
 
     def _go_back(self, before: Carry, after: Carry, record: Record) -> bool:
         """After a blow-up, to the last snapshot with half the automatic step; False if the run has to end."""
@@ -437,7 +450,7 @@ class Run:
         # the first step may be the one that goes too far: what follows it looks healthy and is not
         healthy = self._first if self._first is not None and after.iteration <= LEAST else self._healthy
         recent = [*self._recent, record.seen]
-        why = diagnose(self._execution, self.algorithm, healthy, after, self._limit, recent)
+        why = diagnose(self._execution, self._running, healthy, after, self._limit, recent)
         error = Diverged(why if self._recovery is None else self._recovery.spent(why), self._result())
         for other in beside:
             error.add_note(f"Then {other}")
@@ -530,6 +543,18 @@ def _set_aside(errors: list[RunError]) -> Iterator[None]:
         yield
     except RunError as error:
         errors.append(error)
+
+
+def _measuring_less(running: Algorithm, protocol: Protocol, budget: int | None, rows: bool) -> Auto | None:
+    """What runs where the budget does not hold both an iteration and all that is measured before; else None.
+
+    Args:
+        rows: whether the first and the last row of the history take a round each.
+    """
+    if budget is None or not isinstance(running, Auto):
+        return None
+    room = max(0, budget - protocol.rounds_most - 2 * rows)
+    return dataclasses.replace(running, first=room) if room < protocol.rounds_rarely else None
 
 
 def _count(name: str, value: Whole | None) -> int | None:

@@ -11,7 +11,7 @@ from .algorithms import ALGORITHMS
 from .errors import InputError, check, unknown_name
 
 STEPS = ("inner_lr", "hessian_lr", "outer_lr")  # the three step sizes, of which an algorithm has those that it needs
-UNTUNED = "class defaults"  # of step sizes that nobody has chosen
+UNTUNED = "auto"  # of step sizes that nobody has chosen: they are found while an algorithm runs, but for a few
 _SOURCES = {"library": "stored", "search": "stored by search"}
 
 
@@ -21,8 +21,8 @@ class Chosen:
 
     Attributes:
         algorithm: it.
-        steps: where its step sizes come from, in words: "given", "stored", "stored by search", "class defaults", "the
-            app's own"; with what was given beside, as in "stored, outer_lr given".
+        steps: where its step sizes come from, in words: "given", "stored", "stored by search", "auto", "the
+            app's own"; with what was given beside, as in "stored, outer_lr given" or "stored, outer_lr auto".
     """
 
     algorithm: Algorithm
@@ -63,7 +63,7 @@ def chosen(
         InputError: there is no such algorithm, or the store holds a setting that it does not have.
     """
     kind, entry = algorithm_class(name), store.known(*where, name)
-    base = dict(shared or {}) if entry is None else dict(entry.settings)
+    base = {**automatic(kind), **(shared or {})} if entry is None else dict(entry.settings)
     fields = {field.name for field in dataclasses.fields(kind)}
     for setting in sorted(set(base) - fields):
         raise InputError(
@@ -73,17 +73,28 @@ def chosen(
     return Chosen(kind(**{**base, **given}), whence(kind, source, given))
 
 
+def automatic(kind: type[Algorithm]) -> dict[str, Setting]:
+    """ "auto" for each step of an algorithm that can be found while it runs."""
+    fields = (field for field in dataclasses.fields(kind) if field.name in STEPS)
+    return {field.name: "auto" for field in fields if "auto" in field.metadata.get("words", ())}
+
+
 def whence(kind: type[Algorithm], source: str, given: Mapping[str, Setting]) -> str:
     """Where an algorithm's step sizes come from, in words."""
     has = [name for name in STEPS if name in {field.name for field in dataclasses.fields(kind)}]
-    own = [name for name in has if name in given]
-    if own and own == has:
-        return "given"
-    return ", ".join([source, f"{' and '.join(own)} given"]) if own else source
+    sorted_out: dict[str, list[str]] = {"given": [], UNTUNED: []}
+    for name in has:
+        if name in given:
+            sorted_out[UNTUNED if isinstance(given[name], str) else "given"].append(name)
+    for word, own in sorted_out.items():
+        if own and own == has:
+            return word
+    parts = [f"{' and '.join(own)} {word}" for word, own in sorted_out.items() if own and word != source]
+    return ", ".join([source, *parts])
 
 
 def told_apart(steps: Mapping[str, str]) -> dict[str, str]:
-    """What to call each algorithm: where some have chosen step sizes and others their class's defaults, these say so."""
+    """What to call each algorithm: where some have chosen step sizes and others find them, these say so."""
     untuned = [name for name, whence in steps.items() if whence.startswith(UNTUNED)]
     mixed = 0 < len(untuned) < len(steps)
     return {name: f"{name} ({UNTUNED})" if mixed and name in untuned else name for name in steps}

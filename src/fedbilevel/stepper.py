@@ -18,8 +18,8 @@ from .engines.simulated.programs import Step
 from .engines.simulation import Simulation
 from .errors import check
 from .keys import KeyLike, one_key, threefry
+from .pace.automatic import ready
 from .problem import Problem, bind
-from .program import settle
 from .protocol import check_kinds
 from .protocol import step as iteration
 from .variables import trainable
@@ -70,7 +70,7 @@ def stepper(
     )
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
-    algorithm = settle(algorithm, x)
+    algorithm = ready(algorithm, x)
     state = first_state(algorithm, x, y)
     bound = (engine or Simulation()).bind(
         bind(problem, x_rest, y_rest), data, algorithm, state, jax.random.key(0), program

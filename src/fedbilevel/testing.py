@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, PyTree
 
 from . import reference
 from .algorithm import Algorithm
+from .component import title_of
 from .data import FederatedData
 from .engines import Engine, Loopback, Simulation
 from .problem import Problem, bind, check_losses
@@ -131,7 +132,7 @@ def check_algorithm(algorithm: Algorithm, accurate: Algorithm | None = None, tol
     Raises:
         CheckFailed: with the table of what holds and what does not.
     """
-    report = Report(f"{type(algorithm).__name__}: conformance, float64, 4 of 8 ragged clients")
+    report = Report(f"{title_of(algorithm)}: conformance, float64, 4 of 8 ragged clients")
     with jax.enable_x64(True):
         problem, data, x, y = heterogeneous()
         runs: dict[str, Result] = {}

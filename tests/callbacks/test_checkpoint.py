@@ -181,7 +181,14 @@ def test_checkpoints_replace_each_other_in_one_step(tmp_path):
 # Checkpoints of an earlier version -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", earlier.RUNS)
+@pytest.mark.parametrize("name", earlier.AUTOMATIC)
+def test_a_run_whose_steps_were_found_otherwise_begins_anew(name, tmp_path):
+    shutil.copy(Path(__file__).parent / "earlier" / f"{name}.eqx", tmp_path / FILE)
+    with pytest.raises(fb.InputError, match="cannot be read as a checkpoint: start without resuming"):
+        earlier.solve(name, resume=tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in earlier.RUNS if name not in earlier.AUTOMATIC])
 def test_a_run_goes_on_from_what_an_earlier_version_wrote(name, tmp_path):
     shutil.copy(Path(__file__).parent / "earlier" / f"{name}.eqx", tmp_path / FILE)
     resumed, whole = earlier.solve(name, resume=tmp_path), earlier.solve(name)

@@ -24,7 +24,7 @@ def test_a_run_leaves_everything_behind(fedbilevel, tmp_path):
     frame = history(out)
     assert tuple(frame.columns[: len(FIXED)]) == FIXED
     assert frame["iteration"].tolist() == [0, 1, 2, 3, 4]
-    assert frame["rounds"].tolist() == [0, 7, 14, 21, 28]
+    assert frame["rounds"].tolist() == [0, 8, 15, 22, 29]  # one round at the start measures the steps
     config = json.loads((out / "config.json").read_text())
     assert config["algorithms"]["aggitd"]["inner_rounds"] == 2
     assert config["clients_an_exchange"] == 4
@@ -40,7 +40,7 @@ def test_compare_json_and_a_setting_for_one_algorithm(fedbilevel, tmp_path):
     assert {row["algorithm"] for row in json.loads(text)} == {"aggitd", "fednest"}
     algorithms = json.loads((out / "config.json").read_text())["algorithms"]
     assert algorithms["fednest"]["hessian_lr"] == 0.02
-    assert algorithms["aggitd"]["hessian_lr"] == 0.01
+    assert algorithms["aggitd"]["hessian_lr"] == "auto"
     frame = history(out)
     assert set(zip(frame["algorithm"], frame["seed"], strict=True)) == {
         (a, s) for a in ("aggitd", "fednest") for s in (0, 1)
@@ -74,7 +74,7 @@ def test_resuming_gives_the_uninterrupted_numbers(fedbilevel, tmp_path):
     pandas.testing.assert_frame_equal(drop(history(whole)), drop(history(parts)), check_exact=True)
     code, _, error = fedbilevel(*words, "--set", "inner_lr=0.2", "--iterations", 6, "--out", parts, "--resume")
     assert code == 2
-    assert "inner_lr was 0.01 and is 0.2" in error
+    assert "inner_lr was 'auto' and is 0.2" in error
 
 
 def test_loss_tuning_runs_on_label_shards(fedbilevel, tmp_path):
@@ -94,7 +94,9 @@ def test_protocol_as_table_and_json(fedbilevel):
     assert json.loads(text)["rounds"] == 13
     assert {"bytes_down", "bytes_up"} <= set(json.loads(text))
     code, text, _ = fedbilevel("protocol", "quadratic", "--algorithm", "fednest", "--set", "truncation=full")
-    assert text.strip().splitlines()[-1].split()[:2] == ["total", "18"]
+    *_, total, start, beside = text.strip().splitlines()
+    assert total.split()[:2] == ["total", "18"]
+    assert "measuring, 1 round at the start" in start and "no round" in beside
 
 
 def test_a_run_that_blows_up_exits_with_1_and_keeps_what_there_was(fedbilevel, tmp_path):
@@ -134,7 +136,7 @@ def idx_folder(tmp_path, images: bytes):
         ("run ridge --set fedavg.inner_lr=3", "fedavg"),
         ("run ridge --set inner_lr", "name=value"),
         ("run ridge --set inner_lr=fast", "takes a number"),
-        ("run ridge --set inner_lr=-1", "positive number; got -1.0"),
+        ("run ridge --set inner_lr=-1", "positive number or 'auto'; got -1.0"),
         ("run ridge --set hessian_lr=nan", "positive number or 'auto'; got nan"),
         ("run ridge --set inner_rounds=0", "at least 1; got 0"),
         ("run ridge --set truncation=9", "lies in 0..5; got 9"),

@@ -23,6 +23,7 @@ RUNS = {  # x is like y, so that an order mistaken for another would not be noti
     "fedf2sa": fb.FedF2SA(**STEPS),
     "adafbio": fb.AdaFBiO(hessian_lr="auto", **STEPS),
 }
+AUTOMATIC = ("lockstep", "adafbio")  # whose steps were found in another way then
 HALF, WHOLE = 3, 6
 
 

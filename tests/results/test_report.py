@@ -3,14 +3,15 @@
 import pandas
 import pytest
 
+import fedbilevel as fb
 from fedbilevel.results import report
-from fedbilevel.settings import told_apart
+from fedbilevel.settings import STEPS, automatic, told_apart, whence
 
-MIXED = {"aggitd": "stored, outer_lr given", "fedmsa": "class defaults, inner_lr given"}
+MIXED = {"aggitd": "stored, outer_lr given", "fedmsa": "auto, inner_lr given"}
 ALIKE = [
     {"aggitd": "stored", "fedmsa": "given"},
-    {"aggitd": "class defaults", "fedmsa": "class defaults, inner_lr given"},
-    {"fedmsa": "class defaults"},
+    {"aggitd": "auto", "fedmsa": "auto, inner_lr given"},
+    {"fedmsa": "auto"},
 ]
 
 
@@ -21,12 +22,22 @@ def frame():
     return pandas.concat([one(name, seed) for name in MIXED for seed in (0, 1)], ignore_index=True)
 
 
-@pytest.mark.parametrize(("steps", "names"), [(MIXED, ["aggitd", "fedmsa (class defaults)"]), (ALIKE[0], [*MIXED])])
+@pytest.mark.parametrize(("steps", "names"), [(MIXED, ["aggitd", "fedmsa (auto)"]), (ALIKE[0], [*MIXED])])
 def test_axes_are_named_and_untuned_algorithms_marked(frame, steps, names):
     figure = report.figure_of(frame.assign(megabytes=0.0), "test_error", told_apart(steps))
     assert [panel.get_xlabel() for panel in figure.axes] == list(report.AXES.values())
     assert figure.axes[0].get_ylabel() == "test error"
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == names
+
+
+def test_where_steps_come_from_is_said_in_words():
+    numbers, auto = {"inner_lr": 0.1, "hessian_lr": 0.1, "outer_lr": 0.1}, dict.fromkeys(STEPS, "auto")
+    said = lambda source, given: whence(fb.AggITD, source, given)
+    assert [said("stored", numbers), said("stored", auto), said("stored", {})] == ["given", "auto", "stored"]
+    assert said("stored", {"outer_lr": "auto"}) == "stored, outer_lr auto"
+    assert said("auto", {"inner_lr": 0.1, "outer_lr": "auto"}) == "auto, inner_lr given"
+    assert said("stored", {"inner_lr": 0.1, "outer_lr": "auto"}) == "stored, inner_lr given, outer_lr auto"
+    assert automatic(fb.AggITD) == auto and "outer_lr" not in automatic(fb.AdaFBiO)
 
 
 @pytest.mark.parametrize("steps", ALIKE)

@@ -94,9 +94,10 @@ def test_what_is_found_is_kept_and_taken(fedbilevel, store, tmp_path):
     code, text, errors = fedbilevel("compare", *SMALL, "--algorithms", "lockstep,fedf2sa", "--seeds", 1, "--out",
                                     tmp_path / "out", "--set", "lockstep.inner_lr=0.2")  # fmt: skip
     assert code == 0, errors
-    assert "stored by search" in text and "class defaults" in text and "fedf2sa runs at its class defaults" in errors
+    assert "stored by search" in text and "auto" in text
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["steps"] == {"lockstep": "stored by search, inner_lr given", "fedf2sa": "class defaults"}
+    assert config["steps"] == {"lockstep": "stored by search, inner_lr given", "fedf2sa": "auto"}
+    assert config["algorithms"]["fedf2sa"]["outer_lr"] == "auto"
     assert config["algorithms"]["lockstep"]["outer_lr"] == kept["lockstep"]["outer_lr"]
     assert config["algorithms"]["lockstep"]["inner_lr"] == 0.2
     summary = (tmp_path / "out" / "summary.md").read_text()
@@ -136,7 +137,7 @@ def test_of_an_application_other_algorithms_are_kept_by_its_file(fedbilevel, sto
     assert json.loads((tmp_path / "out" / "config.json").read_text())["steps"] == {"fedf2sa": "stored by search"}
     other = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=4, {apps.LOCKSTEP}").rename(tmp_path / "other.py")
     assert fedbilevel("run", other, "--algorithm", "fedf2sa", "--out", tmp_path / "two")[0] == 0
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["steps"] == {"fedf2sa": "class defaults"}
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["steps"] == {"fedf2sa": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_of_an_application_other_algorithms_are_kept_by_its_file(fedbilevel, sto
         ("[ridge", "cannot be read"),
         ("ridge = 3", "has no sections [TASK.DATASET.ALGORITHM]"),
         ("[ridge.digits.aggitd]\nstep = 3.0", "aggitd, which has no such setting"),
-        ("[ridge.digits.aggitd]\ninner_lr = -1.0", "positive number; got -1.0"),
+        ("[ridge.digits.aggitd]\ninner_lr = -1.0", "positive number or 'auto'; got -1.0"),
         ("[ridge.digits]\naggitd = 1", "has no sections [TASK.DATASET.ALGORITHM]"),
     ],
 )

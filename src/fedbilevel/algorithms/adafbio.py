@@ -34,7 +34,7 @@ from jaxtyping import Array, Int, PyTree
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, Truncation, component, count, rate
 from ..federation import Client, Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate
 from .components.diagnostics import of_each
 from .components.neumann import LocalNeumann
 from .components.steps import norm
@@ -90,9 +90,9 @@ class AdaFBiO(Algorithm):
     batch_size: int | None = count(None)
     neumann_terms: int = count(5)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate = rate(0.01, why="its moments scale it, not the curvature")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate = rate(0.05, why="the clients' estimates follow x on their own way")
     forget: Rate = rate(0.1)
     slow_after: Rate = rate(1000.0)
     keep: Rate = rate(0.9)

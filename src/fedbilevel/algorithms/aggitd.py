@@ -45,8 +45,8 @@ from .. import algorithm
 from ..algorithm import About, Algorithm, Info, Truncation, choice, component, count, option, rate
 from ..errors import check
 from ..federation import Client, Federation, When
+from ..pace.curvature import AutoStep, Curvature, Rate, number
 from .aggitd_ours import AllTerms, AnchoredApart, OneRound, OneRoundApart, WarmTerms
-from .components.curvature import AutoStep, Curvature, Rate
 from .components.directions import inner_gradient
 from .components.optimizer import Optimizer, OuterOptimizer, resolve
 from .components.riding import Flag, OneTerm, Scalar, Terms, Turns
@@ -81,7 +81,7 @@ class AggITD(Algorithm):
         inner_lr: the step of ONE local lower step.
         local_steps: local lower steps a turn.
         hessian_lr: lam of the Hessian factors (I - lam H); diverges from 2 / (largest curvature of g) on. "auto"
-            measures that curvature (ours; up to five rounds every 20 iterations, at first more often).
+            measures that curvature (ours).
         outer_lr: the step of ONE local upper step.
         outer_steps: local upper steps an iteration.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.
@@ -106,13 +106,13 @@ class AggITD(Algorithm):
     follows: ClassVar[dict[str, str]] = Algorithm.follows | {"optimizer": "outer_optimizer", "control": "inner_lr"}
 
     inner_rounds: int = count(5)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
     batch_size: int | None = count(None)
     skip_idle_rounds: bool = option(False)
     same_cohort: bool = option(False)
     hessian_lr: Rate | str = rate(0.01, "auto")
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     outer_steps: int = count(1)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
     outer_optimizer: Optimizer = choice(None)
@@ -190,7 +190,7 @@ class AggITD(Algorithm):
             sent = fed.when(terms.exists(t, Q), r)  # r^{t-1}; and r^t from Q on
             y, control, new = self.turns.turn(fed, x, before, control, sent, t >= Q, lam, cohort)
             last = terms.size(r, new)
-            slope = norm(optax.tree.sub(y, before)) / (self.inner_lr * self.local_steps)
+            slope = norm(optax.tree.sub(y, before)) / (number(self.inner_lr) * self.local_steps)
             return y, control, new, last, jnp.where(t == Q, last, first), slope
 
         zero = jnp.zeros_like(norm(state.y))
@@ -219,7 +219,7 @@ class Anchored(Turns):
     ) -> tuple[PyTree, PyTree, PyTree]:  # fmt: skip
         q, new = fed.average(self.anchor, x, y, r, lam, replies=(True, wanted), cohort=cohort)
         if self.skip_idle_rounds and self.local_steps == 1:  # nothing is left for the clients to add
-            return descend(y, self.inner_lr, q), control, new
+            return descend(y, number(self.inner_lr), q), control, new
         return fed.average(self.lower, x, y, q, cohort=cohort), control, new
 
     def anchor(self, client: Client, x: PyTree, y: PyTree, r: When, lam: Scalar | None) -> tuple[PyTree, PyTree]:
@@ -231,4 +231,6 @@ class Anchored(Turns):
     def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """FedSVRG steps on y around the mean gradient q at y."""
         rows = client.batches("inner", self.batch_size, self.local_steps - 1, at=x)  # the first step needs none
-        return fedsvrg(lambda s: inner_gradient(client.problem, x, rows(s)), y, q, self.inner_lr, self.local_steps)
+        return fedsvrg(
+            lambda s: inner_gradient(client.problem, x, rows(s)), y, q, number(self.inner_lr), self.local_steps
+        )

@@ -33,6 +33,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ..errors import check
 from ..federation import Client, Federation, Reply, When
+from ..pace.curvature import number
 from ..problem import Rows
 from .components.diagnostics import residual
 from .components.directions import inner_gradient
@@ -188,7 +189,7 @@ class AnchoredApart(Turns):
         at = fed.when(wanted, (x, y))
         new = fed.average(self.vector_apart, at, r, lam, replies=(wanted,), beside=True)
         if self.skip_idle_rounds and self.local_steps == 1:
-            return descend(y, self.inner_lr, q), control, new
+            return descend(y, number(self.inner_lr), q), control, new
         return fed.average(self.lower, x, y, q, cohort=cohort), control, new
 
     def gradient(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
@@ -202,7 +203,9 @@ class AnchoredApart(Turns):
     def lower(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """FedSVRG steps on y around the mean gradient q at y."""
         rows = client.batches("inner", self.batch_size, self.local_steps - 1, at=x)  # the first step needs none
-        return fedsvrg(lambda s: inner_gradient(client.problem, x, rows(s)), y, q, self.inner_lr, self.local_steps)
+        return fedsvrg(
+            lambda s: inner_gradient(client.problem, x, rows(s)), y, q, number(self.inner_lr), self.local_steps
+        )
 
 
 def _need_everyone(fed: Federation) -> None:
@@ -217,7 +220,7 @@ def _corrected(
     gradient = lambda s: inner_gradient(client.problem, x, rows(s))
     a = gradient(0)(y)
     correction = optax.tree.sub(c, client.state)
-    moved = controlled_descent(gradient, y, a, correction, turns.inner_lr, turns.local_steps)
+    moved = controlled_descent(gradient, y, a, correction, number(turns.inner_lr), turns.local_steps)
     return optax.tree.sub(moved, y), optax.tree.sub(a, client.state), a
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, component, count, rate
 from ..federation import Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate
 from .components.directions import direction
 from .components.simultaneous import LocalRounds
 from .components.steps import norm
@@ -47,7 +47,7 @@ class FedBiO(Algorithm):
 
     Args:
         inner_lr, hessian_lr, outer_lr: the step of ONE local step of y, of v and of x. `hessian_lr="auto"` measures the
-            curvature (ours; up to five rounds every 20 iterations, at first more often).
+            curvature (ours).
         local_steps: local steps a round.
         batch_size: rows of a minibatch, fresh for every local step; None for all rows.
     """
@@ -62,9 +62,9 @@ class FedBiO(Algorithm):
 
     hessian_lr: Rate | str = rate(0.01, "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
 
     @component
     def hessian(self) -> AutoStep:

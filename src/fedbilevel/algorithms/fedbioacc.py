@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, PyTree
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, component, count, rate
 from ..federation import Client, Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate, number
 from .components.diagnostics import of_each, residual
 from .components.simultaneous import along
 from .components.steps import norm
@@ -70,9 +70,9 @@ class FedBiOAcc(Algorithm):
 
     hessian_lr: Rate | str = rate(0.01, "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate = rate(0.05, why="the clients' estimates follow x on their own way")
     forget: Rate = rate(0.1)
     slow_after: Rate = rate(1000.0)
 
@@ -105,6 +105,6 @@ class FedBiOAcc(Algorithm):
 
     def moves(self, client: Client, z: Point, e: Point, t: Int[Array, ""], lam: Scalar | None) -> tuple[Point, Point]:
         """How far the client's steps go from z, and its estimate there."""
-        steps = self.outer_lr, self.inner_lr, self.hessian.lam(lam)
+        steps = self.outer_lr, number(self.inner_lr), self.hessian.lam(lam)
         end, e = self.tracking.follow(along(client, self.batch_size), z, e, t, steps)
         return optax.tree.sub(end, z), e

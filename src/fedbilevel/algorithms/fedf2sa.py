@@ -30,7 +30,7 @@ from .. import algorithm
 from ..algorithm import About, Algorithm, Info, choice, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
-from .components.curvature import Rate
+from ..pace.curvature import Rate, number
 from .components.optimizer import Optimizer, OuterOptimizer, resolve
 from .components.steps import controlled_descent, descend, moved_mean, norm
 
@@ -82,9 +82,9 @@ class FedF2SA(Algorithm):
     }  # fmt: skip
 
     inner_rounds: int = count(5)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     penalty: Rate = rate(10.0)
     penalty_growth: Rate | None = rate(None)
     batch_size: int | None = count(None)
@@ -107,7 +107,7 @@ class FedF2SA(Algorithm):
 
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         h, (y, u), c, slope = self._estimate(fed, state)
-        x, kept = self.optimizer.step(state.x, descend(state.x, self.outer_lr, h), state.optimizer)
+        x, kept = self.optimizer.step(state.x, descend(state.x, number(self.outer_lr), h), state.optimizer)
         p = state.penalty
         growth = 0 if self.penalty_growth is None else self.penalty_growth
         return State(x, y, u, c, p + jnp.asarray(growth, p.dtype), kept), Info(norm(h), None, None, slope)
@@ -150,7 +150,7 @@ class FedF2SA(Algorithm):
         lower = y, u
         a = along(0)(lower)
         correction = optax.tree.sub(c, client.state)
-        end = controlled_descent(along, lower, a, correction, self.inner_lr, self.local_steps)
+        end = controlled_descent(along, lower, a, correction, number(self.inner_lr), self.local_steps)
         return Reply((optax.tree.sub(end, lower), optax.tree.sub(a, client.state)), a)
 
     def hypergradient(self, client: Client, x: PyTree, y: PyTree, u: PyTree, p: Float[Array, ""]) -> PyTree:

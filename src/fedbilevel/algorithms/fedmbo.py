@@ -33,7 +33,7 @@ from .. import algorithm
 from ..algorithm import About, Algorithm, Info, Truncation, choice, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, When
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate, number
 from .components.directions import hessian_factor, hypergradient
 from .components.lower import LocalLower
 from .components.optimizer import Optimizer, OuterOptimizer, resolve
@@ -87,9 +87,9 @@ class FedMBO(Algorithm):
     neumann_terms: int = count(5)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
     inner_rounds: int = count(5)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(1)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     chains: int = count(4)
     outer_optimizer: Optimizer = choice(None)
 
@@ -120,7 +120,7 @@ class FedMBO(Algorithm):
         lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
         y, slope = self.lower.rounds(fed, state.x, state.y)
         h = self._mean_of_chains(fed, state.x, y, lam)
-        x, kept = self.optimizer.step(state.x, descend(state.x, self.outer_lr, h), state.optimizer)
+        x, kept = self.optimizer.step(state.x, descend(state.x, number(self.outer_lr), h), state.optimizer)
         return State(x, y, self.hessian.watch(memory, h), kept), Info(norm(h), lower_gradient_norm=slope)
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:

@@ -29,7 +29,7 @@ from .. import algorithm
 from ..algorithm import About, Algorithm, Info, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate, number
 from .components.diagnostics import of_each, residual
 from .components.simultaneous import along
 from .components.steps import descend, norm, storm, tracked_descent
@@ -61,7 +61,7 @@ class FedMSA(Algorithm):
 
     Args:
         inner_lr, hessian_lr, outer_lr: the step of ONE local step of y, of v and of x. `hessian_lr="auto"` measures the
-            curvature (ours; up to five rounds every 20 iterations, at first more often).
+            curvature (ours).
         local_steps: local steps an iteration.
         batch_size: rows of a minibatch, fresh for every local step; None for all rows.
         forget: how much of the estimate an iteration forgets (rho); at most 1.
@@ -80,9 +80,9 @@ class FedMSA(Algorithm):
 
     hessian_lr: Rate | str = rate(0.01, "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     forget: Rate = rate(0.5)
 
     def __check_init__(self):
@@ -116,7 +116,10 @@ class FedMSA(Algorithm):
 
     def move(self, client: Client, z: PyTree, e: PyTree, lam: Float[Array, ""] | None) -> PyTree:
         """How far the client's steps go from z."""
-        gradient, steps = along(client, self.batch_size), (self.outer_lr, self.inner_lr, self.hessian.lam(lam))
+        gradient, steps = (
+            along(client, self.batch_size),
+            (number(self.outer_lr), number(self.inner_lr), self.hessian.lam(lam)),
+        )
         move = lambda s, z, e: descend(z, steps, e)
         renew = lambda s, before, after, e: storm(gradient(s), before, after, e, 0.0)
         end, _ = tracked_descent(z, e, move, renew, self.local_steps)

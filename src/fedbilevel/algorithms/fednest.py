@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, Truncation, choice, component, count, option, rate
 from ..federation import Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate
 from .components.lower import CorrectedLower
 from .components.neumann import NeumannSeries
 from .components.optimizer import Optimizer, OuterOptimizer, resolve
@@ -64,7 +64,7 @@ class FedNest(Algorithm):
         local_steps: local lower steps a turn.
         neumann_terms: N >= 1, the terms of the Neumann series.
         hessian_lr: the series' step, the paper's 1/l; diverges from 2 / (largest curvature of g) on. "auto" measures
-            that curvature (ours; up to five rounds every 20 iterations, at first more often).
+            that curvature (ours).
         outer_lr: the step of ONE local upper step.
         outer_steps: local upper steps an iteration.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.
@@ -92,11 +92,11 @@ class FedNest(Algorithm):
     neumann_terms: int = count(5)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
     inner_rounds: int = count(5)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
     skip_idle_rounds: bool = option(False)
     same_cohort: bool = option(False)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     outer_steps: int = count(1)
     outer_optimizer: Optimizer = choice(None)
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, Truncation, choice, component, count, option, rate
 from ..federation import Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate
 from .components.lower import LocalLower
 from .components.neumann import NeumannSeries
 from .components.optimizer import Optimizer, OuterOptimizer, resolve
@@ -69,9 +69,9 @@ class FedNestSGD(Algorithm):
     neumann_terms: int = count(5)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
     inner_rounds: int = count(5)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     outer_steps: int = count(1)
     skip_idle_rounds: bool = option(False)
     same_cohort: bool = option(False)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, Truncation, choice, component, count, option, rate
 from ..federation import Client, Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate, number
 from .components.lower import CorrectedLower
 from .components.neumann import LocalNeumann
 from .components.optimizer import Optimizer, OuterOptimizer, resolve
@@ -65,11 +65,11 @@ class LFedNestSVRG(Algorithm):
     neumann_terms: int = count(5)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
     inner_rounds: int = count(5)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
     skip_idle_rounds: bool = option(False)
     same_cohort: bool = option(False)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     outer_steps: int = count(1)
     outer_optimizer: Optimizer = choice(None)
 
@@ -105,7 +105,7 @@ class LFedNestSVRG(Algorithm):
         lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
         y, slope = self.lower.rounds(fed, state.x, state.y)
         mean = fed.average(self.upper, state.x, y, lam)
-        size = norm(optax.tree.sub(mean, state.x)) / (self.outer_lr * self.outer_steps)
+        size = norm(optax.tree.sub(mean, state.x)) / (number(self.outer_lr) * self.outer_steps)
         x, kept = self.optimizer.step(state.x, mean, state.optimizer)
         return State(x, y, self.hessian.watch(memory, size), kept), Info(size, lower_gradient_norm=slope)
 
@@ -117,4 +117,4 @@ class LFedNestSVRG(Algorithm):
     def upper(self, client: Client, x: PyTree, y: PyTree, lam: Float[Array, ""] | None) -> PyTree:
         """Plain steps on x along the client's own hypergradients."""
         along = lambda s: lambda z: self.series.local_hypergradient(client, z, y, lam, s)
-        return local_descent(along, x, self.outer_lr, self.outer_steps)
+        return local_descent(along, x, number(self.outer_lr), self.outer_steps)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Int, PyTree
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, Truncation, component, count, rate
 from ..federation import Client, Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate, number
 from .components.diagnostics import of_each
 from .components.neumann import LocalNeumann
 from .components.steps import norm
@@ -79,9 +79,9 @@ class LocalBSGVRM(Algorithm):
     batch_size: int | None = count(None)
     neumann_terms: int = count(5)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate = rate(0.05, why="the clients' estimates follow x on their own way")
     forget: Rate = rate(0.1)
     slow_after: Rate = rate(1000.0)
 
@@ -119,5 +119,5 @@ class LocalBSGVRM(Algorithm):
     def moves(self, client: Client, z: Point, e: Point, t: Int[Array, ""], lam: Scalar | None) -> tuple[Point, Point]:
         """How far the client's steps go from z, and its estimate there."""
         along = along_local_hypergradients(client, self.series, lam)
-        end, e = self.tracking.follow(along, z, e, t, (self.outer_lr, self.inner_lr))
+        end, e = self.tracking.follow(along, z, e, t, (self.outer_lr, number(self.inner_lr)))
         return optax.tree.sub(end, z), e

@@ -40,8 +40,8 @@ from .. import algorithm
 from ..algorithm import About, Algorithm, Info, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
+from ..pace.curvature import AutoStep, Curvature, Rate, number
 from .components.anderson import Anderson, Parts, Past
-from .components.curvature import AutoStep, Curvature, Rate
 from .components.diagnostics import of_each, residual
 from .components.directions import hypergradient, inner_gradient
 from .components.steps import controlled_descent, descend, moved_mean, norm
@@ -79,13 +79,15 @@ class Lockstep(Algorithm):
         inner_lr: the step of ONE local lower step.
         local_steps: local lower steps a round.
         hessian_lr: the step of v; diverges from 2 / (largest curvature of g) on, of any g_i where cohorts are sampled.
-            "auto" measures that curvature (five rounds every 20 iterations, at first more often).
+            "auto" measures that curvature.
         outer_lr: the step of ONE local upper step.
         outer_steps: local upper steps a round.
         batch_size: rows of a minibatch, fresh for every factor; None for all rows.
         anderson: how many earlier points the server mixes the next one from (`components.anderson`), 20 say; None: none.
             It remembers 2 (dx + 2 dy) floats for each. Where cohorts or minibatches are drawn nothing is mixed, for under
             noise it loses; the column `mixed` of the history says when it did.
+
+    Each of the three steps may be "auto": it is then found while the algorithm runs (`fedbilevel.pace.automatic`).
     """
 
     about: ClassVar[About] = About(
@@ -100,9 +102,9 @@ class Lockstep(Algorithm):
 
     hessian_lr: Rate | str = rate(0.01, "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     outer_steps: int = count(1)
     anderson: int | None = count(None)
 
@@ -145,7 +147,11 @@ class Lockstep(Algorithm):
             return optax.tree.add(z, moved), None, None
         if fed.cohort_size < fed.clients or self.batch_size is not None:  # under noise it loses
             return optax.tree.add(z, moved), past, jnp.zeros_like(norm(moved))
-        steps = self.outer_lr * self.outer_steps, self.inner_lr * self.local_steps, self.hessian.lam(lam)
+        steps = (
+            number(self.outer_lr) * self.outer_steps,
+            number(self.inner_lr) * self.local_steps,
+            self.hessian.lam(lam),
+        )
         share = jnp.asarray(fed.share)
         whole = share > 1 - 4 * fed.clients * jnp.finfo(share.dtype).eps  # a sum of weights, rounded
         return self.mixing.step(past, z, moved, steps, whole)
@@ -167,8 +173,8 @@ class Lockstep(Algorithm):
         adjoint = optax.tree.sub(problem.hessian_vector(x, y, v, rows(T)), pull)
         a = along_x(0)(x), along_y(0)(y), adjoint
         ends = (
-            controlled_descent(along_x, x, a[0], correction[0], self.outer_lr, self.outer_steps),
-            controlled_descent(along_y, y, a[1], correction[1], self.inner_lr, T),
+            controlled_descent(along_x, x, a[0], correction[0], number(self.outer_lr), self.outer_steps),
+            controlled_descent(along_y, y, a[1], correction[1], number(self.inner_lr), T),
             descend(v, self.hessian.lam(lam), optax.tree.add(adjoint, correction[2])),
         )
         return Reply((optax.tree.sub(ends, (x, y, v)), optax.tree.sub(a, client.state)), a)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, choice, component, count, rate
 from ..federation import Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate
 from .components.directions import first_order_direction
 from .components.simultaneous import LocalRounds, as_counts, check_client_steps, projected
 from .components.steps import norm
@@ -70,9 +70,9 @@ class MemFBO(Algorithm):
 
     hessian_lr: Rate | str = rate(0.01, "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     server_lr: Rate = rate(1.0)
     radius: Rate | None = rate(None)
     client_steps: tuple[int, ...] | None = choice(None, as_counts)

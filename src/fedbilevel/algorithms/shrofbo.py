@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, choice, component, count, rate
 from ..federation import Client, Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate
 from .components.directions import direction
 from .components.simultaneous import LocalRounds, as_counts, check_client_steps, projected
 from .components.steps import norm
@@ -64,9 +64,9 @@ class ShroFBO(Algorithm):
 
     hessian_lr: Rate | str = rate(0.01, "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     server_lr: Rate = rate(1.0)
     radius: Rate | None = rate(None)
     client_steps: tuple[int, ...] | None = choice(None, as_counts)
@@ -84,7 +84,13 @@ class ShroFBO(Algorithm):
     def rounds(self) -> LocalRounds:
         """The clients' local steps."""
         return LocalRounds(
-            self.hessian, direction, self.outer_lr, self.inner_lr, self.local_steps, self.batch_size, self.client_steps
+            self.hessian,
+            direction,
+            self.outer_lr,
+            self.inner_lr,
+            self.local_steps,
+            self.batch_size,
+            self.client_steps,
         )
 
     def init(self, x: PyTree, y: PyTree) -> State:

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import algorithm
 from ..algorithm import About, Algorithm, Info, choice, component, count, rate
 from ..federation import Federation
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate
 from .components.directions import direction
 from .components.simultaneous import LocalRounds, as_counts, check_client_steps, projected
 from .components.steps import norm
@@ -55,7 +55,7 @@ class SimFBO(Algorithm):
 
     Args:
         inner_lr, hessian_lr, outer_lr: the step of ONE local step of y, of v and of x. `hessian_lr="auto"` measures the
-            curvature (ours; up to five rounds every 20 iterations, at first more often).
+            curvature (ours).
         local_steps: local steps a round.
         batch_size: rows of a minibatch, fresh for every local step; None for all rows.
         server_lr: the server's step along the mean of the clients' moves.
@@ -74,9 +74,9 @@ class SimFBO(Algorithm):
 
     hessian_lr: Rate | str = rate(0.01, "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     server_lr: Rate = rate(1.0)
     radius: Rate | None = rate(None)
     client_steps: tuple[int, ...] | None = choice(None, as_counts)
@@ -94,7 +94,13 @@ class SimFBO(Algorithm):
     def rounds(self) -> LocalRounds:
         """The clients' local steps."""
         return LocalRounds(
-            self.hessian, direction, self.outer_lr, self.inner_lr, self.local_steps, self.batch_size, self.client_steps
+            self.hessian,
+            direction,
+            self.outer_lr,
+            self.inner_lr,
+            self.local_steps,
+            self.batch_size,
+            self.client_steps,
         )
 
     def init(self, x: PyTree, y: PyTree) -> State:

@@ -29,7 +29,7 @@ from .. import algorithm
 from ..algorithm import Algorithm, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
-from .components.curvature import AutoStep, Curvature, Rate
+from ..pace.curvature import AutoStep, Curvature, Rate
 from .components.directions import inner_gradient
 from .components.inner_step import ask, judged, share_of_curvature, watched_descent
 from .components.steps import Gradient, controlled_descent, moved_mean, norm
@@ -62,6 +62,7 @@ class Training(Algorithm):
             everybody (20 at most).
     """
 
+    paced: ClassVar[bool] = False
     follows: ClassVar[dict[str, str]] = {"y": "inner_lr", "control": "inner_lr"}
 
     inner_lr: Rate | str = rate("auto", "auto")

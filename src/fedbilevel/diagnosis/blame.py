@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, TypeGuard, TypeVar
 
 import equinox as eqx
@@ -19,6 +20,7 @@ from jaxtyping import PyTree
 
 from ..algorithm import Algorithm
 from ..engines.base import Carry, Execution
+from ..pace.automatic import Auto, found_in, numbered
 from ..watch import attributes
 
 LEAST, _MOST = 50, 200  # iterations repeated
@@ -153,16 +155,21 @@ class Replays:
 # Settings ---------------------------------------------------------------------------------------------------------------
 
 
+def fields_of(algorithm: Algorithm) -> list[dataclasses.Field]:
+    """Its settings, but for steps that are found while it runs."""
+    return [f for f in dataclasses.fields(numbered(algorithm)) if f.name not in found_in(algorithm)]
+
+
 def rates(algorithm: Algorithm) -> dict[str, float]:
     """The algorithm's numbers that are step sizes or the like, by name."""
-    fields = [f for f in dataclasses.fields(algorithm) if f.metadata.get("role") == "rate"]
+    fields = [f for f in fields_of(algorithm) if f.metadata.get("role") == "rate"]
     values = {f.name: getattr(algorithm, f.name) for f in fields}
     return {name: float(value) for name, value in values.items() if not (value is None or isinstance(value, str))}
 
 
 def followed(algorithm: Algorithm) -> dict[str, str]:
     """`Algorithm.follows`, of the settings that it has; an optimizer only where there is one."""
-    names = {f.name for f in dataclasses.fields(algorithm)}
+    names = {f.name for f in fields_of(algorithm)}
     there = {part: field for part, field in algorithm.follows.items() if field in names}
     return {part: field for part, field in there.items() if getattr(algorithm, field) is not None}
 
@@ -183,7 +190,7 @@ def number(algorithm: Algorithm, field: str) -> float:
 def suspects(algorithm: Algorithm, far: float) -> list[Blame]:
     """Settings that are no steps and lie at least this far from their defaults."""
     found = []
-    for field in dataclasses.fields(algorithm):
+    for field in fields_of(algorithm):
         value, default = number(algorithm, field.name), field.default
         if is_step(algorithm, field.name) or not isinstance(default, float) or value in (0.0, default):
             continue
@@ -210,19 +217,22 @@ def changed(algorithm: Kind, field: str, value: float | None = None) -> Kind:
     """The algorithm with another value of a setting, by default a much lower one."""
     now = getattr(algorithm, field)
     if field not in rates(algorithm):
-        return (
-            dataclasses.replace(algorithm, **{field: slowed(now, _LOWER)}) if isinstance_optimizer(now) else algorithm
-        )
+        return with_settings(algorithm, {field: slowed(now, _LOWER)}) if isinstance_optimizer(now) else algorithm
     return eqx.tree_at(lambda a: getattr(a, field), algorithm, float(now) * _LOWER if value is None else value)
+
+
+def with_settings(algorithm: Kind, settings: Mapping[str, Optimizer]) -> Kind:
+    """The algorithm with other settings; what stands in an `Auto` has them there."""
+    if isinstance(algorithm, Auto):
+        return dataclasses.replace(algorithm, algorithm=dataclasses.replace(algorithm.algorithm, **settings))
+    return dataclasses.replace(algorithm, **settings)
 
 
 def x_held(algorithm: Kind, follows: dict[str, str]) -> Kind:
     """The algorithm with an x that stays where it is."""
     upper, optimizer = follows["x"], follows.get("optimizer")
     held = changed(algorithm, upper, _HELD)
-    return (
-        held if optimizer is None else dataclasses.replace(held, **{optimizer: slowed(getattr(held, optimizer), 0.0)})
-    )
+    return held if optimizer is None else with_settings(held, {optimizer: slowed(getattr(held, optimizer), 0.0)})
 
 
 # Optimizers of x --------------------------------------------------------------------------------------------------------

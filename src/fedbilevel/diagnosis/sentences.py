@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..algorithm import Algorithm
+from ..component import title_of
 from ..engines.base import Carry, Execution
 from ..watch import Seen, parts
 from .blame import LEAST, Blame, Replays, followed, isinstance_optimizer, rates
@@ -22,7 +23,8 @@ _BOUND = "below 2 / (largest curvature of the inner loss)"
 _WORDS = {
     "control": "the control variates", "optimizer": "the optimiser's state", "estimate": "the estimates",
     "before": "the last iteration's x, y and v", "moments": "the second moments", "penalty": "the penalty",
-    "curvature": "the measured curvature", "pull": "d_y f", "past": "the points that are mixed",
+    "curvature": "the measured curvature", "memory": "the measured curvature", "mean": "the measured curvature",
+    "pace": "the pace of x", "pull": "d_y f", "past": "the points that are mixed",
 }  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def diagnose(
         failed: the state that is out of range, after the failing iteration.
         recent: what was seen of the last iterations, the failing one last: all there is where nothing can be repeated.
     """
-    kind = type(algorithm).__name__
+    kind = title_of(algorithm)
     gone = [part for part, tree in parts(failed.state).items() if not largest(tree) <= limit]
     left = _listed(words(gone) or ["the diagnostics"])
     what = f"{kind} blew up in iteration {failed.iteration}: {left} left the finite range"
@@ -66,6 +68,11 @@ def diagnose(
 def advice(algorithm: Algorithm, blame: Blame) -> str:
     """Why, and what to change."""
     steps = rates(algorithm)
+    if not blame.field and not steps_given(algorithm):
+        return (
+            "its steps are automatic, and shorter ones do not help: is the inner loss bounded below, does it curve upwards "
+            "in y, and are its derivatives finite? fedbilevel.testing.check_problem looks"
+        )
     if not blame.field:
         return f"lower its step sizes: {', '.join(f'{k} = {v:g}' for k, v in steps.items())}"
     why = f"{blame.why}: " if blame.why else ""
@@ -73,6 +80,11 @@ def advice(algorithm: Algorithm, blame: Blame) -> str:
         verb = "lower" if blame.instead < steps[blame.field] else "raise"
         return f"{why}{verb} {blame.field} (now {steps[blame.field]:g})"
     return why + _change(algorithm, blame.field)
+
+
+def steps_given(algorithm: Algorithm) -> list[str]:
+    """Its steps that are numbers of the user's."""
+    return [name for name in rates(algorithm) if name.endswith("_lr")]
 
 
 def advice_for(algorithm: Algorithm, field: str, raised: bool = False) -> str:
@@ -153,7 +165,7 @@ def _or(algorithm: Algorithm, fields: Iterable[str]) -> str:
 
 def of_estimate(execution: Execution, algorithm: Algorithm, start: Carry, after: Carry) -> str:
     """Why an estimate is not finite."""
-    kind, follows = type(algorithm).__name__, followed(algorithm)
+    kind, follows = title_of(algorithm), followed(algorithm)
     if execution.replays and (broken := not_finite(execution.problem, execution.data, start.state.x, start.state.y)):
         return f"the hypergradient estimate of {kind} is not finite, for {broken} is not finite at the start."
     below = not np.isfinite(largest(after.state.y))

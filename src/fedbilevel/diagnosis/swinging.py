@@ -13,8 +13,10 @@ import dataclasses
 import numpy as np
 
 from ..algorithm import Algorithm
+from ..component import title_of
 from ..engines.base import Carry, Execution, Record
 from ..errors import warn
+from ..pace.automatic import found_in
 from ..watch import attributes, precision
 from .blame import changed, followed, gain, rates
 from .sentences import advice_for
@@ -39,10 +41,14 @@ class Cause:
 
 def tell(execution: Execution, algorithm: Algorithm, carry: Carry, swing: Swing, last: Record) -> None:
     """Warn, in a sentence."""
-    kind = type(algorithm).__name__
-    told = Swings(execution, algorithm, carry, swing, last).cause()
+    kind = title_of(algorithm)
     what = f"x swings at the end of this run of {kind}, with a period of about {2 * swing.half} iterations: half a "
     what += f"period later {swing.left:.0%} of a swing is left, so that result.x is a point on its way and no limit"
+    if "outer_lr" in found_in(algorithm):
+        taken = np.asarray(getattr(last.info, "outer_lr", [np.nan]))[-1]
+        warn(f"{what}. Its pace is automatic: let it run longer, or give outer_lr a number (lately {taken:.3g}).")
+        return
+    told = Swings(execution, algorithm, carry, swing, last).cause()
     warn(f"{what}. {told.why}: {advice_for(algorithm, told.field, told.raised)}.")
 
 

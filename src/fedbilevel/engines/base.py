@@ -19,6 +19,7 @@ from ..algorithm import Algorithm
 from ..data import FederatedData
 from ..federation import Federation
 from ..given import Whole
+from ..pace.curvature import Curvature
 from ..problem import Problem
 from ..processes import ALONE
 from ..protocol import step as iteration
@@ -215,9 +216,11 @@ def plan(
 def within(state: PyTree, info: PyTree, limit: Float[Array, ""]) -> Bool[Array, ""]:
     """Whether the state stays within the limit and the diagnostics are finite (NaN fails both)."""
     inexact = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
-    small = lambda leaf: (jnp.abs(leaf) <= limit.astype(leaf.real.dtype)) & jnp.isfinite(leaf)  # it may be infinite
-    fine = [jnp.all(small(leaf)) for leaf in inexact(state)]
-    return jnp.all(jnp.stack([*fine, *[jnp.all(jnp.isfinite(leaf)) for leaf in inexact(info)]]))
+    of_curvature = lambda part: isinstance(part, Curvature)  # the sizes of which are the user's
+    bounded = jax.tree.map(lambda part: None if of_curvature(part) else part, state, is_leaf=of_curvature)
+    small = lambda leaf: jnp.abs(leaf) <= limit.astype(leaf.real.dtype)  # it may be infinite
+    fine = [jnp.all(small(leaf)) for leaf in inexact(bounded)]
+    return jnp.all(jnp.stack([*fine, *[jnp.all(jnp.isfinite(leaf)) for leaf in inexact((state, info))]]))
 
 
 def all_finite(state: PyTree) -> Bool[Array, ""]:

@@ -22,6 +22,7 @@ from ..beginning import as_leaves, first_client_state
 from ..clock import Stopwatch
 from ..cohorts import check_cohort, check_dropout
 from ..compiled import Bound, Options, run
+from ..component import title_of
 from ..data import FederatedData, check_whole
 from ..errors import check
 from ..given import Whole, whole_number
@@ -189,7 +190,7 @@ class _Simulated(Execution):
 
     def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
         one, clients = first_client_state(algorithm, state), self.data.clients
-        place = room(self.engine.client_state, type(algorithm).__name__, one, clients, self.protocol.cohort)
+        place = room(self.engine.client_state, title_of(algorithm), one, clients, self.protocol.cohort)
         kept = everybodys(one, clients) if place is None else Version(Store(place, one, clients))
         self.heavy = place is None and self.engine.mesh is None and _large(kept)
         return Carry(strong(state), kept, 0)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ..algorithm import Algorithm
 from ..beginning import client_state
 from ..cohorts import combine_replies
+from ..component import title_of
 from ..data import FederatedData
 from ..errors import InputError, check
 from ..federation import Body, Client, Cohort, Combine, Federation, Flag, Index, Method, Reply
@@ -57,6 +58,8 @@ class AbstractFederation(TracedFederation):
         self._client_shape, self._most = client_state, most
         self.draws: list[tuple[int, int]] = []
         self.loops_draw = self.depends_on_data = False
+        self.turns: dict[Path, int] = {}  # of each loop, at most
+        self.rare: set[Path] = set()  # loops of what happens in few iterations
 
     def exchange(
         self,
@@ -70,7 +73,7 @@ class AbstractFederation(TracedFederation):
     ) -> tuple[PyTree, PyTree]:
         known = self._known
         shapes = self._replied_with(name, method, message, wanted, key) if known is None else known[self._at].reply
-        check_parts(f"{type(self._algorithm).__name__}.{name}", combine, shapes)
+        check_parts(f"{title_of(self._algorithm)}.{name}", combine, shapes)
         one = jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), (1, *s.shape)), shapes)
         return shapes, combine_replies(combine, one, None)
 
@@ -89,7 +92,7 @@ class AbstractFederation(TracedFederation):
                 )
             return out.reply if isinstance(out, Reply) else out
 
-        owner = type(self._algorithm).__name__
+        owner = title_of(self._algorithm)
         where = f"{owner}.{name}"
         try:
             shapes = eqx.filter_eval_shape(reply, message, key)
@@ -116,9 +119,11 @@ class AbstractFederation(TracedFederation):
         return self._given[len(self.draws) - 1]
 
     def repeat(self, times: Index, body: Body, carry: PyTree, most: int | None = None) -> PyTree:
-        path = self._scopes.advance()
+        path = self.loop(times, most)
         times = check_times(times, most)
         run = self._body(path, body)
+        length = times if isinstance(times, int) else most or 0
+        self.turns[path] = length
 
         whole = isinstance(times, int) or self._most
 
@@ -128,10 +133,13 @@ class AbstractFederation(TracedFederation):
             return (new if whole else jax.tree.map(going, new, loop)), None
 
         # a scan, of which what does not count can be cut away
-        length = times if isinstance(times, int) else most or 0
         loop, _ = jax.lax.scan(turn, (self._ledger(), carry), jnp.arange(length, dtype=jnp.int32))
         self._restore(loop[0])
         return loop[1]
+
+    def rarely(self, times: Index, body: Body, carry: PyTree, most: int = 1) -> PyTree:
+        self.rare.add(self._scopes.following)
+        return self.repeat(jnp.zeros((), jnp.int32), body, carry, most)
 
     def travelled(self, flags: list[Flag]) -> list[Flag]:
         return [True for _ in flags] if self._most else flags
@@ -160,7 +168,7 @@ def discover(
         found.append(fed)
         return out
 
-    name = type(algorithm).__name__
+    name = title_of(algorithm)
     try:
         after, info = eqx.filter_eval_shape(run, algorithm, state, *unknown())
     except jax.errors.ConcretizationTypeError as error:
@@ -180,7 +188,7 @@ def discover(
             f"it returned {describe(after)}."
         ),
     )
-    check(found[0].sites, f"{type(algorithm).__name__} exchanges nothing: its step never calls fed.average.")
+    check(found[0].sites, f"{title_of(algorithm)} exchanges nothing: its step never calls fed.average.")
     return found[0], info
 
 

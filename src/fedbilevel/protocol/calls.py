@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Collection
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from ..component import modules_in
+from ..component import method_named, path_of, title_of
 from ..errors import InputError, check
 from ..federation import Client, Cohort, Index, Method
 from ..oracles import traced_once
@@ -30,14 +30,14 @@ def answer(problem: Problem, algorithm: eqx.Module, name: str, parts: tuple, mes
     out = named_method(algorithm, name)(Client(traced_once(problem), *parts), *message)
     leaves = jax.tree.leaves(out)
     good = all(isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex) for leaf in leaves)
-    where = f"{type(algorithm).__name__}.{name}"
+    where = f"{title_of(algorithm)}.{name}"
     check(good, lambda: f"{where} must return a pytree of arrays; it returned {describe(out)}.")
     return out
 
 
 def named_method(algorithm: eqx.Module, name: str) -> Method:
     """The client method of that name, of the algorithm or (with a path before it) of a module in it."""
-    return operator.attrgetter(name)(algorithm)
+    return method_named(algorithm, name)
 
 
 def client_method(algorithm: eqx.Module, method: Method) -> tuple[str, Method]:
@@ -46,12 +46,12 @@ def client_method(algorithm: eqx.Module, method: Method) -> tuple[str, Method]:
     A method of a module in the algorithm is named by its path, as in "lower.gradient".
     """
     name, owner = getattr(method, "__name__", None), getattr(method, "__self__", None)
-    path = _path_of(owner, algorithm)
-    known = isinstance(name, str) and path is not None and callable(getattr(owner, name, None))
+    path = path_of(owner, algorithm)
+    known = isinstance(name, str) and path is not None and callable(_found(algorithm, f"{path}{name}"))
     check(
         known,
         lambda: (
-            f"fed.average takes a method of {type(algorithm).__name__}, as in fed.average(self.anchor, x, y); "
+            f"fed.average takes a method of {title_of(algorithm)}, as in fed.average(self.anchor, x, y); "
             f"got {method!r}."
         ),
     )
@@ -59,24 +59,11 @@ def client_method(algorithm: eqx.Module, method: Method) -> tuple[str, Method]:
     return f"{path}{name}", named_method(algorithm, f"{path}{name}")
 
 
-def _path_of(owner: PyTree, algorithm: eqx.Module) -> str | None:
-    """Where in the algorithm a module is: "" for itself, else a path that ends in a dot; None: it is none of it.
-
-    Of several of one kind it is the one that holds the same values.
-    """
-    if type(owner) is type(algorithm):
-        return ""
-    for name, each in vars(algorithm).items():  # its own components and fields, without a search
-        if each is owner:
-            return f"{name}."
-    alike = {path: each for path, each in modules_in(algorithm).items() if type(each) is type(owner)}
-    same = [path for path, each in alike.items() if _same(each, owner)]
-    return next((f"{path}." for path in (*same, *alike)), None)
-
-
-def _same(one: eqx.Module, other: eqx.Module) -> bool:
-    (leaves, structure), (others, theirs) = jax.tree.flatten(one), jax.tree.flatten(other)
-    return structure == theirs and all(a is b for a, b in zip(leaves, others, strict=True))
+def _found(algorithm: eqx.Module, name: str) -> Method | None:
+    try:
+        return named_method(algorithm, name)
+    except AttributeError:
+        return None
 
 
 def check_times(times: Index, most: int | None) -> int | Int[Array, ""]:
@@ -89,12 +76,24 @@ def check_times(times: Index, most: int | None) -> int | Int[Array, ""]:
     return jnp.minimum(jnp.asarray(times, jnp.int32), most)
 
 
-def check_beside(beside: bool, path: Path, sites: dict[Path, Site]) -> None:
-    """Refuse an exchange in the round of another where there is none before it (in the same loop)."""
+def check_beside(beside: bool, path: Path, sites: dict[Path, Site], single: Collection[Path] = ()) -> None:
+    """Refuse an exchange in the round of another where there is none before it (in the same loop).
+
+    Args:
+        single: loops of one turn at most: what is in them may be beside what was before them.
+    """
     check(isinstance(beside, bool), f"fed.average(beside=...) is True or False; got {beside!r}.")
     before = max((other for other in sites if other < path), default=())
-    shared = before[:-1] == path[:-1] and before != ()
+    shared = before != () and _home(before, single) == _home(path, single)
     check(shared or not beside, "fed.average(beside=True) needs an exchange before it, in the same loop.")
+
+
+def _home(path: Path, single: Collection[Path]) -> Path:
+    """The loop that an exchange is in, but for those of one turn at most."""
+    within = path[:-1]
+    while within in single:
+        within = within[:-1]
+    return within
 
 
 def check_given(cohort: Cohort, clients: int) -> Cohort:

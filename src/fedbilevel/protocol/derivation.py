@@ -22,8 +22,9 @@ from ..compiled import Kept
 from ..data import FederatedData
 from ..errors import check
 from ..given import Whole
+from ..pace.automatic import ready
 from ..problem import Problem, bind
-from ..program import class_of, compiled_as, freeze, settle
+from ..program import class_of, compiled_as, freeze
 from ..variables import trainable
 from .abstract import Given, Program, discover, step
 from .counting import Counting, combinations
@@ -55,7 +56,7 @@ def protocol(
     check_kinds(problem, data, algorithm)
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
-    algorithm = settle(algorithm, x)
+    algorithm = ready(algorithm, x)
     cohort = check_cohort(getattr(engine, "cohort", None), data.clients)
     return trace(algorithm, bind(problem, x_rest, y_rest), data, first_state(algorithm, x, y), cohort)
 
@@ -100,6 +101,7 @@ class _Known:
         algorithm, state, data = given
         found, self._info = discover(program, algorithm, problem, data, state, cohort)
         self._sites, self._cohort, self._clients = found.sites, cohort, data.clients
+        self._rare = {path: turns for path, turns in found.turns.items() if path in found.rare}
         self._draws, self._kind = combinations(found.draws, found.loops_draw)
         counting = lambda most: Counting(
             program, problem, given, cohort, found.sites, self._draws, found.loops_draw, most
@@ -112,9 +114,10 @@ class _Known:
         counts, taken = self._counting(given)
         if self._kind == "bound":
             counts = jax.tree.map(lambda value: value.max(axis=0, keepdims=True), counts)
-        known = summary(algorithm, self._clients, self._cohort, self._sites, counts, self._kind, self._info)
+        known = summary(algorithm, self._clients, self._cohort, self._sites, counts, self._kind, self._info, self._rare)
         certain = self._kind != "sampled" and not self._counting.varies
-        return dataclasses.replace(known, taken_most=int(taken.max()) if certain else None)
+        rare = sum(each.times_most for each in known.rarely)
+        return dataclasses.replace(known, taken_most=int(taken.max()) + rare if certain else None)
 
 
 _KNOWN: Kept[_Known] = Kept(64)

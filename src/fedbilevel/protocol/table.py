@@ -13,12 +13,14 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..algorithm import Algorithm
+from ..component import title_of
 from ..federation import Way
 from ..given import JSON
 from .calls import named_method
 from .sites import Path, Site
 
 SAMPLED = 2_000  # draws of the server, where there are too many to enumerate
+_SAME = "same round"
 _WIDEST = 1_000  # characters of a line: lines are not folded
 _RULE, _NONE = " -- \n", "    \n"
 _RULED = f"{_NONE}{_NONE}{_RULE}{_NONE}{_NONE}{_RULE}{_NONE}{_NONE}"  # below the head and above the totals
@@ -63,6 +65,8 @@ class Protocol:
         sites, info: the call sites by path and the shapes of the diagnostics, for engines.
         taken_most: the most exchanges and draws of the server together; None where that is not certain.
         each_row: what is exchanged beside iterations, once at each row of the history (`validation_loss`); not in the sums.
+        rarely: what measures, in few iterations (`Federation.rarely`); not in the sums. Once in such an iteration, but
+            for what takes rounds of its own: these are the first iteration's, `rounds_rarely` of them at most.
     """
 
     algorithm: str
@@ -80,6 +84,8 @@ class Protocol:
     info: PyTree = dataclasses.field(repr=False, compare=False)
     taken_most: int | None = dataclasses.field(default=None, repr=False, compare=False)
     each_row: tuple[Exchange, ...] = ()
+    rarely: tuple[Exchange, ...] = ()
+    rounds_rarely: int = 0
 
     def to_dict(self) -> dict[str, JSON]:
         """Everything that can be printed, for JSON."""
@@ -96,7 +102,8 @@ class Protocol:
             "bound": "the number of rounds depends on the data: these are the most",
         }[self.kind]
         title = f"{self.algorithm}: one iteration, {self.cohort} of {self.clients} clients an exchange ({note})"
-        return "\n".join([title, "", self._drawn(), *map(_at_each_row, self.each_row)])
+        beside = [*map(_measuring, self.rarely), *map(_at_each_row, self.each_row)]
+        return "\n".join([title, "", self._drawn(), *beside])
 
     def _drawn(self) -> str:
         """The table, as plain text."""
@@ -121,6 +128,16 @@ class Protocol:
         drawn = io.StringIO()
         Console(file=drawn, width=_WIDEST, color_system=None).print(table)
         return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines())
+
+
+def _measuring(e: Exchange) -> str:
+    own = not e.name.endswith(f"({_SAME})")
+    rounds = f"{e.times_most} round{'s' * (e.times_most > 1)} at the start" if own else "now and then, no round"
+    name = e.name if own else e.name.removesuffix(f" ({_SAME})")
+    return (
+        f"and measuring, {rounds}: {name}: {e.down} down, {e.up} up; {e.bytes_down_most:,} bytes down and "
+        f"{e.bytes_up_most:,} up"
+    )
 
 
 def _at_each_row(e: Exchange) -> str:
@@ -151,22 +168,33 @@ def summary(
     counts: Mapping[Path, np.ndarray],
     kind: str,
     info: PyTree,
+    turns: Mapping[Path, int] | None = None,
 ) -> Protocol:
-    """The table of an iteration from the counts of each site, (draws, 1 + flags)."""
-    lines, totals = [], np.zeros((3, len(next(iter(counts.values())))), object)
+    """The table of an iteration from the counts of each site, (draws, 1 + flags).
+
+    Args:
+        turns: how often the loops turn at most of what happens in few iterations.
+    """
+    lines, rare, rounds_rarely, totals = [], [], 0, np.zeros((3, len(next(iter(counts.values())))), object)
     for path in sorted(sites):
         site, count = sites[path], counts[path]
+        loop = next((loop for loop in turns or {} if path[: len(loop)] == loop), None)
+        if loop is not None and turns is not None:
+            count = np.full_like(count[:1], turns[loop])
+            rounds_rarely += turns[loop] * site.round
         down, up = bytes_of(site, count)
-        totals += np.stack([site.round * count[:, 0].astype(object), down, up])
+        if loop is None:
+            totals += np.stack([site.round * count[:, 0].astype(object), down, up])
         spent = [(_mean(each), int(each.max())) for each in (count[:, 0], down, up)]
-        notes = [f"{site.cohort} asked"] * (site.cohort != cohort) + ["same round"] * (not site.round)
+        notes = [f"{site.cohort} asked"] * (site.cohort != cohort) + [_SAME] * (not site.round)
         name = f"{site.name} ({', '.join(notes)})" if notes else site.name
         line = Exchange(name, *_labels(algorithm, site), *itertools.chain(*spent))  # pyright: ignore[reportArgumentType]
-        lines.append(dataclasses.replace(line, combine=site.combine))
+        (lines if loop is None else rare).append(dataclasses.replace(line, combine=site.combine))
     rounds, down, up = totals
     return Protocol(
-        type(algorithm).__name__, clients, cohort, tuple(lines),
+        title_of(algorithm), clients, cohort, tuple(lines),
         _mean(rounds), int(rounds.max()), _mean(down), int(down.max()), _mean(up), int(up.max()), kind, sites, info,
+        rarely=tuple(rare), rounds_rarely=rounds_rarely,
     )  # fmt: skip
 
 

@@ -54,6 +54,11 @@ class Scopes:
         self._next += 1
         return (*self._path, self._next - 1)
 
+    @property
+    def following(self) -> Path:
+        """The path that comes next."""
+        return (*self._path, self._next)
+
     def inside(self, path: Path, body: Callable[[], PyTree]) -> PyTree:
         """Run `body` as the inside of the loop at `path`."""
         saved = self._path, self._next, self._level
@@ -93,6 +98,7 @@ class TracedFederation(Federation):
             rows = (2,) if self.drops else ()
             self.counts = {path: jnp.zeros((*rows, 1 + flags), jnp.int32) for path, flags in layout.items()}
         self.client_state: PyTree = None
+        self._single: set[Path] = set()  # loops of one turn at most
         self._at: Path = ()  # the call site of the exchange being made
 
     @abc.abstractmethod
@@ -128,7 +134,7 @@ class TracedFederation(Federation):
         self._share = answered(self._weights, self._asked, None, self.clients)
         self._at = path
         shapes, reply = self.exchange(name, method, message, combine, wanted, key, given)
-        check_beside(beside, path, self.sites)
+        check_beside(beside, path, self.sites, self._single)
         self.sites[path] = site(path, name, message, shapes, sent, wanted, self._asked, not beside, combine)
         reply = mask_reply(reply, wanted)
         flags = self.travelled([flag for flag in (*sent, *wanted) if not is_static(flag)])
@@ -150,7 +156,7 @@ class TracedFederation(Federation):
         return flags
 
     def repeat(self, times: Index, body: Body, carry: PyTree, most: int | None = None) -> PyTree:
-        path = self._scopes.advance()
+        path = self.loop(times, most)
         times = check_times(times, most)
         run = self._body(path, body)
         ledger, carry = jax.lax.fori_loop(0, times, run, (self._ledger(), carry))
@@ -167,6 +173,13 @@ class TracedFederation(Federation):
         _, (ledger, carry) = jax.lax.while_loop(going, lambda loop: (loop[0] + 1, run(*loop)), start)
         self._restore(ledger)
         return carry
+
+    def loop(self, times: Index, most: int | None) -> Path:
+        """The path of the loop that begins."""
+        path = self._scopes.advance()
+        if most == 1 or (isinstance(times, int) and times == 1):
+            self._single.add(path)
+        return path
 
     def randint(self, low: int, high: int) -> Int[Array, ""]:
         self._scopes.advance()

@@ -15,12 +15,14 @@ from jaxtyping import Array, Key, PyTree
 
 from ..algorithm import Algorithm
 from ..beginning import first_state
+from ..component import title_of
 from ..data import FederatedData
 from ..engines.base import Carry
 from ..engines.simulation import Simulation
 from ..errors import check
 from ..metrics import Metric
 from ..own_lower import Lower
+from ..pace.automatic import ready
 from ..problem import Problem, bind, strong
 from ..variables import trainable
 
@@ -84,10 +86,11 @@ def sweep(
     engine = engine or Simulation()
     inner_x, x_rest = trainable(x, "x")
     inner_y, y_rest = trainable(y, "y")
+    algorithm = ready(dataclasses.replace(algorithm, **grid[0]), inner_x)  # what is not of the grid may be "auto"
     state = first_state(algorithm, inner_x, inner_y)
     execution = engine.bind(bind(problem, x_rest, y_rest), data, algorithm, state, key)
-    iterations = rounds // execution.protocol.rounds_most
-    check(iterations >= 1, f"{rounds} rounds are too few for one iteration of {type(algorithm).__name__}.")
+    iterations = (rounds - execution.protocol.rounds_rarely) // execution.protocol.rounds_most
+    check(iterations >= 1, f"{rounds} rounds are too few for one iteration of {title_of(algorithm)}.")
     size = at_once or _fitting(data, algorithm, execution.protocol.cohort, inner_y)
     curves: list[Curve] = []
     start, lower = execution.start(algorithm, state), Lower(execution, algorithm, state, y_rest)

@@ -37,39 +37,17 @@ import optax.tree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ...federation import Federation
-from .curvature import GROWN, AutoStep, Curvature
+from ...pace.curvature import GROWN, AutoStep, Curvature
+from ...pace.inner import MOST as MOST
+from ...pace.inner import everybody_in_turn, rounds_of_first
+from ...pace.inner import share_of_curvature as share_of_curvature
 from .steps import Gradient, descend, norm
 
-MOST = 20  # rounds of the first measurement, at most
 _KEPT = 0.6  # of an earlier, larger curvature, at least: some may drop out at a measurement
 _KEPT_SAMPLED = 0.9  # where clients or rows are sampled
 _RISK = 1.5  # of the step's product with the curvature of a path, in units of b
 _UNSEEN = 4.0  # how much larger a curvature is taken to be where a path left the range of numbers
 _ROUNDING = 100.0  # units in the last place, within which a gradient's change or a step says nothing
-_DAMPED = 0.5  # of N - M
-_ALONE = 3.0  # T b = 1/3 where one client is asked at a time
-
-
-def rounds_of_first(clients: int, cohort: int) -> int:
-    """In how many rounds everybody is asked, up to `MOST`."""
-    return min(MOST, -(-clients // cohort))
-
-
-def share_of_curvature(local_steps: int, clients: int, cohort: int) -> float:
-    """b: the step in units of 1/L."""
-    low, high = 0.0, 1.0
-    if _overshoot(high, local_steps) > _DAMPED:
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _overshoot(middle, local_steps) <= _DAMPED else (low, middle)
-        high = low
-    left_out = (clients - cohort) / (cohort * max(clients - 1, 1))
-    return high / (1 + left_out * (_ALONE * local_steps * high - 1))
-
-
-def _overshoot(b: float, steps: int) -> float:
-    """The largest N - M."""
-    return b * (steps - (1 - (1 - b) ** steps) / b) / 4
 
 
 def ask(
@@ -88,20 +66,12 @@ def ask(
     everything = fed.cohort_size == fed.clients and auto.batch_size is None
 
     def turn(t: Int[Array, ""], seen: Float[Array, ""]) -> Float[Array, ""]:
-        cohort = None if fed.cohort_size == fed.clients else _cohort(fed, t + before.iteration, first)
+        cohort = None if fed.cohort_size == fed.clients else everybody_in_turn(fed, t + before.iteration, first)
         return jnp.maximum(seen, fed.maximum(auto.largest_curvature, x, y, cohort=cohort))
 
     kept = (_KEPT if everything else _KEPT_SAMPLED) * before.largest
     now = auto.renewed(before, due, fed.repeat(times, turn, kept, most=first))
     return now.step, now
-
-
-def _cohort(fed: Federation, turn: Int[Array, ""], turns: int) -> Int[Array, " cohort"]:
-    """The clients of a turn: one after the other, or spread evenly where so many turns do not reach all."""
-    asked = turns * fed.cohort_size
-    place = (turn % turns) * fed.cohort_size + jnp.arange(fed.cohort_size, dtype=jnp.int32)
-    index = place % fed.clients if asked >= fed.clients else place * fed.clients // asked
-    return jnp.sort(index).astype(jnp.int32)
 
 
 def judged(memory: Curvature, steepest: Float[Array, ""], gradient: PyTree) -> tuple[Bool[Array, ""], Curvature]:

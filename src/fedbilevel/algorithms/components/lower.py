@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ...algorithm import Component, count, option, rate
 from ...federation import Client, Federation
-from .curvature import Rate
+from ...pace.curvature import Rate, number
 from .directions import inner_gradient
 from .steps import descend, fedsvrg, local_descent, norm
 from .upper import one_cohort
@@ -31,7 +31,7 @@ class LowerLoop(Component):
     """
 
     inner_rounds: int = count(5)
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
     batch_size: int | None = count(None)
 
@@ -61,7 +61,7 @@ class CorrectedLower(LowerLoop):
             cohort = one_cohort(fed, self.same_cohort)
             q = fed.average(self.gradient, x, y, cohort=cohort)
             if self.skip_idle_rounds and self.local_steps == 1:  # nothing is left for the clients to add
-                return descend(y, self.inner_lr, q), norm(q)
+                return descend(y, number(self.inner_lr), q), norm(q)
             return fed.average(self.steps, x, y, q, cohort=cohort), norm(q)
 
         return fed.repeat(self.inner_rounds, turn, (y, jnp.zeros_like(norm(y))))
@@ -75,7 +75,9 @@ class CorrectedLower(LowerLoop):
     def steps(self, client: Client, x: PyTree, y: PyTree, q: PyTree) -> PyTree:
         """FedSVRG steps on y around the mean gradient q at y."""
         rows = client.batches("inner", self.batch_size, self.local_steps - 1, at=x)  # the first step needs none
-        return fedsvrg(lambda s: inner_gradient(client.problem, x, rows(s)), y, q, self.inner_lr, self.local_steps)
+        return fedsvrg(
+            lambda s: inner_gradient(client.problem, x, rows(s)), y, q, number(self.inner_lr), self.local_steps
+        )
 
 
 @final
@@ -86,7 +88,7 @@ class LocalLower(LowerLoop):
         def turn(t: Turn, loop: Loop) -> Loop:
             before, _ = loop
             after = fed.average(self.steps, x, before)
-            return after, norm(optax.tree.sub(after, before)) / (self.inner_lr * self.local_steps)
+            return after, norm(optax.tree.sub(after, before)) / (number(self.inner_lr) * self.local_steps)
 
         return fed.repeat(self.inner_rounds, turn, (y, jnp.zeros_like(norm(y))))
 
@@ -95,4 +97,6 @@ class LocalLower(LowerLoop):
     def steps(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """Plain gradient steps on y."""
         rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
-        return local_descent(lambda s: inner_gradient(client.problem, x, rows(s)), y, self.inner_lr, self.local_steps)
+        return local_descent(
+            lambda s: inner_gradient(client.problem, x, rows(s)), y, number(self.inner_lr), self.local_steps
+        )

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ...algorithm import Component, Truncation, count
 from ...federation import Client, Federation
-from .curvature import AutoStep, Rate
+from ...pace.curvature import AutoStep as AutoStep
+from ...pace.curvature import Rate
 from .directions import hessian_factor, hypergradient
 from .steps import growth, norm
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ...algorithm import Component, Truncation, count, option, rate
 from ...federation import Client, Federation, When
+from ...pace.curvature import AutoStep, Rate
 from ...problem import Rows
-from .curvature import AutoStep, Rate
 from .directions import hessian_factor
 from .steps import growth, norm
 
@@ -118,7 +118,7 @@ class Turns(Component):
     """One turn of the lower loop, in which the clients make r too. Abstract."""
 
     terms: Terms
-    inner_lr: Rate = rate(0.01)
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
     batch_size: int | None = count(None)
     skip_idle_rounds: bool = option(False)

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from ...algorithm import Component, Info, choice, count, rate
 from ...errors import check
 from ...federation import Client
+from ...pace.curvature import AutoStep, Rate, number
 from ...problem import Problem, Rows
-from .curvature import AutoStep, Rate
 from .diagnostics import residual
 from .directions import direction
 from .steps import Gradient, local_descent, norm
@@ -43,8 +43,8 @@ class LocalRounds(Component):
 
     hessian: AutoStep
     direction: Direction
-    outer_lr: Rate = rate(0.05)
-    inner_lr: Rate = rate(0.01)
+    outer_lr: Rate | str = rate(0.05, "auto")
+    inner_lr: Rate | str = rate(0.01, "auto")
     local_steps: int = count(5)
     batch_size: int | None = count(None)
     client_steps: tuple[int, ...] | None = choice(None)
@@ -60,7 +60,7 @@ class LocalRounds(Component):
         return Info(h, None, lag, q), pull
 
     def _rates(self, lam: Float[Array, ""] | None) -> tuple[Rate, Rate, Rate]:
-        return self.outer_lr, self.inner_lr, self.hessian.lam(lam)
+        return number(self.outer_lr), number(self.inner_lr), self.hessian.lam(lam)
 
     # The clients' side ----------------------------------------------------------------------------------------------
 

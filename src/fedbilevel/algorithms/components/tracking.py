@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ...algorithm import Component, count, option, rate
 from ...errors import check
 from ...federation import Client
-from .curvature import Rate
+from ...pace.curvature import Rate
 from .neumann import LocalNeumann
 from .steps import Gradient, descend, momentum, storm, tracked_descent
 

@@ -7,8 +7,8 @@ from jaxtyping import Array, Int, PyTree
 
 from ...algorithm import Component, count, option, rate
 from ...federation import Client, Federation
+from ...pace.curvature import Rate, number
 from ...problem import Rows
-from .curvature import Rate
 from .directions import hypergradient
 from .steps import descend, fedsvrg
 
@@ -28,7 +28,7 @@ class CorrectedUpper(Component):
         skip_idle_rounds: leave the second round out where one step adds nothing.
     """
 
-    outer_lr: Rate = rate(0.05)
+    outer_lr: Rate | str = rate(0.05, "auto")
     outer_steps: int = count(1)
     batch_size: int | None = count(None)
     skip_idle_rounds: bool = option(False)
@@ -40,7 +40,7 @@ class CorrectedUpper(Component):
     def move(self, fed: Federation, x: PyTree, y: PyTree, v: PyTree, h: PyTree, cohort: jax.Array | None) -> PyTree:
         """The mean of the clients' x_i, in a round; with one step nothing is left for the clients to add."""
         if self.skip_idle_rounds and self.outer_steps == 1:
-            return descend(x, self.outer_lr, h)
+            return descend(x, number(self.outer_lr), h)
         return fed.average(self.steps, x, y, v, h, cohort=cohort)
 
     # The clients' side ----------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class CorrectedUpper(Component):
             rows = self._rows(client, s)
             return lambda z: hypergradient(client.problem, z, y, v, *rows)
 
-        return fedsvrg(along, x, h, self.outer_lr, self.outer_steps)
+        return fedsvrg(along, x, h, number(self.outer_lr), self.outer_steps)
 
     def _rows(self, client: Client, draw: int | jax.Array) -> tuple[Rows, Rows]:
         return client.batch("inner", self.batch_size, draw), client.batch("outer", self.batch_size, draw)

@@ -21,6 +21,7 @@ from ...arrays import on_device
 from ...clock import spent_compiling
 from ...cohorts import client_key
 from ...compiled import Bound
+from ...component import title_of
 from ...data import ClientRows
 from ...errors import ClientError, InputError, RunError
 from ...federation import Reply
@@ -91,7 +92,7 @@ class ClientSide:
         except InputError:
             raise
         except Exception as error:  # whatever the user's method raises
-            where = f"{self._name} failed in {type(self._algorithm).__name__}.{site.name}"
+            where = f"{self._name} failed in {title_of(self._algorithm)}.{site.name}"
             inner, outer = (rows.count for rows in self._rows)
             what = f"it was sent {describe(message)} and holds {int(inner)} inner and {int(outer)} outer rows"
             raise ClientError(f"{where}: {type(error).__name__}: {error} ({what}).") from error

@@ -17,6 +17,7 @@ from ...bundle import Bundle, Told
 from ...data import FederatedData
 from ...errors import RunError, check
 from ...given import Received
+from ...pace.automatic import ready
 from ...problem import Problem, bind, strong
 from ...protocol import trace
 from ...protocol.sites import Site
@@ -37,13 +38,13 @@ def begin(app: App) -> tuple[Problem, tuple[PyTree, PyTree], PyTree]:
     x, y = app.begin()
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
-    return bind(app.problem, x_rest, y_rest), strong((x, y)), app.algorithm.init(x, y)
+    return bind(app.problem, x_rest, y_rest), strong((x, y)), ready(app.algorithm, x).init(x, y)
 
 
 def derive(app: App, data: FederatedData, cohort: int) -> Protocol:
     """The protocol of the app's algorithm."""
     problem, _, state = begin(app)
-    return trace(app.algorithm, problem, data, state, cohort)
+    return trace(ready(app.algorithm, state.x), problem, data, state, cohort)
 
 
 def fingerprint(protocol: Protocol) -> str:

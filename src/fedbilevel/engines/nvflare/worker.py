@@ -193,7 +193,8 @@ class _Inside:
         from ...algorithm import State
         from ...app import schema
         from ...errors import check as expect
-        from ...program import freeze, settle
+        from ...pace.automatic import ready
+        from ...program import freeze
         from ...protocol import as_leaves, client_state, trace
         from ...sanity import told
         from ...validation import Validation
@@ -212,10 +213,11 @@ class _Inside:
         inner, outer = self.own.inner.alone(0), self.own.outer.alone(0)
         if scale is not None:
             outer = eqx.tree_at(lambda rows: rows.scale, outer, jnp.asarray(scale, outer.scale.dtype))
-        first = client_state(app.algorithm, state)
+        algorithm = ready(app.algorithm, state.x)
+        first = client_state(algorithm, state)
         problem = freeze(problem, state.x, state.y, self.own)
         self.side = ClientSide(
-            problem, (inner, outer), as_leaves(settle(app.algorithm, state.x)), derived,
+            problem, (inner, outer), as_leaves(algorithm), derived,
             jax.random.key(message.seed), message.index, first, Methods(), self.site,
         )  # fmt: skip
         self._exchanges = len(derived.sites)

@@ -1,6 +1,10 @@
-"""`hessian_lr="auto"`: the step of the Hessian factors from the largest curvature of g, measured over the federation.
+"""The largest curvature of g, measured over the federation, what is remembered of it, and a step of the Hessian factors.
 
-Ours, not a paper's. The factors (I - lam H) shrink only below lam = 2/L, and L is known to nobody beforehand. It is
+Ours, not a paper's. Algorithms that ship with the library have their steps found around them (`automatic`), and of what
+follows take the clients' own measurement and what is said of growing vectors. An algorithm of one's own that says
+`paced = False` may ask for a step by itself (`AutoStep.ask`), as follows.
+
+The factors (I - lam H) shrink only below lam = 2/L, and L is known to nobody beforehand. It is
 measured every 20 iterations, from the first on, and at first more often, in iterations 1, 2, 4, 8 and 16 too: a model that
 learns its features changes L many times over (on MNIST fourteen-fold within 40 iterations; a step measured once was twice
 too large after four). Then lam = 1/(1.2 L):
@@ -32,6 +36,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeAlias, cast
 
 import equinox as eqx
 import jax
@@ -39,15 +44,15 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ...algorithm import Algorithm, Component, State, count, modules_in, option, rate
-from ...federation import Client, Federation
-from ...watch import attributes
+from ..algorithm import Algorithm, Component, State, count, modules_in, option, rate
+from ..federation import Client, Federation
+from ..watch import attributes
 from .keeping import Keeping as Keeping
 from .keeping import keeping as keeping
 from .keeping import kept_in as kept_in
 from .lanczos import STEPS, extend, krylov, largest_ritz_value
-from .steps import Rate as Rate
-from .steps import norm
+
+Rate: TypeAlias = float | Float[Array, "..."]  # a step size, or a grid of them
 
 EVERY = 20  # iterations between measurements
 MARGIN = 1.2
@@ -56,6 +61,11 @@ THROWN = 10.0  # how much longer, for going back where the step was too large
 HALVINGS = 10  # at most
 _EXPLAINED = 2.0  # how much longer a vector may be than in proportion to the step
 _FORGET = 0.9  # how much of an earlier, larger curvature of sampled clients is kept
+
+
+def number(step: Rate | str) -> Rate:
+    """A step where an algorithm takes it: there it is a number, for what runs has one in the place of "auto"."""
+    return cast(Rate, step)
 
 
 class Curvature(eqx.Module):
@@ -215,7 +225,7 @@ class AutoStep(Component):
         """What is remembered after an iteration, of how long it left the vector: v, or what was made of it."""
         if memory is None:
             return None
-        memory = dataclasses.replace(memory, vector=norm(vector).astype(memory.vector.dtype))
+        memory = dataclasses.replace(memory, vector=optax.tree.norm(vector).astype(memory.vector.dtype))
         alarm = memory.longer(THROWN) & (memory.asked == 0) & (memory.halvings < HALVINGS)
         return dataclasses.replace(memory, alarm=jnp.maximum(memory.alarm, _alarm(alarm, memory.alarm)))
 
@@ -244,7 +254,7 @@ def _alarm(raised: Bool[Array, ""], like: Float[Array, ""]) -> Float[Array, ""]:
 def automatic(algorithm: Algorithm) -> AutoStep | None:
     """The step that an algorithm finds while running; None if there is none."""
     found = [each for each in modules_in(algorithm).values() if isinstance(each, AutoStep)]
-    return found[0] if found and found[0].measures else None
+    return next((each for each in found if each.measures), None)
 
 
 def remembered(state: State) -> Curvature:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
-from fedbilevel.algorithms.components.curvature import remembered
+from fedbilevel.pace.curvature import remembered
 
 KEY = jax.random.key(0)
 DIM = 6
@@ -76,10 +76,18 @@ def test_local_steps_on_the_vector_take_single_clients_curvature(name):
     ids=lambda value: type(value).__name__ if isinstance(value, fb.Algorithm) else "",
 )
 def test_whose_curvature_counts(algorithm, expected):
-    """What is asked for says it: products with the mean Hessian, or each client's own largest curvature."""
-    asked = {site.name.split(".")[-1] for site in fb.protocol(algorithm, PROBLEM, DATA, *start()).sites.values()}
-    own, mean = "largest_curvature" in asked, "curvature_product" in asked
-    assert (own, mean) == (expected == SINGLE, expected == MEAN)
+    """Of clients whose curvatures differ: the mean of them, or the largest; shorter where v takes local steps."""
+    rows = [{"H": (1 + k) * H[None]} for k, H in enumerate(HESSIANS)]
+    data = fb.FederatedData.stack(rows, rows)
+    end = fb.solve(PROBLEM, data, algorithm, *start(), 1, key=KEY)
+    step, largest = end.history[-1]["hessian_lr"], SINGLE * np.arange(1, 1 + DIM)
+    keeps_v = hasattr(end.state, "kept") and end.state.kept.get("v") is not None
+    if expected == MEAN:
+        assert step == pytest.approx((1.6 / 1.1 if keeps_v else 1 / 1.2) / largest.mean())
+        return
+    several = max(getattr(algorithm, "client_steps", None) or (algorithm.local_steps,)) > 1
+    assert 0 < step <= 1 / (1.2 * largest.max()) * (1 + 1e-12)
+    assert (keeps_v and several) or step == pytest.approx(1 / (1.2 * largest.max()))
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import PyTree
 
-from ...algorithm import State
-from ...watch import attributes
+from ..algorithm import State
+from ..watch import attributes
 
 
 class Keeping(State):

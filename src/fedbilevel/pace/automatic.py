@@ -1,0 +1,465 @@
+"""An algorithm whose steps are found while it runs: `Auto`, which stands for one that has "auto" in place of a number.
+
+It is made where something begins to run (`ready`), and is nothing that users write. Before each iteration it puts numbers in
+the place of "auto", has the algorithm take the iteration, and puts x where its own pace says. The numbers travel with each
+message, so that clients have them too. With M the largest and L the mean of the clients' largest curvatures of g at (x, y):
+
+    inner_lr     b / (1.2 M), b from the number of local steps and the cohort (`algorithms.components.inner_step`)
+    hessian_lr   where everyone takes part with all rows 1.6 / (1.1 L), for algorithms that make v anew in each iteration
+                 1 / (1.2 L): L is no less than the mean Hessian's curvature;
+                 1 / (1.2 M) where clients or rows are sampled, or single clients' factors act between two means (b / (1.2 M)
+                 where these are local steps on a v that is kept)
+    outer_lr     `outer`
+
+The curvatures are measured by five Lanczos steps of each client on one batch, one number up: at the start in as many
+rounds as it takes to ask everybody (20 at most), and beside an exchange of iterations 1, 2, 4, 8 and of every tenth, which
+is no round. So is it where the vector v has grown fourfold since (`curvature`). Where a run blows up all the same it goes
+back, and goes on with half the steps (`fedbilevel.recovery`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax.tree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..algorithm import Algorithm, Component, Info, State, Truncation
+from ..component import component, method_named, path_of, title_of
+from ..federation import Body, Client, Cohort, Combine, Federation, Flag, Index, Method, Replies, Share
+from ..jaxprs import weakly
+from ..program import settle
+from ..watch import attributes
+from . import outer
+from .curvature import GROWN, MARGIN, AutoStep, Curvature, Rate
+from .inner import everybody_in_turn, rounds_of_first, share_of_curvature
+from .outer import Pace
+
+STEPS = {"inner_lr": 0.01, "hessian_lr": 0.01, "outer_lr": 0.05}  # and what stands for them where nothing is measured
+_OWN = ("outer_optimizer", "anderson")  # options that move x in a way of their own: its step is then a number
+_METER = "meter"
+_EVERY = 10  # iterations between two measurements
+_OF_MEAN = 1.6 / 1.1  # of 1 / L: L is the mean of clients' curvatures, and no less than the mean's
+_KEPT, _KEPT_SAMPLED = 0.6, 0.97  # of an earlier, larger curvature, at least
+
+Scalar = Float[Array, ""]
+
+
+def ready(algorithm: Algorithm, x: PyTree) -> Algorithm:
+    """The algorithm as it runs: its optimizers settled, and `Auto` in its place where steps of it are to be found."""
+    algorithm = settle(algorithm, x)
+    asked = [name for name in STEPS if isinstance(getattr(algorithm, name, None), str)]
+    if isinstance(algorithm, Auto) or not asked or not algorithm.paced:
+        return algorithm
+    numbers = dataclasses.replace(algorithm, **{name: STEPS[name] for name in asked})
+    if any(getattr(algorithm, name, None) is not None for name in _OWN):
+        asked = [name for name in asked if name != "outer_lr"]
+    return Auto(numbers, tuple(asked)) if asked else numbers
+
+
+def measures_first(state: PyTree) -> bool:
+    """Whether the next iteration is the first one of a run, in which what is measured takes rounds of its own."""
+    return isinstance(state, Paced) and not int(state.memory.iteration)
+
+
+def numbered(algorithm: Algorithm) -> Algorithm:
+    """The algorithm that stands in an `Auto`; another one as it is."""
+    return algorithm.algorithm if isinstance(algorithm, Auto) else algorithm
+
+
+def found_in(algorithm: Algorithm) -> tuple[str, ...]:
+    """The names of the steps that are found while it runs."""
+    return algorithm.found if isinstance(algorithm, Auto) else ()
+
+
+class Paced(State):
+    """The state of the algorithm, by name, and what is remembered of its steps."""
+
+    kept: dict[str, PyTree]
+    memory: Curvature
+    log_mean: Scalar  # log L: its size is its own
+    pace: Pace | None
+
+
+class Told(Info):
+    """`Info`, and the steps that were taken.
+
+    Attributes:
+        inner_lr, hessian_lr, outer_lr: None where the algorithm has none.
+        recovered: how often the run went back until then.
+    """
+
+    inner_lr: Scalar | None = None
+    hessian_lr: Scalar | None = None
+    outer_lr: Scalar | None = None
+    recovered: Int[Array, ""] | None = None
+
+
+class Seen(eqx.Module):
+    """What was measured: M, L, the mean of d_y f and of f, and of how long clients' hypergradients are about."""
+
+    largest: Scalar
+    mean: Scalar
+    pull: PyTree
+    loss: Scalar
+    steepest: Scalar
+
+
+class Meter(Component):
+    """What clients measure.
+
+    Args:
+        step: whose curvature.
+        upper: whether x is paced too.
+    """
+
+    step: AutoStep
+    upper: bool = eqx.field(default=True, static=True)
+
+    def begin(self, client: Client, x: PyTree, y: PyTree) -> tuple[Scalar, Scalar, PyTree, Scalar, Scalar]:
+        """The curvature twice, d_y f_i, f_i and about |h_i|: with v = d_y f_i / curvature, one term of the series."""
+        curved, again, pull, loss = self.curvature(client, x, y)
+        if not self.upper:
+            return curved, again, pull, loss, loss
+        problem, size = client.problem, self.step.batch_size
+        inner, far = client.batch("inner", size), client.batch("outer", size)
+        v = optax.tree.scale(1 / jnp.where(curved > 0, curved, 1), pull)
+        direct, _ = problem.outer_gradients(x, y, far)
+        along = optax.tree.sub(direct, problem.cross_vector(x, y, v, inner))
+        return curved, again, pull, loss, optax.tree.norm(along)
+
+    def curvature(self, client: Client, x: PyTree, y: PyTree) -> tuple[Scalar, Scalar, PyTree, Scalar]:
+        """The largest curvature of g_i, twice, d_y f_i and f_i."""
+        curved = self.step.largest_curvature(client, x, y)
+        if not self.upper:
+            return curved, curved, jnp.zeros_like(curved), jnp.zeros_like(curved)
+        own, far = self.step.own_lower, client.batch("outer", self.step.batch_size)
+        y = y if own is None else own(client.state)
+        pull = client.problem.outer_gradients(x, y, far)[1]
+        return curved, curved, pull, client.problem.outer_value(x, y, far)
+
+
+@final
+class Auto(Algorithm):
+    """See the head of this file.
+
+    Args:
+        algorithm: with numbers, for which others are put.
+        found: the names of the steps that are found.
+        first: rounds of the first measurement, at most; None for as many as it takes to ask everybody. With none,
+            the first steps are `STEPS`.
+    """
+
+    algorithm: Algorithm
+    found: tuple[str, ...] = eqx.field(static=True)
+    first: int | None = eqx.field(default=None, static=True)
+
+    @property
+    def title(self) -> str:
+        """The algorithm's own name."""
+        return title_of(self.algorithm)
+
+    @property
+    def follows(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Which setting moves which part of its state; steps that are found are nobody's setting."""
+        return {part: name for part, name in self.algorithm.follows.items() if name not in self.found}
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or name in ("algorithm", "found", "first"):
+            raise AttributeError(name)
+        return getattr(self.algorithm, name)  # what it knows of itself, such as `own_lower`
+
+    @component
+    def meter(self) -> Meter:
+        """What clients measure."""
+        inner = self.algorithm
+        hessian = getattr(inner, "hessian", None)
+        known = isinstance(hessian, AutoStep)
+        local, own = (hessian.local_factors, hessian.own_lower) if known else (True, None)
+        step = AutoStep("auto", getattr(inner, "batch_size", None), local, own)
+        return Meter(step, "outer_lr" in self.found)
+
+    # States ---------------------------------------------------------------------------------------------------------
+
+    def init(self, x: PyTree, y: PyTree) -> Paced:
+        held = attributes(self.algorithm.init(x, y))
+        kept = {name: part for name, part in held.items() if name not in ("x", "y")}
+        memory = self.meter.step.begin(y)
+        assert memory is not None  # it measures
+        pace = None
+        if "outer_lr" in self.found:
+            pace = outer.begin(x, y, kept.get("v") if self._gated(kept) else None)
+        return Paced(held["x"], held["y"], kept, memory, jnp.zeros_like(memory.largest), pace)
+
+    def client_init(self, x: PyTree, y: PyTree) -> PyTree:
+        return self.algorithm.client_init(x, y)
+
+    def _inner(self, state: Paced) -> PyTree:
+        """The algorithm's own state."""
+        like = eqx.filter_eval_shape(self.algorithm.init, state.x, state.y)
+        fields = {"x": state.x, "y": state.y, **state.kept}
+        return type(like)(**fields)
+
+    @staticmethod
+    def _gated(kept: dict[str, PyTree]) -> bool:
+        """Whether the algorithm goes on with v from iteration to iteration, and says how far it is."""
+        return kept.get("v") is not None and kept.get("pull") is not None
+
+    # Steps ----------------------------------------------------------------------------------------------------------
+
+    def step(self, fed: Federation, state: Paced) -> tuple[Paced, PyTree]:
+        k = state.memory.iteration
+        state = self._begun(fed, state)
+        steps = self._steps(fed, state)
+        numbers = _with(self.algorithm, steps)
+        due = (k > 0) & ((k % _EVERY == 0) | (k < _EVERY) & (k & (k - 1) == 0))
+        due = due | state.memory.longer(GROWN) | (state.memory.again > 0)
+        relayed = _Relayed(fed, self, numbers, steps, lambda: self._measured(fed, state, due))
+        after, info = numbers.step(relayed, self._inner(state))
+        seen = self._none(state) if relayed.seen is None else relayed.seen
+        return self._after(fed, state, steps, attributes(after), info, due, seen)
+
+    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        steps = self._steps(fed, self._begun(fed, self.init(x, y)))
+        numbers = _with(self.algorithm, steps)
+        return numbers.estimate(_Relayed(fed, self, numbers, steps, None), x, y)
+
+    def _rule(self, fed: Federation, kept: dict[str, PyTree]) -> outer.Rule:
+        cut = getattr(self.algorithm, "truncation", None)
+        random = isinstance(cut, Truncation) and cut.mode == "uniform"
+        return outer.rule(self._gated(kept), not self._everything(fed), random)
+
+    def _everything(self, fed: Federation) -> bool:
+        return fed.cohort_size == fed.clients and self.meter.step.batch_size is None
+
+    def _steps(self, fed: Federation, state: Paced) -> dict[str, Scalar]:
+        """The numbers of this iteration, of those that are found."""
+        memory, numbers, known = state.memory, {}, state.memory.largest > 0
+        longest = jnp.where(known, memory.step, STEPS["hessian_lr"])  # 1 / (1.2 M)
+        if "inner_lr" in self.found:
+            local_steps = getattr(self.algorithm, "local_steps", 1)
+            share = share_of_curvature(local_steps, fed.clients, fed.cohort_size)
+            numbers["inner_lr"] = jnp.where(known, longest * share, STEPS["inner_lr"])
+        if "hessian_lr" in self.found:
+            kept, local = self._gated(state.kept), self.meter.step.local_factors
+            mean = self._everything(fed) and not local
+            if kept and local:
+                local_steps = getattr(self.algorithm, "local_steps", 1)
+                longest = longest * share_of_curvature(local_steps, fed.clients, fed.cohort_size)
+            curved = jnp.maximum(jnp.minimum(jnp.exp(state.log_mean), memory.largest), memory.floor)
+            alone = jnp.ldexp((_OF_MEAN if kept else 1 / MARGIN) / jnp.where(curved > 0, curved, 1), -memory.halvings)
+            numbers["hessian_lr"] = jnp.where(known & (curved > 0), alone, longest) if mean else longest
+        if state.pace is not None:
+            numbers["outer_lr"] = jnp.exp(state.pace.log_probe)
+        return numbers
+
+    def _begun(self, fed: Federation, state: Paced) -> Paced:
+        """What is known before an iteration: in a run's first one everybody is asked."""
+        turns = rounds_of_first(fed.clients, fed.cohort_size)
+        turns = turns if self.first is None else min(turns, self.first)
+
+        def turn(t: Int[Array, ""], seen: Seen) -> Seen:
+            cohort = None if fed.cohort_size == fed.clients else everybody_in_turn(fed, t, turns)
+            ways = ("mean", "maximum", "mean", "mean", "mean")
+            mean, largest, *rest = fed.average(self.meter.begin, state.x, state.y, combine=ways, cohort=cohort)
+            add = lambda old, new: old + new / max(1, turns)
+            pull = jax.tree.map(add, seen.pull, rest[0])
+            sums = (add(old, new) for old, new in ((seen.loss, rest[1]), (seen.steepest, rest[2])))
+            return Seen(jnp.maximum(seen.largest, largest), add(seen.mean, mean), pull, *sums)
+
+        start = (state.memory.iteration == 0) & (turns > 0)
+        seen = fed.rarely(jnp.where(start, turns, 0), turn, self._none(state), most=max(1, turns))
+        choose = lambda new, old: jnp.where(start, new, old)
+        memory = dataclasses.replace(state.memory, largest=choose(seen.largest, state.memory.largest))
+        pace = state.pace
+        if pace is not None:
+            begun = outer.probed(
+                outer.measured(pace, seen.pull, seen.loss), seen.loss, seen.steepest, seen.largest, state.x
+            )
+            pace = jax.tree.map(choose, begun, pace)
+        return dataclasses.replace(
+            state, memory=memory, log_mean=choose(outer.log(seen.mean), state.log_mean), pace=pace
+        )
+
+    def _none(self, state: Paced) -> Seen:
+        """Of nobody."""
+        zero = jnp.zeros_like(state.memory.largest)
+        pull = zero if state.pace is None else optax.tree.zeros_like(state.y)
+        return Seen(zero, zero, pull, zero, zero)
+
+    def _measured(self, fed: Federation, state: Paced, due: Bool[Array, ""]) -> Seen:
+        """What is measured beside an exchange, if it is due."""
+
+        def turn(t: Int[Array, ""], _: Seen) -> Seen:
+            ways = ("mean", "maximum", "mean", "mean")
+            found = fed.average(self.meter.curvature, state.x, state.y, combine=ways, beside=True)
+            return Seen(found[1], found[0], found[2], found[3], jnp.zeros_like(found[0]))
+
+        return fed.rarely(jnp.where(due, 1, 0), turn, self._none(state))
+
+    def _after(
+        self, fed: Federation, state: Paced, steps: dict[str, Scalar], after: dict[str, PyTree], info: PyTree,
+        due: Bool[Array, ""], seen: Seen,
+    ) -> tuple[Paced, PyTree]:  # fmt: skip
+        """(The state after an iteration of the algorithm, what it tells)."""
+        before, kept = state.memory, {name: part for name, part in after.items() if name not in ("x", "y")}
+        share = _KEPT if self._everything(fed) else _KEPT_SAMPLED
+        memory = self.meter.step.renewed(before, due, jnp.maximum(seen.largest, share * before.largest))
+        kept_mean = jnp.maximum(outer.log(seen.mean), state.log_mean + math.log(share))
+        log_mean = jnp.where(due, kept_mean, state.log_mean)
+        x, pace, taken = after["x"], state.pace, dict(steps)
+        length = getattr(info, "hypergradient_norm", None)
+        if pace is not None:
+            k, rule, t = before.iteration, self._rule(fed, kept), jnp.ones_like(pace.radius)
+            local = getattr(self.algorithm, "local_steps", 1) * getattr(self.algorithm, "inner_rounds", 1)
+            steps_of_y = local * jnp.asarray(_step(self.algorithm, taken, "inner_lr"), before.largest.dtype)
+            scale = jnp.exp(state.log_mean) * optax.tree.norm(state.y)
+            of_y, pace = outer.gate_of_y(pace, optax.tree.sub(state.y, after["y"]), steps_of_y, scale, k, rule)
+            t, v = jnp.minimum(t, of_y), None
+            told = getattr(info, "vector_residual", None)
+            if self._gated(kept) and told is not None:
+                size, v = told * kept["pull"], kept["v"]
+                of_v, pace = outer.gate(pace, optax.tree.sub(state.kept["v"], v), size, k, rule)
+                t = jnp.minimum(t, of_v)
+            moved, pace = outer.move(pace, state.x, x, v, t, k, before.largest, memory.halvings, rule)
+            renewed = outer.measured(pace, seen.pull, seen.loss)
+            pace = jax.tree.map(lambda new, old: jnp.where(due, new, old), renewed, pace)
+            x, taken["outer_lr"], length = moved.x, moved.step, moved.length
+        watched = kept["v"] if kept.get("v") is not None else length
+        memory = memory if watched is None else self.meter.step.watch(memory, watched)
+        assert memory is not None
+        return Paced(x, after["y"], kept, memory, log_mean, pace), self._told(info, taken, memory)
+
+    def _told(self, info: PyTree, taken: dict[str, Scalar], memory: Curvature) -> PyTree:
+        """What the algorithm tells, and its steps."""
+        for name in STEPS:
+            value = getattr(self.algorithm, name, None)
+            if value is not None and name not in taken:
+                taken[name] = jnp.asarray(value, memory.largest.dtype)
+        whole = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)} if type(info) is Info else None
+        if whole is not None:
+            return Told(**whole, **taken, recovered=memory.halvings)
+        return {**info, **taken, "recovered": memory.halvings} if isinstance(info, dict) else info
+
+    # Client methods -------------------------------------------------------------------------------------------------
+
+    def client_method(self, name: str) -> Method:
+        """Its own, or one of the algorithm's, to which the steps are sent before its message."""
+        if name.partition(".")[0] == _METER:
+            return method_named(self.meter, name.partition(".")[2])
+        own = method_named(self.algorithm, name)
+
+        def relayed(client: Client, steps: dict[str, Scalar], *message: PyTree) -> PyTree:
+            return method_named(_with(self.algorithm, steps), name)(client, *message)
+
+        first, *rest = inspect.signature(own).parameters.values()
+        steps = inspect.Parameter("steps", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        relayed.__signature__ = inspect.Signature([first, steps, *rest])  # pyright: ignore[reportFunctionMemberAccess]
+        return relayed
+
+
+class _Asked:
+    """A client method of an `Auto`, by name."""
+
+    def __init__(self, owner: Auto, name: str):
+        self.__self__, self.__name__ = owner, name
+
+    def __call__(self, client: Client, *message: PyTree) -> PyTree:
+        return self.__self__.client_method(self.__name__)(client, *message)
+
+
+class _Relayed(Federation):
+    """What an algorithm with numbers sees: each message is sent with them, and what is measured goes beside the first.
+
+    Args:
+        measure: what is done after the first exchange that is in no loop; None: nothing.
+
+    Attributes:
+        seen: what was measured.
+    """
+
+    def __init__(
+        self, fed: Federation, owner: Auto, numbers: Algorithm, steps: dict[str, Scalar], measure: Callable[[], Seen] | None
+    ):  # fmt: skip
+        self.clients, self.cohort_size, self.weighted = fed.clients, fed.cohort_size, fed.weighted
+        self._fed, self._owner, self._numbers, self._steps = fed, owner, numbers, steps
+        self._measure, self._depth = measure, 0
+        self.seen: Seen | None = None
+
+    @property
+    def share(self) -> float | Float[Array, ""]:
+        if self._own_share is not None:
+            return self._own_share
+        return self._fed.share
+
+    _own_share: Share = None  # of the exchange beside which there was another one
+
+    def ask(
+        self, method: Method, message: tuple, combine: Combine, replies: Replies, cohort: Cohort, beside: bool
+    ) -> PyTree:
+        path = path_of(getattr(method, "__self__", None), self._numbers)
+        asked = method if path is None else _Asked(self._owner, f"{path}{getattr(method, '__name__', '')}")
+        message = message if path is None else (self._steps, *message)
+        out = self._fed.ask(asked, message, combine, replies, cohort, beside)
+        self._own_share = None
+        if self._measure is not None and self._depth == 0:
+            self._own_share, measure, self._measure = self._fed._share, self._measure, None
+            self.seen = measure()
+        return out
+
+    def _inside(self, body: Body) -> Body:
+        def turn(t: Int[Array, ""], carry: PyTree) -> PyTree:
+            self._depth += 1
+            try:
+                return body(t, carry)
+            finally:
+                self._depth -= 1
+
+        return turn
+
+    def repeat(self, times: Index, body: Body, carry: PyTree, most: int | None = None) -> PyTree:
+        return self._fed.repeat(times, self._inside(body), carry, most)
+
+    def rarely(self, times: Index, body: Body, carry: PyTree, most: int = 1) -> PyTree:
+        return self._fed.rarely(times, self._inside(body), carry, most)
+
+    def until(self, condition: Callable[[PyTree], Flag], body: Body, carry: PyTree, most: int) -> PyTree:
+        return self._fed.until(condition, self._inside(body), carry, most)
+
+    def randint(self, low: int, high: int) -> Int[Array, ""]:
+        return self._fed.randint(low, high)
+
+    def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
+        return self._fed.draw_cohort(size)
+
+
+def _with(algorithm: Algorithm, steps: dict[str, Scalar]) -> Algorithm:
+    """The algorithm with other steps, which are numbers to it as Python's are."""
+    values = [weakly(jnp.asarray(value)) for value in steps.values()]
+    return eqx.tree_at(lambda a: [getattr(a, name) for name in steps], algorithm, values)
+
+
+def _step(algorithm: Algorithm, taken: Mapping[str, Scalar], name: str) -> Rate:
+    """A step, whether it was found or is a number."""
+    return taken[name] if name in taken else getattr(algorithm, name)
+
+
+# Measured once, for estimates --------------------------------------------------------------------------------------------
+
+
+def measure(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[PyTree, dict[str, Scalar]]:
+    """The program that finds the steps of an `Auto` at its first state."""
+    assert isinstance(algorithm, Auto)
+    return state, algorithm._steps(fed, algorithm._begun(fed, state))
+
+
+def with_numbers(algorithm: Auto, steps: Mapping[str, float]) -> Algorithm:
+    """What stands in an `Auto`, with the steps that were found."""
+    return dataclasses.replace(algorithm.algorithm, **steps)
