@@ -14,6 +14,9 @@ W divides each part of d by its largest norm of these m + 1 moves: parts have di
 the others (log penalties have gradients of 1e-4 where those of y are of order one). So nothing depends on the units of x,
 y and the losses.
 
+Where each part of d has come down to `QUIET` units in the last place of its largest norm so far, differences are rounding,
+and so would be what is made of them: the move is plain and the memory is emptied.
+
 The merit of a point is |W d|. A mixed point whose merit is more than `WORSE` times that of the best one is given up: the
 run goes on from the best one with its plain move, and the memory is emptied. A round in which not everybody answered is a
 plain one too and empties the memory, for its mean is another.
@@ -37,6 +40,7 @@ Scalar = Float[Array, ""]
 Parts = tuple[PyTree, ...]  # z and its like: one pytree for each step size
 
 WORSE = 5.0  # times the merit of the best point
+QUIET = 10.0  # units in the last place
 
 
 class Past(eqx.Module):
@@ -48,6 +52,7 @@ class Past(eqx.Module):
         point, slope: the last ones, like z.
         best: the point of the least merit after its plain move.
         least: (p,) norms of the parts of d there.
+        largest: (p,) the largest norms of the parts of d so far; it is never emptied.
         filled: how many differences there were since the memory was emptied; -1: not even a last point.
     """
 
@@ -58,6 +63,7 @@ class Past(eqx.Module):
     slope: Parts
     best: Parts
     least: Float[Array, " p"]
+    largest: Float[Array, " p"]
     filled: Int[Array, ""]
 
 
@@ -75,7 +81,7 @@ class Anderson(Component):
         ring = jax.tree.map(lambda leaf: jnp.zeros((self.most, *leaf.shape), leaf.dtype), z)
         like, parts = optax.tree.zeros_like(z), len(z)
         sizes = jnp.zeros((self.most + 1, parts), _wide(z))
-        return Past(ring, ring, sizes[1:], like, like, like, sizes[0], jnp.asarray(-1, jnp.int32))
+        return Past(ring, ring, sizes[1:], like, like, like, sizes[0], sizes[0], jnp.asarray(-1, jnp.int32))
 
     def step(
         self, past: Past, z: Parts, move: Parts, steps: Sequence[Rate], whole: Bool[Array, ""]
@@ -102,10 +108,13 @@ class Anderson(Component):
             (_chosen(better, plain, past.best), jnp.where(better, sizes, past.least)),
         )
         mixed = optax.tree.sub(plain, _correction(kept, slope, steps, unit))
-        good = whole & ~worse
+        largest = jnp.maximum(past.largest, sizes)
+        quiet = jnp.all(sizes <= QUIET * float(jnp.finfo(sizes.dtype).eps) * largest)
+        good = whole & ~worse & ~quiet
         instead = _chosen(whole & worse, past.best, plain)
         used = jnp.where(good & (kept.filled >= 1), jnp.ones_like(unit[0]), jnp.zeros_like(unit[0]))
-        return _chosen(good, mixed, instead), _chosen(good, kept, self.begin(z)), used
+        after = eqx.tree_at(lambda p: p.largest, _chosen(good, kept, self.begin(z)), largest)
+        return _chosen(good, mixed, instead), after, used
 
     def _with(self, past: Past, z: Parts, slope: Parts, sizes: Float[Array, " p"]) -> Past:
         """The memory with the differences to this point."""
@@ -115,7 +124,7 @@ class Anderson(Component):
         points = jax.tree.map(put, past.points, z, past.point)
         slopes = jax.tree.map(put, past.slopes, slope, past.slope)
         ring = past.sizes.at[(past.filled + 1) % self.most].set(sizes)
-        return Past(points, slopes, ring, z, slope, past.best, past.least, past.filled + 1)
+        return Past(points, slopes, ring, z, slope, past.best, past.least, past.largest, past.filled + 1)
 
 
 def _correction(past: Past, slope: Parts, steps: Sequence[Rate], unit: Float[Array, " p"]) -> Parts:
