@@ -65,7 +65,6 @@ def test_local_steps_on_the_vector_take_single_clients_curvature(name):
         (fb.SimFBO(hessian_lr="auto", local_steps=1, client_steps=(1, 1, 1, 1, 1, 2)), SINGLE),
         (fb.FedMSA(hessian_lr="auto", local_steps=1), MEAN),
         (fb.FedBiOAcc(hessian_lr="auto", local_steps=1), MEAN),
-        (fb.FedBiOAccLocal(hessian_lr="auto", local_steps=1), SINGLE),
         (fb.FedMBO(hessian_lr="auto"), SINGLE),
         (fb.LFedNest(hessian_lr="auto"), SINGLE),
         (fb.LocalBSGVRM(hessian_lr="auto"), SINGLE),
@@ -88,6 +87,12 @@ def test_whose_curvature_counts(algorithm, expected):
     several = max(getattr(algorithm, "client_steps", None) or (algorithm.local_steps,)) > 1
     assert 0 < step <= 1 / (1.2 * largest.max()) * (1 + 1e-12)
     assert (keeps_v and several) or step == pytest.approx(1 / (1.2 * largest.max()))
+
+
+def test_clients_with_a_y_of_their_own_are_asked_for_their_own_curvature():
+    """That algorithm asks by itself: its clients' own v tell when the step is too large."""
+    protocol = fb.protocol(fb.FedBiOAccLocal(hessian_lr="auto", local_steps=1), PROBLEM, DATA, *start())
+    assert "hessian.largest_curvature" in {site.name for site in protocol.sites.values()}
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from .. import algorithm
 from ..algorithm import About, Algorithm, Info, component, count, option, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
-from ..pace.curvature import AutoStep, Curvature, Rate, number
+from ..pace.curvature import AutoStep, Curvature, Rate
 from .components.simultaneous import along
 from .components.steps import moved_mean, norm, tracked_descent
 from .components.tracking import Number, Point, Scalar, Tracking, check_forget
@@ -78,6 +78,7 @@ class FedBiOAccLocal(Algorithm):
     The other arguments are `FedBiOAcc`'s.
     """
 
+    paced = False  # its step is found within, where clients' own v tell when it is too large
     about: ClassVar[About] = About(
         name="fedbioacc-local",
         rounds="1",
@@ -88,7 +89,7 @@ class FedBiOAccLocal(Algorithm):
 
     hessian_lr: Rate | str = rate(0.01, "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate | str = rate(0.01, "auto")
+    inner_lr: Rate = rate(0.01, why="every client's y is its own")
     local_steps: int = count(5)
     outer_lr: Rate = rate(0.05, why="the clients' estimates follow x on their own way")
     forget: Rate = rate(0.1)
@@ -144,7 +145,7 @@ class FedBiOAccLocal(Algorithm):
         own: Own = client.state
         z, estimate = (x, *own.lower), (e, *own.estimate)
         gradient, fresh = along(client, self.batch_size), own.time == 0
-        move = self.tracking.move(t, (self.outer_lr, number(self.inner_lr), self.hessian.lam(lam)))
+        move = self.tracking.move(t, (self.outer_lr, self.inner_lr, self.hessian.lam(lam)))
 
         def look(s: Number, before: Point, after: Point, e: Point) -> Point:
             """A client that is asked for the first time has no estimate of its own yet."""
