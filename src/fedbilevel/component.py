@@ -87,4 +87,5 @@ def _same(one: eqx.Module, other: eqx.Module) -> bool:
 
 def title_of(module: eqx.Module) -> str:
     """What users know a module by: its class, or that of the one which it stands for."""
-    return getattr(module, "title", None) or type(module).__name__
+    stands_for = hasattr(type(module), "client_method")  # a title alone may be a setting of the user's
+    return module.title if stands_for else type(module).__name__  # pyright: ignore[reportAttributeAccessIssue]

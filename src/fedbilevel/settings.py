@@ -9,8 +9,9 @@ from . import store
 from .algorithm import Algorithm, Setting
 from .algorithms import ALGORITHMS
 from .errors import InputError, check, unknown_name
+from .pace.automatic import STEPS as FOUND
 
-STEPS = ("inner_lr", "hessian_lr", "outer_lr")  # the three step sizes, of which an algorithm has those that it needs
+STEPS = tuple(FOUND)  # the three step sizes, of which an algorithm has those that it needs
 UNTUNED = "auto"  # of step sizes that nobody has chosen: they are found while an algorithm runs, but for a few
 _SOURCES = {"library": "stored", "search": "stored by search"}
 

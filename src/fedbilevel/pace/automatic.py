@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import final
 
 import equinox as eqx
@@ -31,16 +31,17 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..algorithm import Algorithm, Component, Info, State, Truncation
-from ..component import component, method_named, path_of, title_of
-from ..federation import Body, Client, Cohort, Combine, Federation, Flag, Index, Method, Replies, Share
-from ..jaxprs import weakly
+from ..algorithm import Algorithm, Info, State, Truncation
+from ..component import component, method_named, title_of
+from ..federation import Client, Federation, Method
 from ..program import settle
 from ..watch import attributes
 from . import outer
 from .curvature import GROWN, MARGIN, AutoStep, Curvature, Rate
 from .inner import everybody_in_turn, rounds_of_first, share_of_curvature
+from .meter import Meter, Seen
 from .outer import Pace
+from .relayed import Relayed, with_steps
 
 STEPS = {"inner_lr": 0.01, "hessian_lr": 0.01, "outer_lr": 0.05}  # and what stands for them where nothing is measured
 _OWN = ("outer_optimizer", "anderson")  # options that move x in a way of their own: its step is then a number
@@ -100,50 +101,6 @@ class Told(Info):
     hessian_lr: Scalar | None = None
     outer_lr: Scalar | None = None
     recovered: Int[Array, ""] | None = None
-
-
-class Seen(eqx.Module):
-    """What was measured: M, L, the mean of d_y f and of f, and of how long clients' hypergradients are about."""
-
-    largest: Scalar
-    mean: Scalar
-    pull: PyTree
-    loss: Scalar
-    steepest: Scalar
-
-
-class Meter(Component):
-    """What clients measure.
-
-    Args:
-        step: whose curvature.
-        upper: whether x is paced too.
-    """
-
-    step: AutoStep
-    upper: bool = eqx.field(default=True, static=True)
-
-    def begin(self, client: Client, x: PyTree, y: PyTree) -> tuple[Scalar, Scalar, PyTree, Scalar, Scalar]:
-        """The curvature twice, d_y f_i, f_i and about |h_i|: with v = d_y f_i / curvature, one term of the series."""
-        curved, again, pull, loss = self.curvature(client, x, y)
-        if not self.upper:
-            return curved, again, pull, loss, loss
-        problem, size = client.problem, self.step.batch_size
-        inner, far = client.batch("inner", size), client.batch("outer", size)
-        v = optax.tree.scale(1 / jnp.where(curved > 0, curved, 1), pull)
-        direct, _ = problem.outer_gradients(x, y, far)
-        along = optax.tree.sub(direct, problem.cross_vector(x, y, v, inner))
-        return curved, again, pull, loss, optax.tree.norm(along)
-
-    def curvature(self, client: Client, x: PyTree, y: PyTree) -> tuple[Scalar, Scalar, PyTree, Scalar]:
-        """The largest curvature of g_i, twice, d_y f_i and f_i."""
-        curved = self.step.largest_curvature(client, x, y)
-        if not self.upper:
-            return curved, curved, jnp.zeros_like(curved), jnp.zeros_like(curved)
-        own, far = self.step.own_lower, client.batch("outer", self.step.batch_size)
-        y = y if own is None else own(client.state)
-        pull = client.problem.outer_gradients(x, y, far)[1]
-        return curved, curved, pull, client.problem.outer_value(x, y, far)
 
 
 @final
@@ -218,18 +175,13 @@ class Auto(Algorithm):
         k = state.memory.iteration
         state = self._begun(fed, state)
         steps = self._steps(fed, state)
-        numbers = _with(self.algorithm, steps)
+        numbers = with_steps(self.algorithm, steps)
         due = (k > 0) & ((k % _EVERY == 0) | (k < _EVERY) & (k & (k - 1) == 0))
         due = due | state.memory.longer(GROWN) | (state.memory.again > 0)
-        relayed = _Relayed(fed, self, numbers, steps, lambda: self._measured(fed, state, due))
+        relayed = Relayed(fed, self, numbers, steps, lambda: self._measured(fed, state, due))
         after, info = numbers.step(relayed, self._inner(state))
         seen = self._none(state) if relayed.seen is None else relayed.seen
         return self._after(fed, state, steps, attributes(after), info, due, seen)
-
-    def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-        steps = self._steps(fed, self._begun(fed, self.init(x, y)))
-        numbers = _with(self.algorithm, steps)
-        return numbers.estimate(_Relayed(fed, self, numbers, steps, None), x, y)
 
     def _rule(self, fed: Federation, kept: dict[str, PyTree]) -> outer.Rule:
         cut = getattr(self.algorithm, "truncation", None)
@@ -357,93 +309,12 @@ class Auto(Algorithm):
         own = method_named(self.algorithm, name)
 
         def relayed(client: Client, steps: dict[str, Scalar], *message: PyTree) -> PyTree:
-            return method_named(_with(self.algorithm, steps), name)(client, *message)
+            return method_named(with_steps(self.algorithm, steps), name)(client, *message)
 
         first, *rest = inspect.signature(own).parameters.values()
         steps = inspect.Parameter("steps", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         relayed.__signature__ = inspect.Signature([first, steps, *rest])  # pyright: ignore[reportFunctionMemberAccess]
         return relayed
-
-
-class _Asked:
-    """A client method of an `Auto`, by name."""
-
-    def __init__(self, owner: Auto, name: str):
-        self.__self__, self.__name__ = owner, name
-
-    def __call__(self, client: Client, *message: PyTree) -> PyTree:
-        return self.__self__.client_method(self.__name__)(client, *message)
-
-
-class _Relayed(Federation):
-    """What an algorithm with numbers sees: each message is sent with them, and what is measured goes beside the first.
-
-    Args:
-        measure: what is done after the first exchange that is in no loop; None: nothing.
-
-    Attributes:
-        seen: what was measured.
-    """
-
-    def __init__(
-        self, fed: Federation, owner: Auto, numbers: Algorithm, steps: dict[str, Scalar], measure: Callable[[], Seen] | None
-    ):  # fmt: skip
-        self.clients, self.cohort_size, self.weighted = fed.clients, fed.cohort_size, fed.weighted
-        self._fed, self._owner, self._numbers, self._steps = fed, owner, numbers, steps
-        self._measure, self._depth = measure, 0
-        self.seen: Seen | None = None
-
-    @property
-    def share(self) -> float | Float[Array, ""]:
-        if self._own_share is not None:
-            return self._own_share
-        return self._fed.share
-
-    _own_share: Share = None  # of the exchange beside which there was another one
-
-    def ask(
-        self, method: Method, message: tuple, combine: Combine, replies: Replies, cohort: Cohort, beside: bool
-    ) -> PyTree:
-        path = path_of(getattr(method, "__self__", None), self._numbers)
-        asked = method if path is None else _Asked(self._owner, f"{path}{getattr(method, '__name__', '')}")
-        message = message if path is None else (self._steps, *message)
-        out = self._fed.ask(asked, message, combine, replies, cohort, beside)
-        self._own_share = None
-        if self._measure is not None and self._depth == 0:
-            self._own_share, measure, self._measure = self._fed._share, self._measure, None
-            self.seen = measure()
-        return out
-
-    def _inside(self, body: Body) -> Body:
-        def turn(t: Int[Array, ""], carry: PyTree) -> PyTree:
-            self._depth += 1
-            try:
-                return body(t, carry)
-            finally:
-                self._depth -= 1
-
-        return turn
-
-    def repeat(self, times: Index, body: Body, carry: PyTree, most: int | None = None) -> PyTree:
-        return self._fed.repeat(times, self._inside(body), carry, most)
-
-    def rarely(self, times: Index, body: Body, carry: PyTree, most: int = 1) -> PyTree:
-        return self._fed.rarely(times, self._inside(body), carry, most)
-
-    def until(self, condition: Callable[[PyTree], Flag], body: Body, carry: PyTree, most: int) -> PyTree:
-        return self._fed.until(condition, self._inside(body), carry, most)
-
-    def randint(self, low: int, high: int) -> Int[Array, ""]:
-        return self._fed.randint(low, high)
-
-    def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
-        return self._fed.draw_cohort(size)
-
-
-def _with(algorithm: Algorithm, steps: dict[str, Scalar]) -> Algorithm:
-    """The algorithm with other steps, which are numbers to it as Python's are."""
-    values = [weakly(jnp.asarray(value)) for value in steps.values()]
-    return eqx.tree_at(lambda a: [getattr(a, name) for name in steps], algorithm, values)
 
 
 def _step(algorithm: Algorithm, taken: Mapping[str, Scalar], name: str) -> Rate:
