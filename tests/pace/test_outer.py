@@ -31,9 +31,9 @@ def moved(pace, h, k, rule=FULL, t=1.0, v=Y, at=X, curvature=4.0):
 
 
 def test_the_rules():
-    assert (FULL.first, SAMPLED.first, SERIES.first) == (3, 10, 0)
+    assert (FULL.first, SAMPLED.first, SERIES.first, outer.rule(False, False, False).first) == (3, 10, 10, 0)
     assert (FULL.shut_v, FULL.shut_y, SERIES.shut_y, SAMPLED.growth) == (0.2, 0.2, 0.5, 1.3)
-    assert FULL.damps and not SERIES.damps
+    assert SERIES.random and not FULL.random
 
 
 @pytest.mark.parametrize(("size", "t"), [(0.0, 1.0), (0.3, 0.5), (0.6, 0.0), (5.0, 0.0)])
@@ -112,6 +112,17 @@ def test_x_goes_slower_where_it_went_too_far_and_where_g_is_steeper():
     assert float(back.step) == pytest.approx(0.5 * float(on.step))
     steep, _ = moved(pace, h, 4, at=one.x, curvature=12.0)
     assert float(steep.step) == pytest.approx(float(on.step) / 9)
+
+
+def test_where_a_series_is_cut_at_random_the_first_distance_knows_all_draws():
+    """One draw in four is of any length: the one that x moves along first says little."""
+    pace, lengths = begun(rule=SERIES), [4.0 if k % 4 == 1 else 1e-3 for k in range(SERIES.first + 1)]
+    for k, length in enumerate(lengths):
+        at, pace = moved(pace, number([0.0, length]), k, SERIES, v=None)
+        assert (k < SERIES.first) == bool(jnp.all(at.x == X))
+    typical = np.sqrt(np.mean(np.square(lengths)))
+    assert float(pace.log_distance) == pytest.approx(np.log(0.1 * 2.0 / typical), abs=1e-5)
+    assert np.linalg.norm(at.x - X) == pytest.approx(0.1 * 2.0 / typical, rel=1e-5)
 
 
 def test_zeros_leave_everything_finite():

@@ -24,7 +24,8 @@ k = 10 on, and eta |h| grows by no more than 1.3. With u = e or d, w, m and p th
     sqrt( |m/w|^2 - (1 - .7) / (1 + .7) (p/w - |m/w|^2) )
 
 Algorithms that make v anew in each iteration have no gate of v. For these that of y shuts at 0.5, r_0 = .1 |f| / |h|, and x
-moves from the start.
+moves from the start. Where the server draws where a series is cut, most draws make h far too short: there x moves from
+k = 10 on, and |h|^2 in r_0 is the mean until then.
 
 All of it is free of scale: with x -> s x, y -> s y, f and g -> s f the path is the same.
 
@@ -67,7 +68,8 @@ class Rule:
         begin: of |f| / |h|: the first distance.
         growth: how much longer a move may be than the last one.
         sampled: whether clients or rows are.
-        damps: whether a turn of h says that x went too far.
+        random: whether the server draws where a series is cut. Then h is noise for the most part: a turn of it does not say
+            that x went too far, and a short one not how long it is.
     """
 
     first: int
@@ -76,7 +78,7 @@ class Rule:
     begin: float
     growth: float
     sampled: bool
-    damps: bool
+    random: bool
 
 
 def rule(keeps_v: bool, sampled: bool, random: bool) -> Rule:
@@ -87,9 +89,9 @@ def rule(keeps_v: bool, sampled: bool, random: bool) -> Rule:
         sampled: whether clients or rows are.
         random: whether the server draws where a series is cut.
     """
-    first = 10 if sampled else 3 if keeps_v else 0
+    first = 10 if sampled or random else 3 if keeps_v else 0
     y, begin = (0.2, _BEGIN) if keeps_v else (0.5, 10 * _BEGIN)
-    return Rule(first, 0.2, y, begin, 1.3 if sampled else 1.5, sampled, not random)
+    return Rule(first, 0.2, y, begin, 1.3 if sampled else 1.5, sampled, random)
 
 
 class Pace(eqx.Module):
@@ -295,8 +297,13 @@ def move(
     log_length = log(length) - pace.log_probe
     first = (k >= rule.first) & (pace.radius == 0) & (length > 0) & (t > 0)
     moving = first | (pace.radius > 0)
-    began = jnp.where(first, _first_distance(pace, v, rule) - log_length, pace.log_distance)
-    log_first = jnp.where(first, log_length, pace.log_first)
+    seen = log_length
+    if rule.random:  # the root of the mean square of those so far, along none of which x has moved
+        share = 1 / (k + 1).astype(kind)
+        parts = jnp.stack([2 * pace.log_first + log(1 - share), 2 * log_length + log(share)])
+        seen = jnp.where(pace.radius == 0, 0.5 * jax.nn.logsumexp(parts), log_length)
+    began = jnp.where(first, _first_distance(pace, v, rule) - seen, pace.log_distance)
+    log_first = jnp.where(first | (pace.radius == 0), seen, pace.log_first)
     away = log(optax.tree.norm(optax.tree.sub(before, pace.start)).astype(kind)) - began
     radius = jnp.where(moving, jnp.maximum(jnp.maximum(pace.radius, 1), jnp.exp(jnp.minimum(away, _FAR))), 0)
     squares = pace.squares + jnp.where(moving, t * jnp.exp(2 * jnp.clip(log_length - log_first, -_FAR, _FAR / 2)), 0)
@@ -330,7 +337,7 @@ def _first_distance(pace: Pace, v: PyTree, rule: Rule) -> Scalar:
 
 
 def _damped(pace: Pace, towards: PyTree, t: Scalar, moving: Bool[Array, ""], rule: Rule) -> Scalar:
-    if not rule.damps:
+    if rule.random:
         return pace.damping
     overshot = jnp.real(jnp.asarray(optax.tree.vdot(towards, pace.momentum))) < 0  # <h, m> > 0
     renewed = jnp.where(overshot, jnp.maximum(_BACK * pace.damping, _LEAST), jnp.minimum(_ON * pace.damping, 1))
