@@ -148,6 +148,9 @@ def means(data: fb.FederatedData, of: Callable[[dict[str, np.ndarray]], np.ndarr
 
 def rounds(case: Case, algorithm: fb.Lockstep, grid: list[tuple[float, float, float]], most: int) -> np.ndarray:
     """Rounds to arrive at each point (inner_lr, hessian_lr, outer_lr) of a grid; `most` if it does not, -1: blown up."""
+    algorithm = dataclasses.replace(
+        algorithm, **dict(zip(("inner_lr", "hessian_lr", "outer_lr"), grid[0], strict=True))
+    )
     stepper = fb.stepper(case.problem, case.data, algorithm, case.x, case.y)
     steps = jnp.asarray(grid).T
     every = eqx.tree_at(lambda a: (a.inner_lr, a.hessian_lr, a.outer_lr), stepper.algorithm, tuple(steps))

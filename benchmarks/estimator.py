@@ -19,13 +19,14 @@ import psutil
 import fedbilevel as fb
 
 ALLOWED = "3 iterations + 0.3 ms"
+STEPS = {"inner_lr": 0.01, "hessian_lr": 0.01, "outer_lr": 0.05}
 ALGORITHMS = {
-    "AggITD": fb.AggITD(),
-    "AggITD, full": fb.AggITD(truncation="full", batch_size=8),
-    "FedNest": fb.FedNest(),
-    "FedMBO": fb.FedMBO(),
-    "LFedNest": fb.LFedNest(),
-    "FedF2SA": fb.FedF2SA(),
+    "AggITD": fb.AggITD(**STEPS),
+    "AggITD, full": fb.AggITD(**STEPS, truncation="full", batch_size=8),
+    "FedNest": fb.FedNest(**STEPS),
+    "FedMBO": fb.FedMBO(**STEPS),
+    "LFedNest": fb.LFedNest(**STEPS),
+    "FedF2SA": fb.FedF2SA(inner_lr=0.01, outer_lr=0.05),
 }
 
 
@@ -82,13 +83,20 @@ def main() -> None:
     )
     small = fb.tasks.quadratic(clients=10)
     if quick:
-        compare("AggITD", fb.AggITD(inner_rounds=1), small, fb.Simulation(), calls=20, blocks=1)
+        compare("AggITD", fb.AggITD(**STEPS, inner_rounds=1), small, fb.Simulation(), calls=20, blocks=1)
         return
     for name, algorithm in ALGORITHMS.items():
         compare(name, algorithm, small, fb.Simulation(), calls=1000, blocks=5)
     ridge = fb.tasks.hyper_representation(dataset="digits", clients=20)
-    compare("AggITD, network, 5 of 20", fb.AggITD(batch_size=16), ridge, fb.Simulation(cohort=5), calls=200, blocks=5)
-    compare("AggITD, Loopback", fb.AggITD(), small, fb.Loopback(), calls=20, blocks=3)
+    compare(
+        "AggITD, network, 5 of 20",
+        fb.AggITD(**STEPS, batch_size=16),
+        ridge,
+        fb.Simulation(cohort=5),
+        calls=200,
+        blocks=5,
+    )
+    compare("AggITD, Loopback", ALGORITHMS["AggITD"], small, fb.Loopback(), calls=20, blocks=3)
 
 
 if __name__ == "__main__":

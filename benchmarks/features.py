@@ -89,7 +89,7 @@ def main() -> None:
     print(f"{'':44} {times}  with / each exchange  with / without (middle halves)")
     common = {"inner_rounds": 5, "hessian_lr": 0.01, "outer_lr": 0.01}
     if given.quick:
-        return compare("1 local step", fb.AggITD(local_steps=1, batch_size=4, **common), CLIENTS, runs)
+        return compare("1 local step", fb.AggITD(local_steps=1, inner_lr=0.01, batch_size=4, **common), CLIENTS, runs)
     for name, steps, size in (
         ("1 local step, minibatches of 64 rows", 1, 64),
         ("40 local steps, 64 rows each", 40, 64),

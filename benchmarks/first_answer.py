@@ -38,7 +38,7 @@ name, way = sys.argv[1:]
 begin = time.process_time()
 task = hyper_representation(dataset="digits", partition="shards", clients=20, seed=0)
 built = time.process_time() - begin
-steps = dict(inner_lr=0.1, outer_lr=0.01)
+steps = dict(inner_lr=0.1, hessian_lr=0.01, outer_lr=0.01)
 algorithm = fb.AggITD(inner_rounds=5, **steps) if name == "AggITD" else getattr(fb.algorithms, name)(**steps)
 knows = "compile" in inspect.signature(fb.Simulation).parameters
 engine = fb.Simulation(cohort=5, **({"compile": way} if knows else {}))

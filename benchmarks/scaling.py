@@ -118,7 +118,8 @@ def network(clients: int, cohort: int, client_batch: int | None, rounds: int, it
     data = fb.FederatedData.stack(part(slice(0, 20)), part(slice(20, ROWS)))
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(data)) / 1e6
     x, y = layer(jax.random.key(1), INPUTS, HIDDEN), layer(jax.random.key(2), HIDDEN, CLASSES)
-    alg = fb.AggITD(inner_rounds=rounds, local_steps=2, outer_steps=2, batch_size=16, outer_lr=0.01)
+    steps = {"inner_lr": 0.01, "hessian_lr": 0.01, "outer_lr": 0.01}
+    alg = fb.AggITD(inner_rounds=rounds, local_steps=2, outer_steps=2, batch_size=16, **steps)
     begin = time.process_time()
     problem = fb.Problem(InnerLoss(), outer_loss, features=features)
     run = fb.Simulation(cohort=cohort, client_batch=client_batch).bind(

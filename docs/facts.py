@@ -134,7 +134,7 @@ def algorithm_pages() -> str:
 
 
 def steps() -> str:
-    """Which steps of which algorithm may be "auto", and why others may not."""
+    """Which steps of which algorithm are found while it runs, and why others are not."""
     return table(
         ["algorithm", *(f"`{name}`" for name in STEPS)],
         ([f"`{kind.__name__}`", *_steps(kind)] for kind in ALGORITHMS.values()),
@@ -142,8 +142,13 @@ def steps() -> str:
 
 
 def _steps(kind: type[Algorithm]) -> list[str]:
-    fields = {field.name: field.metadata for field in dataclasses.fields(kind)}
-    told = lambda field: "auto" if "auto" in field.get("words", ()) else field["why"]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+
+    def told(field: dataclasses.Field) -> str:
+        if "auto" not in field.metadata.get("words", ()):
+            return field.metadata["why"]
+        return "auto" if field.default == "auto" else 'where you say "auto", in rounds of its own'
+
     return [told(fields[name]) if name in fields else "it has none" for name in STEPS]
 
 

@@ -10,6 +10,7 @@ import pytest
 import fedbilevel as fb
 from fedbilevel import beginning
 from fedbilevel.beginning import as_leaves, first_client_state, first_state
+from helpers.plain import plain
 
 COMPILED = []
 
@@ -30,7 +31,7 @@ class Picky(fb.AggITD):
         return super().init(x, -y if float(y[0]) > 0 else y)
 
 
-@pytest.mark.parametrize("algorithm", [fb.AggITD(hessian_lr="auto"), fb.algorithms.Lockstep(), fb.algorithms.FedMSA()])
+@pytest.mark.parametrize("algorithm", [plain(fb.AggITD, hessian_lr="auto"), plain(fb.Lockstep), plain(fb.FedMSA)])
 def test_they_are_the_same(algorithm):
     expected = algorithm.init(X, Y)
     found = first_state(algorithm, X, Y)
@@ -40,7 +41,7 @@ def test_they_are_the_same(algorithm):
     jax.tree.map(np.testing.assert_array_equal, first_client_state(algorithm, found), kept)
 
 
-@pytest.mark.parametrize("algorithm", [fb.algorithms.Lockstep(), fb.algorithms.FedMSA(), fb.FedNest()])
+@pytest.mark.parametrize("algorithm", [plain(fb.Lockstep), plain(fb.FedMSA), plain(fb.FedNest)])
 def test_what_is_only_filled_with_numbers_compiles_nothing(algorithm):
     x, y = {"w": jnp.arange(4.0)}, jnp.array([0.5, -2.0, 3.0])  # of shapes that no other test has
     COMPILED.clear()

@@ -122,7 +122,7 @@ def test_weighted_clients_are_their_pooled_data(weights):
             shares = np.multiply(counts, times)
             np.testing.assert_allclose(shares / shares.sum(), np.array(weights) / 6)
     data, pooled = stacked(q, weights, copies)
-    algorithm = fb.AggITD(inner_rounds=3, inner_lr=0.1, local_steps=1, hessian_lr=0.1, truncation="full")
+    algorithm = fb.AggITD(inner_rounds=3, inner_lr=0.1, local_steps=1, hessian_lr=0.1, outer_lr=0.05, truncation="full")
     run = lambda data: fb.solve(q.problem, data, algorithm, q.x, q.y, 2, key=KEYS[0])
     alike = fb.FederatedData.stack(q.inner, q.outer, weights=[1, 1, 1])
     one, other, plain = run(data), run(pooled), run(alike)

@@ -9,6 +9,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel import data
+from helpers.plain import plain
 
 ROWS = np.random.default_rng(4).normal(size=(30, 5, 3))
 
@@ -41,7 +42,7 @@ def test_a_run_goes_the_same_way(monkeypatch, options):
     for far in (30, 31):
         own = stacked(monkeypatch, far, **options)
         result = fb.solve(
-            fb.Problem(loss, loss), own, fb.SimFBO(batch_size=2), jnp.ones(3), jnp.ones(()), 5, key=jax.random.key(1),
+            fb.Problem(loss, loss), own, plain(fb.SimFBO, batch_size=2), jnp.ones(3), jnp.ones(()), 5, key=jax.random.key(1),
             engine=fb.Simulation(cohort=None if options else 6),
         )  # fmt: skip
         runs.append(np.append(result.x, result.y))

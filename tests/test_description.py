@@ -6,6 +6,7 @@ import pytest
 import fedbilevel as fb
 from fedbilevel.callbacks import Callback
 from fedbilevel.settings import best
+from helpers.plain import plain
 
 TASK = fb.tasks.quadratic(clients=3)
 LOCKSTEP = fb.Lockstep(inner_lr=0.1, hessian_lr=0.1, outer_lr=0.1)
@@ -53,7 +54,7 @@ def test_its_precision_is_its_own():
 
 @pytest.mark.parametrize("engine", [fb.Simulation(), fb.Loopback()])
 def test_kept_it_leaves_what_a_failure_left(tmp_path, engine):
-    run = TASK.describe(fb.Lockstep(inner_lr=90.0), iterations=80, engine=engine)
+    run = TASK.describe(plain(fb.Lockstep, inner_lr=90.0), iterations=80, engine=engine)
     with pytest.raises(fb.Diverged) as failure:
         fb.results.keep(run, tmp_path, quiet=True)
     with np.load(tmp_path / "variables.npz") as saved:

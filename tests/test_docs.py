@@ -126,6 +126,13 @@ def test_the_python_of_a_page_runs(page, fresh, tmp_path):
     fresh.run(str(file), tmp_path)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quickstart.md"])
+def test_a_first_example_gives_no_step_size(page):
+    parts = [text for _, text in blocks((ROOT / page).read_text(), "python")]
+    solved = next(k for k, text in enumerate(parts) if "fb.solve(" in text)
+    assert "_lr" not in "".join(parts[: solved + 1])
+
+
 @pytest.mark.parametrize(
     "page",
     [

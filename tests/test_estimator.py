@@ -15,12 +15,13 @@ import fedbilevel as fb
 from fedbilevel.algorithm import State
 from fedbilevel.algorithms import ALGORITHMS, checked
 from fedbilevel.estimator import estimate
+from helpers.plain import plain
 from helpers.quadratic import flat, quadratic
 
 Q = quadratic(clients=3, sizes=((3, 3),))
 DATA = fb.FederatedData.stack(Q.inner, Q.outer, weights=[1.0, 2.0, 3.0])
 GIVEN = Q.problem, DATA
-NEST = fb.FedNest(inner_rounds=1, neumann_terms=1, local_steps=1)
+NEST = plain(fb.FedNest, inner_rounds=1, neumann_terms=1, local_steps=1)
 KEY = jax.random.key(3)
 FORMS = [name for name, kind in ALGORITHMS.items() if kind.estimate is not fb.Algorithm.estimate]
 QUICK = ("aggitd",)
@@ -144,7 +145,7 @@ def test_a_thousand_calls_compile_nothing_and_keep_nothing():
     assert len(COMPILED) == compiled
     gc.collect()
     assert len(jax.live_arrays()) <= arrays
-    fb.estimator(*GIVEN, fb.FedNest(neumann_terms=2, inner_rounds=1), x, y)
+    fb.estimator(*GIVEN, plain(fb.FedNest, neumann_terms=2, inner_rounds=1), x, y)
     assert len(COMPILED) > compiled  # the count sees a compilation
 
 
@@ -244,7 +245,7 @@ def test_a_wide_x_is_refused_where_32_bits_are_bound():
 
 
 def test_an_estimate_that_blows_up_says_so():
-    wild = fb.AggITD(inner_rounds=2000, inner_lr=30.0, local_steps=1, truncation="full")
+    wild = plain(fb.AggITD, inner_rounds=2000, inner_lr=30.0, local_steps=1, truncation="full")
     estimator = fb.estimator(*GIVEN, wild, Q.x, Q.y)
     with pytest.raises(fb.Diverged, match=r"the hypergradient estimate of AggITD is not finite.*lower inner_lr"):
         estimator(Q.x, Q.y, KEY)

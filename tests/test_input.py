@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
+from helpers.plain import plain
 from helpers.quadratic import quadratic
 
 Q0 = quadratic(clients=3)
-ALGORITHM = fb.AggITD(inner_rounds=1, local_steps=1)
+ALGORITHM = plain(fb.AggITD, inner_rounds=1, local_steps=1)
 KEY = jax.random.key(0)
 
 

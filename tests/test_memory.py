@@ -12,6 +12,7 @@ import fedbilevel as fb
 from fedbilevel import compiled as programs
 from fedbilevel import memory
 from fedbilevel.protocol import derivation
+from helpers.plain import plain
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are counted on Linux alone")
@@ -53,7 +54,7 @@ def test_forgotten_programs_are_gone_at_once(monkeypatch):
     rows = [np.arange(6.0).reshape(3, 2)] * 2
     data, x = fb.FederatedData.stack(rows, rows), jnp.ones(2)
     problem = lambda scale: fb.Problem(lambda x, y, e: scale * jnp.sum((y - x) ** 2), lambda x, y, e: jnp.sum(y * y))
-    once = lambda scale: fb.solve(problem(scale), data, fb.FedNest(), x, x, 1, key=jax.random.key(0))
+    once = lambda scale: fb.solve(problem(scale), data, plain(fb.FedNest), x, x, 1, key=jax.random.key(0))
     once(1.03)
     gc.collect()
     gc.disable()

@@ -17,6 +17,7 @@ from fedbilevel.engines.messaging.transport import Answers as InTransit
 from fedbilevel.pace.curvature import remembered
 from fedbilevel.result import save_variables
 from helpers import apps
+from helpers.plain import plain
 from helpers.quadratic import flat, quadratic
 
 pytest.importorskip("nvflare")
@@ -165,7 +166,7 @@ def test_they_are_saved_by_name(tmp_path):
 
 
 def test_other_algorithms_have_one_for_all():
-    assert run(fb.FedBiOAcc(**STEPS, outer_lr=0.02), 2).clients_y is None
+    assert run(plain(fb.FedBiOAcc, **STEPS, outer_lr=0.02), 2).clients_y is None
 
 
 def test_an_own_lower_variable_unlike_y_is_refused():
@@ -328,7 +329,7 @@ def test_what_counts_is_what_they_write_down_also_where_answers_were_lost(app, t
 def test_a_metric_named_like_another_column_is_refused(name):
     metrics = {name: lambda x, y: 0.0}
     with pytest.raises(fb.InputError, match=f"cannot be named '{name}'"):
-        run(fb.Lockstep(), 1, metrics=metrics)
+        run(plain(fb.Lockstep), 1, metrics=metrics)
     with pytest.raises(fb.InputError, match=f"cannot be named '{name}'"):
         fb.App(Q.problem, fb.Lockstep(), lambda: (Q.x, Q.y), lambda site: (), iterations=1, metrics=metrics)
 
@@ -365,4 +366,4 @@ def test_diagnostics_and_constants_take_no_column_s_place_either(name, tmp_path)
         run(Loud(), 1)
     if name in ("rounds", "seconds"):
         with pytest.raises(fb.InputError, match=rf"CSV\(extra=...\) cannot have {name}"):
-            run(fb.FedBiO(), 1, callbacks=[fb.callbacks.CSV(tmp_path / "history.csv", {name: 3})])
+            run(plain(fb.FedBiO), 1, callbacks=[fb.callbacks.CSV(tmp_path / "history.csv", {name: 3})])

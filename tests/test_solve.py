@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
+from helpers.plain import RATES
 from helpers.quadratic import flat
 
 KEY = jax.random.key(0)
@@ -168,7 +169,7 @@ def test_equinox_modules_are_variables_and_come_back_as_modules():
 
     (g, g_arrays), (f, f_arrays) = loss(0.1), loss(0.0)
     plain = lambda layer: {"weight": layer.weight, "bias": layer.bias}
-    algorithm = fb.LFedNest(inner_rounds=1, local_steps=1)
+    algorithm = fb.LFedNest(**RATES, inner_rounds=1, local_steps=1)
     result = solve(3, algorithm, fb.Problem(g, f), body, head, data, metrics={"name": lambda x, y: len(x.name)})
     other = solve(3, algorithm, fb.Problem(g_arrays, f_arrays), plain(body.layer), plain(head), data)
     assert isinstance(result.x, Body) and isinstance(result.y, eqx.nn.Linear)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
+from helpers.plain import plain
 from helpers.quadratic import quadratic
 
 Q = quadratic(seed=0, clients=2)
@@ -32,11 +33,11 @@ KEY = jax.random.key(0)
 
 
 def takers(x, y):
-    given = Q.problem, Q.data, fb.Lockstep(), x, y
+    given = Q.problem, Q.data, plain(fb.Lockstep), x, y
     return {
         "solve": lambda: fb.solve(*given, iterations=1, key=KEY, check=False),
         "estimate": lambda: fb.estimate_hypergradient(*given, key=KEY),
-        "protocol": lambda: fb.protocol(fb.Lockstep(), Q.problem, Q.data, x, y),
+        "protocol": lambda: fb.protocol(plain(fb.Lockstep), Q.problem, Q.data, x, y),
         "reference": lambda: fb.reference.inner_value(Q.problem, Q.data, x, y),
     }
 

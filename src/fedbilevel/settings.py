@@ -13,6 +13,7 @@ from .pace.automatic import STEPS as FOUND
 
 STEPS = tuple(FOUND)  # the three step sizes, of which an algorithm has those that it needs
 UNTUNED = "auto"  # of step sizes that nobody has chosen: they are found while an algorithm runs, but for a few
+DEFAULTS = "class defaults"  # where none of them is found
 _SOURCES = {"library": "stored", "search": "stored by search"}
 
 
@@ -23,7 +24,8 @@ class Chosen:
     Attributes:
         algorithm: it.
         steps: where its step sizes come from, in words: "given", "stored", "stored by search", "auto", "the
-            app's own"; with what was given beside, as in "stored, outer_lr given" or "stored, outer_lr auto".
+            app's own", "class defaults" where none can be found; with what was given beside, as in
+            "stored, outer_lr given" or "stored, outer_lr auto".
     """
 
     algorithm: Algorithm
@@ -64,20 +66,20 @@ def chosen(
         InputError: there is no such algorithm, or the store holds a setting that it does not have.
     """
     kind, entry = algorithm_class(name), store.known(*where, name)
-    base = {**automatic(kind), **(shared or {})} if entry is None else dict(entry.settings)
+    base = dict(shared or {}) if entry is None else dict(entry.settings)
     fields = {field.name for field in dataclasses.fields(kind)}
     for setting in sorted(set(base) - fields):
         raise InputError(
             f"the store of step sizes has {setting}={base[setting]!r} for {name}, which has no such setting."
         )
-    source = UNTUNED if entry is None else _SOURCES[entry.source]
+    source = _untuned(kind) if entry is None else _SOURCES[entry.source]
     return Chosen(kind(**{**base, **given}), whence(kind, source, given))
 
 
-def automatic(kind: type[Algorithm]) -> dict[str, Setting]:
-    """ "auto" for each step of an algorithm that can be found while it runs."""
-    fields = (field for field in dataclasses.fields(kind) if field.name in STEPS)
-    return {field.name: "auto" for field in fields if "auto" in field.metadata.get("words", ())}
+def _untuned(kind: type[Algorithm]) -> str:
+    """Where the steps come from that nobody has chosen."""
+    found = any(field.default == "auto" for field in dataclasses.fields(kind) if field.name in STEPS)
+    return UNTUNED if found else DEFAULTS
 
 
 def whence(kind: type[Algorithm], source: str, given: Mapping[str, Setting]) -> str:
@@ -95,10 +97,12 @@ def whence(kind: type[Algorithm], source: str, given: Mapping[str, Setting]) -> 
 
 
 def told_apart(steps: Mapping[str, str]) -> dict[str, str]:
-    """What to call each algorithm: where some have chosen step sizes and others find them, these say so."""
-    untuned = [name for name, whence in steps.items() if whence.startswith(UNTUNED)]
-    mixed = 0 < len(untuned) < len(steps)
-    return {name: f"{name} ({UNTUNED})" if mixed and name in untuned else name for name in steps}
+    """What to call each algorithm: where some have chosen step sizes and others have not, these say so."""
+    words = {
+        name: next((word for word in (UNTUNED, DEFAULTS) if said.startswith(word)), "") for name, said in steps.items()
+    }
+    alike = len(set(words.values())) <= 1
+    return {name: f"{name} ({word})" if word and not alike else name for name, word in words.items()}
 
 
 def parse(words: list[str], kinds: Mapping[str, type[Algorithm]]) -> dict[str, dict[str, Setting]]:

@@ -9,6 +9,7 @@ from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.errors import InputError
 from fedbilevel.tasks import TASKS
 from fedbilevel_studies import catalogue, family, summary, tables
+from helpers.plain import plain
 
 
 def test_the_family_s_studies_leave_nobody_out_and_let_x_move_as_far():
@@ -33,7 +34,7 @@ def test_shrofbo_with_equal_steps_is_simfbo():
     """Which is why the family's studies run it once."""
     task = TASKS["quadratic"]()
     ends = [
-        solve(task.problem, task.data, ALGORITHMS[name](local_steps=3), task.x, task.y, 5, key=task.key).x
+        solve(task.problem, task.data, plain(ALGORITHMS[name], local_steps=3), task.x, task.y, 5, key=task.key).x
         for name in ("simfbo", "shrofbo")
     ]
     np.testing.assert_allclose(*map(np.asarray, ends), rtol=1e-10)

@@ -14,12 +14,13 @@ import fedbilevel as fb
 from fedbilevel.errors import InputError
 from fedbilevel_studies import catalogue, search, stages, tables
 from fedbilevel_studies.oracles import oracle_calls
+from helpers.plain import plain
 from helpers.small_study import SMALL
 
 
 def test_oracle_calls_are_those_counted_by_hand():
     # N = 2: an anchor and two of three local steps evaluate twice; factors for t = 1, 2; d_y f for t = 0, 1, 2
-    full = oracle_calls(fb.AggITD(inner_rounds=2, local_steps=3, truncation="full"))
+    full = oracle_calls(plain(fb.AggITD, inner_rounds=2, local_steps=3, truncation="full"))
     assert full == {
         "inner_gradient": 10,
         "inner_gradient_x": 0,
@@ -28,10 +29,10 @@ def test_oracle_calls_are_those_counted_by_hand():
         "outer_gradients": 4,
         "all": 17,
     }
-    uniform = oracle_calls(fb.AggITD(inner_rounds=2, local_steps=3))
+    uniform = oracle_calls(plain(fb.AggITD, inner_rounds=2, local_steps=3))
     assert uniform["hessian_vector"] == pytest.approx(1)  # N - Q on average
     assert uniform["outer_gradients"] == pytest.approx(2)
-    nest = oracle_calls(fb.FedNest(inner_rounds=2, local_steps=3, neumann_terms=4, truncation="full"))
+    nest = oracle_calls(plain(fb.FedNest, inner_rounds=2, local_steps=3, neumann_terms=4, truncation="full"))
     assert nest == {
         "inner_gradient": 10,
         "inner_gradient_x": 0,
@@ -40,7 +41,9 @@ def test_oracle_calls_are_those_counted_by_hand():
         "outer_gradients": 2,
         "all": 17,
     }
-    penalty = oracle_calls(fb.FedF2SA(inner_rounds=2, local_steps=3))  # two gradients of g and one of f a local step
+    penalty = oracle_calls(
+        plain(fb.FedF2SA, inner_rounds=2, local_steps=3)
+    )  # two gradients of g and one of f a local step
     assert penalty == {
         "inner_gradient": 12,
         "inner_gradient_x": 2,
@@ -54,10 +57,12 @@ def test_oracle_calls_are_those_counted_by_hand():
 def test_oracle_calls_of_those_who_ask_others_than_the_cohort():
     # FedMSA looks with everybody, at two points, four oracles each; then 2 local steps of a cohort, at two points
     look, steps = 2 * 4, 2 * 2 * 4
-    assert oracle_calls(fb.FedMSA(local_steps=2), clients=6, cohort=3)["all"] == 2 * look + steps
+    assert oracle_calls(plain(fb.FedMSA, local_steps=2), clients=6, cohort=3)["all"] == 2 * look + steps
     # FedMBO asks a cohort for y, and one client each for a chain's start, its factors (one of three on average) and its end
     chains = {"inner_rounds": 2, "local_steps": 1, "neumann_terms": 3, "chains": 2}
-    assert oracle_calls(fb.FedMBO(**chains), clients=6, cohort=3)["all"] == pytest.approx(2 + 2 * (1 + 1 + 2) / 3)
+    assert oracle_calls(plain(fb.FedMBO, **chains), clients=6, cohort=3)["all"] == pytest.approx(
+        2 + 2 * (1 + 1 + 2) / 3
+    )
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from fedbilevel.algorithms.aggitd_ours import OneRound
 from helpers import cases
 from helpers.draws import STEPS, N, exact, fresh_clients
 from helpers.logistic import CLIENTS, PROBLEM, X, Y
+from helpers.plain import plain
 from helpers.quadratic import DY, flat, power, quadratic
 from helpers.small_task import COHORT, COLUMNS, DX, task
 from helpers.small_task import DY as SENT_Y
@@ -50,7 +51,7 @@ def test_a_warm_start_of_v_ends_at_the_hypergradient_where_a_cold_one_stays_bias
 
     def run(**options):
         steps = {"inner_rounds": turns, "inner_lr": 0.05, "local_steps": 2, "hessian_lr": lam}
-        algorithm = Staying(truncation="full", **steps, **options)
+        algorithm = plain(Staying, truncation="full", **steps, **options)
         return estimates(fb.solve(Q0.problem, Q0.data, algorithm, Q0.x, start, iterations, key=KEY).history, T.size)
 
     cold, warm = run(), run(warm_start_v=True)
@@ -63,7 +64,7 @@ def test_a_warm_start_of_v_ends_at_the_hypergradient_where_a_cold_one_stays_bias
 
 
 def test_a_warm_start_does_not_claim_that_factors_stretch():
-    algorithm = fb.AggITD(truncation="full", warm_start_v=True, outer_lr=1e-9)
+    algorithm = plain(fb.AggITD, truncation="full", warm_start_v=True, outer_lr=1e-9)
     history = fb.solve(Q0.problem, Q0.data, algorithm, Q0.x, Q0.y, 200, key=KEY).history
     assert np.isnan(history.column("vector_growth")[1:]).all()
 
@@ -104,8 +105,8 @@ def test_one_round_a_turn_leads_to_the_solution_with_cohorts_too(kind, cohort, t
     q = quadratic(seed=2, clients=8)
     curvature = np.linalg.eigvalsh(q.hessians(q.t)).max()
     for tau in taus:
-        algorithm = kind(
-            inner_rounds=500, inner_lr=0.4 / (tau * curvature), local_steps=tau, one_round=True, truncation="full"
+        algorithm = plain(
+            kind, inner_rounds=500, inner_lr=0.4 / (tau * curvature), local_steps=tau, one_round=True, truncation="full"
         )
         options = {"key": KEY, "engine": fb.Simulation(cohort), "evaluate_every": 12}
         result = fb.solve(q.problem, q.data, algorithm, q.x, q.y, 12, **options)
@@ -115,7 +116,7 @@ def test_one_round_a_turn_leads_to_the_solution_with_cohorts_too(kind, cohort, t
 
 def test_without_control_variates_a_cohort_leaves_a_floor():
     q = quadratic(seed=2, clients=8)
-    algorithm = Staying(inner_rounds=500, inner_lr=0.05, local_steps=1, truncation="full")
+    algorithm = plain(Staying, inner_rounds=500, inner_lr=0.05, local_steps=1, truncation="full")
     options = {"key": KEY, "engine": fb.Simulation(3), "evaluate_every": 4}
     y = fb.solve(q.problem, q.data, algorithm, q.x, q.y, 4, **options).y
     assert np.linalg.norm(flat(y) - q.solution(q.t)) > 1e-3
@@ -124,7 +125,7 @@ def test_without_control_variates_a_cohort_leaves_a_floor():
 def test_weighted_clients_need_all_of_them():
     data = fb.FederatedData.stack(Q0.inner, Q0.outer, weights=[1, 2, 3, 4, 5])
     run = lambda cohort: fb.solve(
-        Q0.problem, data, fb.AggITD(one_round=True), Q0.x, Q0.y, 1, key=KEY, engine=fb.Simulation(cohort)
+        Q0.problem, data, plain(fb.AggITD, one_round=True), Q0.x, Q0.y, 1, key=KEY, engine=fb.Simulation(cohort)
     )
     assert np.isfinite(flat(run(None).x)).all()
     with pytest.raises(fb.InputError, match="leave cohort= out"):
@@ -183,7 +184,7 @@ def test_independent_cohorts_remove_the_bias(independent):
     exchanges = (3 if independent else 2) * N + 2
     means = []
     for Q in range(N + 1):
-        algorithm = Exhaustive(inner_rounds=N, truncation=Q, independent_cohorts=independent, **STEPS)
+        algorithm = plain(Exhaustive, inner_rounds=N, truncation=Q, independent_cohorts=independent, **STEPS)
         run = fb.solve(PROBLEM, CLIENTS.data, algorithm, X, Y, 3**exchanges, key=KEY, engine=fb.Simulation(cohort=1))
         means.append(estimates(run.history, 2).mean(0))
     mean, unbiased, shared = np.mean(means, axis=0), exact(CLIENTS, "aggitd"), fresh_clients("aggitd")
@@ -213,7 +214,7 @@ def counted(turns, Q, options):
 @pytest.mark.parametrize("options", CHOICES, ids=named)
 def test_the_protocol_is_the_formula(options):
     for turns, cut in itertools.product((1, 4), ("full",) if options["warm_start_v"] else ("full", "uniform")):
-        algorithm = fb.AggITD(inner_rounds=turns, truncation=cut, **options)
+        algorithm = plain(fb.AggITD, inner_rounds=turns, truncation=cut, **options)
         protocol = fb.protocol(algorithm, *task(), engine=fb.Simulation(cohort=COHORT))
         each = np.array([counted(turns, Q, options) for Q in ([0] if cut == "full" else range(turns + 1))])
         assert protocol.kind == "exact"
@@ -226,7 +227,7 @@ def test_the_protocol_is_the_formula(options):
 def test_what_is_counted_is_the_formula(options):
     problem, data, x, y = task()
     turns, Q = 2, 0 if options["warm_start_v"] else 1
-    algorithm = fb.AggITD(inner_rounds=turns, truncation="full" if options["warm_start_v"] else Q, **options)
+    algorithm = plain(fb.AggITD, inner_rounds=turns, truncation="full" if options["warm_start_v"] else Q, **options)
     for engine in (fb.Simulation(cohort=COHORT), fb.Loopback(cohort=COHORT)):
         row = fb.solve(problem, data, algorithm, x, y, 1, key=KEY, engine=engine).history[-1]
         np.testing.assert_array_equal([row[name] for name in COLUMNS], counted(turns, Q, options))
@@ -272,7 +273,7 @@ def test_an_exchange_beside_another_needs_one_in_the_same_place(where):
 def test_both_engines_agree(options):
     q = cases.problem()
     cut: Any = "full" if options["warm_start_v"] else "uniform"
-    algorithm = fb.AggITD(inner_rounds=2, local_steps=2, batch_size=2, truncation=cut, **options)
+    algorithm = plain(fb.AggITD, inner_rounds=2, local_steps=2, batch_size=2, truncation=cut, **options)
     engines = fb.Simulation(cohort=4), fb.Loopback(cohort=4, shuffle=3)
     one, other = (fb.solve(q.problem, q.data, algorithm, q.x, q.y, 3, key=KEY, engine=engine) for engine in engines)
     np.testing.assert_allclose(flat(one.state), flat(other.state), rtol=1e-12, atol=1e-12)
@@ -282,7 +283,7 @@ def test_both_engines_agree(options):
 
 @pytest.mark.slow
 def test_the_conformance_suite_passes_all_of_them_together():
-    busy = fb.AggITD(inner_rounds=2, local_steps=2, batch_size=2, truncation="full", **CHOICES[-1])
+    busy = plain(fb.AggITD, inner_rounds=2, local_steps=2, batch_size=2, truncation="full", **CHOICES[-1])
     accurate = fb.AggITD(
         inner_rounds=600, local_steps=1, inner_lr=0.15, hessian_lr=0.15, truncation="full", **CHOICES[-1]
     )

@@ -13,6 +13,7 @@ import pytest
 import fedbilevel as fb
 from helpers.draws import KINDS, LAM, LR, STEPS, average, exact, fixed, fresh_clients
 from helpers.logistic import CLIENTS, PROBLEM, ROWS, X, Y
+from helpers.plain import plain
 
 
 @fb.federation.Federation.register
@@ -37,7 +38,7 @@ def sampled(kind, data, wrap=lambda fed: fed, cohort=None, draws=20_000, **setti
             h, _ = self.estimate(wrap(fed), state.x, state.y)
             return state, {"h0": h[0], "h1": h[1]}
 
-    algorithm, engine = Probe(**{**STEPS, **settings}), fb.Simulation(cohort=cohort)
+    algorithm, engine = plain(Probe, **{**STEPS, **settings}), fb.Simulation(cohort=cohort)
     history = fb.solve(PROBLEM, data, algorithm, X, Y, draws, key=jax.random.key(0), engine=engine).history
     return np.stack([history.column("h0"), history.column("h1")], axis=1)[1:]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
+from helpers.plain import plain
 from helpers.quadratic import DY, estimate, flat, power, quadratic
 from helpers.quadratic import inner as inner_loss
 
@@ -25,11 +26,11 @@ M = np.eye(DY) - HESSIAN_LR * H
 
 
 def aggitd(truncation, rounds=N):
-    return fb.AggITD(inner_rounds=rounds, truncation=truncation, **STEPS)
+    return plain(fb.AggITD, inner_rounds=rounds, truncation=truncation, **STEPS)
 
 
 def fednest(truncation, terms=N):
-    return fb.FedNest(inner_rounds=3, neumann_terms=terms, truncation=truncation, **STEPS)
+    return plain(fb.FedNest, inner_rounds=3, neumann_terms=terms, truncation=truncation, **STEPS)
 
 
 def close(one, other, tolerance=EXACT):
@@ -196,8 +197,14 @@ def test_fednest_full_is_the_sum_of_n_plus_one_terms(nested):
 
 
 def test_lfednest_estimates_the_mean_of_local_hypergradients_instead():
-    light = fb.LFedNest(
-        inner_rounds=1500, inner_lr=0.1, local_steps=1, neumann_terms=1500, hessian_lr=0.1, truncation="full"
+    light = plain(
+        fb.LFedNest,
+        inner_rounds=1500,
+        inner_lr=0.1,
+        local_steps=1,
+        neumann_terms=1500,
+        hessian_lr=0.1,
+        truncation="full",
     )
     h, y = estimate(Q0, light)
     best = Q0.solution(T)

@@ -21,6 +21,7 @@ from fedbilevel.watch import attributes
 from fedbilevel_studies.theory import unequal
 from fedbilevel_studies.theory.family import CURVATURE, DX
 from helpers.family import L_UPPER, STEPS, L, end, on_quadratic, quadratic, ridge
+from helpers.plain import plain
 
 # Where the exact ones go -------------------------------------------------------------------------------------------------
 
@@ -163,12 +164,12 @@ UNEQUAL = unequal.steps()
 @pytest.mark.parametrize(
     ("algorithm", "steps"),
     [
-        (fb.SimFBO(local_steps=5), (5,) * 8),
-        (fb.SimFBO(local_steps=3, server_lr=0.5), (3,) * 8),
-        (fb.FedBiO(local_steps=5), (5,) * 8),
-        (fb.MemFBO(local_steps=5), (5,) * 8),
-        (fb.SimFBO(client_steps=UNEQUAL), UNEQUAL),
-        (fb.ShroFBO(client_steps=UNEQUAL), UNEQUAL),
+        (plain(fb.SimFBO, local_steps=5), (5,) * 8),
+        (plain(fb.SimFBO, local_steps=3, server_lr=0.5), (3,) * 8),
+        (plain(fb.FedBiO, local_steps=5), (5,) * 8),
+        (plain(fb.MemFBO, local_steps=5), (5,) * 8),
+        (plain(fb.SimFBO, client_steps=UNEQUAL), UNEQUAL),
+        (plain(fb.ShroFBO, client_steps=UNEQUAL), UNEQUAL),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, fb.Algorithm) else str(value),
 )

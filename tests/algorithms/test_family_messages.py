@@ -10,6 +10,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.algorithms.about import about
+from helpers.plain import plain
 from helpers.small_task import CLIENTS, COHORT, COLUMNS, DX, DY, ledger, task
 
 Z, WHOLE = DX + 2 * DY, 4  # numbers of (x, y, v); bytes of a whole number
@@ -23,20 +24,20 @@ def over_cohort(rounds, down, up, whole=0):
 
 T = 3
 COUNTS = {
-    fb.SimFBO(): over_cohort(1, Z, Z),
-    fb.SimFBO(client_steps=(1, 2, 3, 4)): over_cohort(1, Z, Z),
-    fb.ShroFBO(): over_cohort(1, Z, Z + 1),
-    fb.MemFBO(): over_cohort(1, Z, Z),
-    fb.FedBiO(): over_cohort(1, Z, Z),
-    fb.FedBiOAcc(): over_cohort(1, 2 * Z, 2 * Z, whole=1),
-    fb.FedBiOAccLocal(): over_cohort(1, 2 * DX, 2 * DX, whole=1),
-    fb.FedBiOAccLocal(share_lower=True): over_cohort(1, 2 * DX, 2 * DX + DY, whole=1),
-    fb.LocalBSGM(): over_cohort(1, 2 * DX + 2 * DY, 2 * DX + 2 * DY, whole=1),
-    fb.LocalBSGVRM(truncation="full"): over_cohort(1, 2 * DX + 2 * DY, 2 * DX + 2 * DY, whole=1),
-    fb.AdaFBiO(): over_cohort(1, 3 * DX + 2 * DY + 1, 2 * DX + 2 * DY, whole=1),
-    fb.FedF2SA(inner_rounds=T): over_cohort(T + 1, T * (DX + 4 * DY + 1) + DX + 2 * DY + 1, 4 * T * DY + DX),
+    plain(fb.SimFBO): over_cohort(1, Z, Z),
+    plain(fb.SimFBO, client_steps=(1, 2, 3, 4)): over_cohort(1, Z, Z),
+    plain(fb.ShroFBO): over_cohort(1, Z, Z + 1),
+    plain(fb.MemFBO): over_cohort(1, Z, Z),
+    plain(fb.FedBiO): over_cohort(1, Z, Z),
+    plain(fb.FedBiOAcc): over_cohort(1, 2 * Z, 2 * Z, whole=1),
+    plain(fb.FedBiOAccLocal): over_cohort(1, 2 * DX, 2 * DX, whole=1),
+    plain(fb.FedBiOAccLocal, share_lower=True): over_cohort(1, 2 * DX, 2 * DX + DY, whole=1),
+    plain(fb.LocalBSGM): over_cohort(1, 2 * DX + 2 * DY, 2 * DX + 2 * DY, whole=1),
+    plain(fb.LocalBSGVRM, truncation="full"): over_cohort(1, 2 * DX + 2 * DY, 2 * DX + 2 * DY, whole=1),
+    plain(fb.AdaFBiO): over_cohort(1, 3 * DX + 2 * DY + 1, 2 * DX + 2 * DY, whole=1),
+    plain(fb.FedF2SA, inner_rounds=T): over_cohort(T + 1, T * (DX + 4 * DY + 1) + DX + 2 * DY + 1, 4 * T * DY + DX),
     # the first round asks all clients
-    fb.FedMSA(): over_cohort(1, 2 * Z, Z) + np.array([1, CLIENTS * 8 * (3 * Z + 1), CLIENTS * 8 * Z]),
+    plain(fb.FedMSA): over_cohort(1, 2 * Z, Z) + np.array([1, CLIENTS * 8 * (3 * Z + 1), CLIENTS * 8 * Z]),
 }
 
 
@@ -61,14 +62,14 @@ def fedmbo(cuts, rounds_on_y):
 
 def test_chains_share_their_rounds_and_ask_one_client_each():
     N, chains = 3, 2
-    algorithm = fb.FedMBO(inner_rounds=T, neumann_terms=N, chains=chains)
+    algorithm = plain(fb.FedMBO, inner_rounds=T, neumann_terms=N, chains=chains)
     protocol = fb.protocol(algorithm, *task(), engine=ENGINES[0])
     each = np.array([fedmbo(cuts, T) for cuts in itertools.product(range(N), repeat=chains)])
     np.testing.assert_allclose([getattr(protocol, name) for name in COLUMNS], each.mean(0), rtol=1e-12)
     assert [getattr(protocol, f"{name}_most") for name in COLUMNS] == each.max(0).tolist()
     assert "1 asked" in str(protocol)
     for cut, engine in itertools.product(range(N), ENGINES):
-        fixed = fb.FedMBO(inner_rounds=T, neumann_terms=N, chains=chains, truncation=cut)
+        fixed = plain(fb.FedMBO, inner_rounds=T, neumann_terms=N, chains=chains, truncation=cut)
         np.testing.assert_array_equal(ledger(fixed, engine, 1)[0], fedmbo([cut] * chains, T))
     simulated, looped = (ledger(algorithm, engine, 20) for engine in ENGINES)
     np.testing.assert_array_equal(simulated, looped)

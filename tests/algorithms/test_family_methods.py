@@ -13,6 +13,7 @@ from fedbilevel.watch import attributes
 from fedbilevel_studies.theory import runner, unequal
 from fedbilevel_studies.theory.family import CURVATURE, DX, DY
 from helpers.family import STEPS, end, on_quadratic, power, quadratic, ridge
+from helpers.plain import plain
 
 
 class FirstOrder(fb.Problem):
@@ -93,7 +94,7 @@ def test_fedmbos_chains_are_unbiased_and_their_variance_falls_with_their_number(
     expected = f.compose(f.x, series @ f.outer_y(y).mean(0))
     spreads = {}
     for chains in (1, 4):
-        algorithm = fb.FedMBO(inner_rounds=2, inner_lr=0.3, hessian_lr=lam, neumann_terms=N, chains=chains)
+        algorithm = plain(fb.FedMBO, inner_rounds=2, inner_lr=0.3, hessian_lr=lam, neumann_terms=N, chains=chains)
         h = runner.draws(setup, algorithm, runner.hypergradient, draws)
         error = np.sqrt(h.var(axis=0, ddof=1) / draws)
         assert (np.abs(h.mean(0) - expected) < 5 * error).all() and error.max() < 0.02 * np.linalg.norm(expected)
@@ -104,7 +105,7 @@ def test_fedmbos_chains_are_unbiased_and_their_variance_falls_with_their_number(
 @pytest.mark.parametrize("p", [1.0, 30.0])
 def test_the_penalty_is_off_by_its_formula(p):
     f = quadratic()
-    algorithm = fb.FedF2SA(inner_rounds=1500, inner_lr=0.1, local_steps=3, penalty=p)
+    algorithm = plain(fb.FedF2SA, inner_rounds=1500, inner_lr=0.1, local_steps=3, penalty=p)
     at = on_quadratic(f)
     h, y = fb.estimate_hypergradient(at.problem, at.data, algorithm, at.x, at.y, key=at.key)
     H, A = f.H.mean(0), f.A.mean(0)

@@ -15,6 +15,7 @@ import scipy.optimize
 import fedbilevel as fb
 from fedbilevel.engines.base import Carry
 from fedbilevel.watch import attributes
+from helpers.plain import plain
 from helpers.quadratic import DX, DY, flat, orthogonal, quadratic
 
 Q = quadratic()
@@ -132,7 +133,7 @@ def test_no_floor_from_clients_that_differ_nor_from_cohorts(q, cohort):
 def test_one_round_and_its_floats():
     for cohort in (None, 2):
         engine = fb.Simulation(cohort=cohort)
-        protocol = fb.protocol(fb.Lockstep(), Q.problem, Q.data, Q.x, Q.y, engine=engine)
+        protocol = fb.protocol(plain(fb.Lockstep), Q.problem, Q.data, Q.x, Q.y, engine=engine)
         asked = cohort or CLIENTS
         assert protocol.rounds == 1
         assert protocol.bytes_down == protocol.bytes_up == 8 * asked * (2 * DX + 4 * DY)
@@ -157,4 +158,6 @@ def test_what_it_cannot_do_is_said():
         fb.estimate_hypergradient(Q.problem, Q.data, fb.Lockstep(), Q.x, Q.y, key=jax.random.key(0))
     weighted = fb.FederatedData.stack(Q.inner, Q.outer, weights="rows")
     with pytest.raises(fb.InputError, match="needs all of them"):
-        fb.solve(Q.problem, weighted, fb.Lockstep(), Q.x, Q.y, 1, key=jax.random.key(0), engine=fb.Simulation(cohort=2))
+        fb.solve(
+            Q.problem, weighted, plain(fb.Lockstep), Q.x, Q.y, 1, key=jax.random.key(0), engine=fb.Simulation(cohort=2)
+        )

@@ -10,6 +10,7 @@ import numpy as np
 
 import fedbilevel as fb
 from helpers.logistic import ALL, CLIENTS, PROBLEM, Logistic, X, Y
+from helpers.plain import plain
 
 KEY = jax.random.key(0)
 
@@ -120,7 +121,9 @@ def test_the_hypergradient_is_the_slope_of_phi():
     apart(differences, CLIENTS.compose(X, solution(X), np.zeros(2), ALL), 1e-2)  # more than d_x f
     estimates = {}
     for rounds in (5, 800):
-        algorithm = fb.AggITD(inner_rounds=rounds, inner_lr=0.05, local_steps=3, hessian_lr=0.1, truncation="full")
+        algorithm = plain(
+            fb.AggITD, inner_rounds=rounds, inner_lr=0.05, local_steps=3, hessian_lr=0.1, truncation="full"
+        )
         estimates[rounds], y = fb.estimate_hypergradient(PROBLEM, CLIENTS.data, algorithm, X, Y, key=KEY)
     close(y, solution(X), 1e-10)
     close(estimates[800], differences, 1e-7)

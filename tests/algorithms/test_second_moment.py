@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import fedbilevel as fb
 from fedbilevel.algorithms import aggitd
+from helpers.plain import plain
 from helpers.quadratic import DX, DY, quadratic
 
 TAU, INNER_LR, HESSIAN_LR = 3, 0.12, 0.2
@@ -52,7 +53,7 @@ class Enumerated(fb.AggITD):
 
 def enumerated(rounds):
     """(h for each Q, y^N)."""
-    algorithm = Enumerated(inner_rounds=rounds, truncation=0, **STEPS)
+    algorithm = plain(Enumerated, inner_rounds=rounds, truncation=0, **STEPS)
     history = fb.solve(Q0.problem, Q0.data, algorithm, Q0.x, Q0.y, rounds + 1, key=jax.random.key(0)).history
     numbers = np.stack([history.column(f"n{i}")[1:] for i in range(DX + DY)], axis=1)
     return numbers[:, :DX], numbers[-1, DX:]

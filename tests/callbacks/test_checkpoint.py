@@ -21,7 +21,8 @@ from helpers.cases import OneRound
 from helpers.quadratic import flat, quadratic
 
 Q0 = quadratic(seed=6, clients=6)
-SETTINGS = {"inner_rounds": 1, "local_steps": 1, "neumann_terms": 3, "outer_lr": 0.02, "batch_size": 2}
+STEPS = {"inner_lr": 0.01, "hessian_lr": 0.01, "outer_lr": 0.02}
+SETTINGS = {"inner_rounds": 1, "local_steps": 1, "neumann_terms": 3, "batch_size": 2, **STEPS}
 NEST = fb.FedNest(**SETTINGS)  # draws N', cohorts and rows
 STATEFUL = OneRound(batch_size=2)
 METRICS = {"size": lambda x, y: jnp.sum(y["w"] ** 2)}

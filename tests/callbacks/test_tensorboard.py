@@ -12,6 +12,7 @@ import fedbilevel as fb
 from fedbilevel.callbacks import TensorBoard
 from fedbilevel.result import EMPTY
 from helpers.listening import Told
+from helpers.plain import plain
 
 event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
 ROWS = [
@@ -97,7 +98,7 @@ def test_a_run_in_the_same_folder_takes_the_place_of_the_one_before(tmp_path, ru
 def test_a_run_writes_it(tmp_path):
     task = fb.tasks.quadratic(clients=3)
     result = fb.solve(
-        task.problem, task.data, fb.Lockstep(), task.x, task.y, 4, key=task.key, metrics=task.metrics,
+        task.problem, task.data, plain(fb.Lockstep), task.x, task.y, 4, key=task.key, metrics=task.metrics,
         callbacks=[TensorBoard(tmp_path)],
     )  # fmt: skip
     shown = curves(tmp_path)

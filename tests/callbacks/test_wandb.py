@@ -12,6 +12,7 @@ import pytest
 import fedbilevel as fb
 from fedbilevel.callbacks import Callback, WeightsAndBiases
 from fedbilevel.result import EMPTY
+from helpers.plain import plain
 
 wandb = pytest.importorskip("wandb")
 TASK = fb.tasks.quadratic(clients=3)
@@ -27,7 +28,7 @@ class Enough(Callback):
 
 def solve(*callbacks):
     return fb.solve(
-        TASK.problem, TASK.data, fb.Lockstep(), TASK.x, TASK.y, 6, key=TASK.key, metrics=TASK.metrics,
+        TASK.problem, TASK.data, plain(fb.Lockstep), TASK.x, TASK.y, 6, key=TASK.key, metrics=TASK.metrics,
         callbacks=callbacks,
     )  # fmt: skip
 
@@ -85,7 +86,7 @@ def test_a_run_leaves_all_its_rows_and_the_reason(tmp_path, offline):
     (begun,) = [record.run for record in left if record.HasField("run")][:1]
     config = items(begun.config.update)
     assert (begun.project, begun.display_name) == ("hospitals", "first")
-    assert config["algorithm"] == "Lockstep" and config["outer_lr"] == fb.Lockstep().outer_lr
+    assert config["algorithm"] == "Lockstep" and config["outer_lr"] == 0.05
     assert [record.exit.exit_code for record in left if record.HasField("exit")] == [0]
 
 

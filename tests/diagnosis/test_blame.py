@@ -20,6 +20,7 @@ import fedbilevel as fb
 from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.engines.loopback import _Looped
 from helpers import logistic
+from helpers.plain import plain
 from helpers.quadratic import flat, quadratic
 
 KEY, FAR, ITERATIONS = jax.random.key(0), 1000, 100
@@ -222,7 +223,7 @@ def test_a_derivative_that_is_not_finite_at_the_start_is_no_fault_of_a_step(case
 def test_an_estimate_says_so_too():
     problem, data = fb.Problem(*steep("the inner loss in y")), fb.FederatedData.stack(ROWS, ROWS)
     with pytest.raises(fb.Diverged, match=r"the derivative in y of the inner loss .*is not finite at the start"):
-        fb.estimate_hypergradient(problem, data, fb.AggITD(), jnp.ones(2), jnp.zeros(2), key=KEY)
+        fb.estimate_hypergradient(problem, data, plain(fb.AggITD), jnp.ones(2), jnp.zeros(2), key=KEY)
 
 
 # A user's own, and a network's ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fedbilevel as fb
+from helpers.plain import plain
 from helpers.quadratic import DY, flat, quadratic
 
 Q0 = quadratic()
@@ -118,7 +119,7 @@ def test_loopback_says_the_same():
 
 
 def test_an_estimate_that_is_not_finite_is_not_returned_silently():
-    algorithm = fb.AggITD(inner_rounds=2000, inner_lr=30.0, local_steps=STEPS, truncation="full")
+    algorithm = plain(fb.AggITD, inner_rounds=2000, inner_lr=30.0, local_steps=STEPS, truncation="full")
     with pytest.raises(fb.Diverged, match="inner_lr"):
         fb.estimate_hypergradient(Q0.problem, Q0.data, algorithm, Q0.x, Q0.y, key=jax.random.key(0))
 

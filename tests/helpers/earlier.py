@@ -18,8 +18,10 @@ from fedbilevel.callbacks import Checkpoint
 STEPS = {"inner_lr": 0.1, "outer_lr": 0.05, "local_steps": 2}
 RUNS = {  # x is like y, so that an order mistaken for another would not be noticed by shapes
     "lockstep": fb.Lockstep(hessian_lr="auto", **STEPS),
-    "aggitd": fb.AggITD(one_round=True, warm_start_v=True, truncation="full", outer_optimizer="adam:0.05", **STEPS),
-    "fedmsa": fb.FedMSA(**STEPS),
+    "aggitd": fb.AggITD(
+        one_round=True, warm_start_v=True, truncation="full", outer_optimizer="adam:0.05", hessian_lr=0.01, **STEPS
+    ),
+    "fedmsa": fb.FedMSA(hessian_lr=0.01, **STEPS),
     "fedf2sa": fb.FedF2SA(**STEPS),
     "adafbio": fb.AdaFBiO(hessian_lr="auto", **STEPS),
 }

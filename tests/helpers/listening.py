@@ -6,6 +6,7 @@ import types
 
 import fedbilevel as fb
 from fedbilevel.callbacks import Running
+from helpers.plain import plain
 
 
 class Told(types.SimpleNamespace):
@@ -14,7 +15,7 @@ class Told(types.SimpleNamespace):
     def __init__(self, *metrics):
         names = [name for name in dir(Running) if not name.startswith("_")]
         super().__init__(**dict.fromkeys(names, lambda *_: None), reasons=[])
-        self.history, self.metrics, self.algorithm = fb.History(), dict.fromkeys(metrics), fb.Lockstep()
+        self.history, self.metrics, self.algorithm = fb.History(), dict.fromkeys(metrics), plain(fb.Lockstep)
         self.iteration, self.stop = 0, self.reasons.append
 
     def tell(self, callback, *rows):

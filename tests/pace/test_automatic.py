@@ -14,6 +14,7 @@ from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.algorithms.components.inner_step import share_of_curvature
 from fedbilevel.callbacks import Checkpoint
 from fedbilevel.pace.automatic import STEPS, Auto, ready
+from helpers.plain import RATES
 from helpers.quadratic import flat, quadratic
 
 KEY = jax.random.key(0)
@@ -106,7 +107,7 @@ def test_x_arrives_with_no_step_given(name):
 def test_what_is_measured_is_said_apart():
     algorithm = fb.Lockstep(**AUTO)
     known = fb.protocol(algorithm, Q.problem, Q.data, Q.x, Q.y)
-    plain = fb.protocol(fb.Lockstep(), Q.problem, Q.data, Q.x, Q.y)
+    plain = fb.protocol(fb.Lockstep(**RATES), Q.problem, Q.data, Q.x, Q.y)
     assert (known.rounds, known.rounds_most, known.rounds_rarely) == (1, 1, 1)
     assert known.bytes_down - plain.bytes_down == 4 * 3 * 8 and known.bytes_up == plain.bytes_up
     assert [line.name for line in known.rarely] == ["meter.begin", "meter.curvature (same round)"]
@@ -179,3 +180,19 @@ def test_a_loss_that_no_step_helps_ends_with_a_sentence():
     data = fb.FederatedData.stack([np.ones(1)] * 2, [np.ones(1)] * 2)
     with pytest.raises(fb.Diverged, match="automatic inner_lr, hessian_lr and outer_lr had been halved 10 times"):
         fb.solve(problem, data, fb.Lockstep(**AUTO), 0.1, jnp.ones(2), 20_000, key=KEY, check=False)
+
+
+@pytest.mark.parametrize("key", range(3))
+def test_a_series_cut_at_random_does_not_throw_x_away(key):
+    """At y = 0 most draws make next to no hypergradient; a penalty of e^-1000 leads nowhere."""
+    problem = fb.Problem(
+        lambda x, y, number: 0.5 * (y - number) ** 2 + 0.5 * jnp.exp(x) * y**2,
+        lambda x, y, number: 0.5 * (y - number) ** 2,
+    )
+    data = fb.FederatedData.stack(
+        [jnp.asarray([1.0, 2.5]), jnp.asarray([1.5])], [jnp.asarray([0.8]), jnp.asarray([1.4])]
+    )
+    best = np.log(1.625 / 1.1 - 1)
+    algorithm = fb.AggITD(inner_rounds=10)
+    end = fb.solve(problem, data, algorithm, 0.0, 0.0, 150, key=jax.random.key(key), check=False)
+    assert best - 1 < end.x < 0

@@ -15,6 +15,7 @@ import fedbilevel as fb
 from fedbilevel.algorithm import component
 from fedbilevel.pace.curvature import AutoStep, remembered
 from fedbilevel.pace.lanczos import STEPS, extend, krylov, largest_ritz_value
+from helpers.plain import plain
 from helpers.quadratic import estimate, quadratic
 
 KEY = jax.random.key(0)
@@ -73,8 +74,8 @@ def test_the_step_is_that_of_the_clients_mean_curvature():
     largest = np.linalg.eigvalsh(q.hessians(q.t))[:, -1]  # four dimensions: five steps are exact
     assert largest.max() > 1.1 * largest.mean() > 1.1 * np.linalg.eigvalsh(q.hessians(q.t).mean(0)).max()
     common = {"inner_rounds": 4, "inner_lr": 0.1, "truncation": "full"}
-    h, _ = estimate(q, fb.AggITD(hessian_lr="auto", **common))
-    fixed = lambda lam: estimate(q, fb.AggITD(hessian_lr=lam, **common))[0]
+    h, _ = estimate(q, plain(fb.AggITD, hessian_lr="auto", **common))
+    fixed = lambda lam: estimate(q, plain(fb.AggITD, hessian_lr=lam, **common))[0]
     np.testing.assert_allclose(h, fixed(1 / (1.2 * largest.mean())), rtol=0, atol=1e-9)
     assert np.abs(h - fixed(1 / (1.3 * largest.mean()))).max() > 1e-3
 
@@ -93,7 +94,7 @@ def test_the_step_is_that_of_the_clients_mean_curvature():
 )
 def test_the_rounds_of_a_measurement_are_counted(kind, engine, batch_size, more):
     q = quadratic(clients=2, sizes=((3, 3),))
-    algorithm = kind(inner_rounds=1, local_steps=1, hessian_lr="auto", batch_size=batch_size)
+    algorithm = plain(kind, inner_rounds=1, local_steps=1, hessian_lr="auto", batch_size=batch_size)
     result = fb.solve(q.problem, q.data, algorithm, q.x, q.y, 12, key=KEY, engine=engine)
     rounds, down = (np.diff(result.history.column(name)) for name in ("rounds", "bytes_down"))
     usual = 5 if kind is fb.AggITD else 2
@@ -128,7 +129,7 @@ class AskingAlone(fb.LFedNest):
 )
 def test_an_algorithm_may_ask_by_itself(kind, engine, batch_size, more, soon):
     q = quadratic(clients=2, sizes=((3, 3),))
-    algorithm = kind(inner_rounds=1, local_steps=1, hessian_lr="auto", batch_size=batch_size)
+    algorithm = plain(kind, inner_rounds=1, local_steps=1, hessian_lr="auto", batch_size=batch_size)
     result = fb.solve(q.problem, q.data, algorithm, q.x, q.y, 42, key=KEY, engine=engine)
     rounds = np.diff(result.history.column("rounds"))
     usual = 5 if kind is Asking else 2
@@ -141,9 +142,9 @@ def test_the_step_that_is_asked_for_is_that_of_the_mean_hessian():
     q = quadratic()
     largest = np.linalg.eigvalsh(q.hessians(q.t).mean(0)).max()  # four dimensions: five steps are exact
     common = {"inner_rounds": 4, "inner_lr": 0.1, "truncation": "full"}
-    h, _ = estimate(q, Asking(hessian_lr="auto", **common))
+    h, _ = estimate(q, plain(Asking, hessian_lr="auto", **common))
     np.testing.assert_allclose(
-        h, estimate(q, fb.AggITD(hessian_lr=1 / (1.2 * largest), **common))[0], rtol=0, atol=1e-9
+        h, estimate(q, plain(fb.AggITD, hessian_lr=1 / (1.2 * largest), **common))[0], rtol=0, atol=1e-9
     )
 
 
@@ -152,7 +153,7 @@ def test_a_curvature_that_grows_at_first_is_followed(cohort):
     inner = lambda x, y, example: 0.5 * jnp.exp(x) * y**2 - example * y
     problem = fb.Problem(inner, lambda x, y, example: -x + 0 * (y + example))
     data = fb.FederatedData.stack([np.ones(1)] * 2, [np.ones(1)] * 2)
-    algorithm = Asking(inner_rounds=1, inner_lr=1e-3, local_steps=1, outer_lr=1.0, hessian_lr="auto")
+    algorithm = plain(Asking, inner_rounds=1, inner_lr=1e-3, local_steps=1, outer_lr=1.0, hessian_lr="auto")
     run = lambda iterations: fb.solve(
         problem,
         data,
@@ -177,10 +178,10 @@ def test_the_steps_travel_with_the_messages():
             q.problem, q.data, fb.AggITD(inner_rounds=2, truncation="full", **numbers | steps), q.x, q.y, 4, key=KEY
         ).history
     )
-    plain = np.diff(of().column("bytes_down"))[3]  # no measurement in the fourth
+    without = np.diff(of().column("bytes_down"))[3]  # no measurement in the fourth
     for found in (1, 2, 3):
         auto = of(**dict.fromkeys(list(numbers)[:found], "auto"))
-        assert np.diff(auto.column("bytes_down"))[3] - plain == 2 * 8 * 7 * found  # two clients, seven messages
+        assert np.diff(auto.column("bytes_down"))[3] - without == 2 * 8 * 7 * found  # two clients, seven messages
 
 
 # Curvature in single clients or rows ----------------------------------------------------------------------------------
@@ -207,7 +208,8 @@ def spiky(scale, pooled):
 def distance(hessian_lr, kind: Any = fb.AggITD, scale=1.0, pooled=False, cohort=None, iterations=400, **settings):
     """How far x and y are from the solution at the end, in starting distances; infinite if the run diverges."""
     data, start = spiky(scale, pooled), np.zeros(SPIKES)
-    algorithm = kind(
+    algorithm = plain(
+        kind,
         inner_rounds=20,
         inner_lr=0.1 / np.max(scale),
         local_steps=1,
@@ -246,7 +248,7 @@ class MeanStep(fb.LFedNest):
 def test_local_factors_need_the_largest_curvature_of_the_clients():
     data, start = spiky([10, *[0.5] * 5], False), np.zeros(SPIKES)
     steps = {
-        kind: fb.solve(SPIKY, data, kind(hessian_lr="auto"), start, start, 1, key=KEY).history[-1]["hessian_lr"]
+        kind: fb.solve(SPIKY, data, plain(kind, hessian_lr="auto"), start, start, 1, key=KEY).history[-1]["hessian_lr"]
         for kind in (fb.LFedNest, MeanStep)
     }
     assert steps[fb.LFedNest] == pytest.approx(1 / (1.2 * 61))
@@ -267,7 +269,7 @@ def test_where_the_default_step_diverges_the_measured_one_does_not():
 def test_every_algorithm_measures_alike_in_both_engines(kind):
     q = quadratic(seed=1, clients=3, sizes=((4, 4),))
     turns = {"inner_rounds": 2} if "inner_rounds" in kind.__dataclass_fields__ else {}
-    algorithm = kind(**turns, hessian_lr="auto", local_steps=2, batch_size=2)
+    algorithm = plain(kind, **turns, hessian_lr="auto", local_steps=2, batch_size=2)
     ends = [
         fb.solve(q.problem, q.data, algorithm, q.x, q.y, 2, key=KEY, engine=engine)
         for engine in (fb.Simulation(cohort=2), fb.Loopback(cohort=2))

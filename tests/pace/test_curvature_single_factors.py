@@ -14,6 +14,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.pace.curvature import remembered
+from helpers.plain import plain
 
 KEY = jax.random.key(0)
 DIM = 6
@@ -60,17 +61,17 @@ def test_local_steps_on_the_vector_take_single_clients_curvature(name):
 @pytest.mark.parametrize(
     ("algorithm", "expected"),
     [
-        (fb.SimFBO(hessian_lr="auto", local_steps=1), MEAN),
-        (fb.SimFBO(hessian_lr="auto", client_steps=(1,) * DIM), MEAN),
-        (fb.SimFBO(hessian_lr="auto", local_steps=1, client_steps=(1, 1, 1, 1, 1, 2)), SINGLE),
-        (fb.FedMSA(hessian_lr="auto", local_steps=1), MEAN),
-        (fb.FedBiOAcc(hessian_lr="auto", local_steps=1), MEAN),
-        (fb.FedMBO(hessian_lr="auto"), SINGLE),
-        (fb.LFedNest(hessian_lr="auto"), SINGLE),
-        (fb.LocalBSGVRM(hessian_lr="auto"), SINGLE),
-        (fb.Lockstep(hessian_lr="auto"), MEAN),  # one factor of each client's, then the average
-        (fb.AggITD(hessian_lr="auto"), MEAN),
-        (fb.FedNest(hessian_lr="auto"), MEAN),
+        (plain(fb.SimFBO, hessian_lr="auto", local_steps=1), MEAN),
+        (plain(fb.SimFBO, hessian_lr="auto", client_steps=(1,) * DIM), MEAN),
+        (plain(fb.SimFBO, hessian_lr="auto", local_steps=1, client_steps=(1, 1, 1, 1, 1, 2)), SINGLE),
+        (plain(fb.FedMSA, hessian_lr="auto", local_steps=1), MEAN),
+        (plain(fb.FedBiOAcc, hessian_lr="auto", local_steps=1), MEAN),
+        (plain(fb.FedMBO, hessian_lr="auto"), SINGLE),
+        (plain(fb.LFedNest, hessian_lr="auto"), SINGLE),
+        (plain(fb.LocalBSGVRM, hessian_lr="auto"), SINGLE),
+        (plain(fb.Lockstep, hessian_lr="auto"), MEAN),  # one factor of each client's, then the average
+        (plain(fb.AggITD, hessian_lr="auto"), MEAN),
+        (plain(fb.FedNest, hessian_lr="auto"), MEAN),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, fb.Algorithm) else "",
 )
@@ -91,7 +92,7 @@ def test_whose_curvature_counts(algorithm, expected):
 
 def test_clients_with_a_y_of_their_own_are_asked_for_their_own_curvature():
     """That algorithm asks by itself: its clients' own v tell when the step is too large."""
-    protocol = fb.protocol(fb.FedBiOAccLocal(hessian_lr="auto", local_steps=1), PROBLEM, DATA, *start())
+    protocol = fb.protocol(plain(fb.FedBiOAccLocal, hessian_lr="auto", local_steps=1), PROBLEM, DATA, *start())
     assert "hessian.largest_curvature" in {site.name for site in protocol.sites.values()}
 
 

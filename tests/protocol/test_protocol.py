@@ -14,6 +14,7 @@ import optax.tree
 import pytest
 
 import fedbilevel as fb
+from helpers.plain import plain
 from helpers.small_task import CLIENTS, COHORT, COLUMNS, DX, DY, ledger, task
 
 
@@ -68,7 +69,7 @@ KINDS = [fb.AggITD, fb.FedNest, fb.FedNestSGD, fb.LFedNest, fb.LFedNestSVRG]  # 
 def test_the_protocol_is_the_formula_expected_and_at_most(kind, dtype):
     for settings in SETTINGS[:: 1 if dtype == np.float64 else 3]:
         series = {} if kind is fb.AggITD else {"neumann_terms": settings["inner_rounds"] + 1}
-        algorithm = kind(**settings, **series)
+        algorithm = plain(kind, **settings, **series)
         protocol = fb.protocol(algorithm, *task(dtype), engine=fb.Simulation(cohort=COHORT))
         each = np.array([counted(algorithm, K, np.dtype(dtype).itemsize) for K in possible(algorithm)])
         assert protocol.kind == "exact"
@@ -79,14 +80,14 @@ def test_the_protocol_is_the_formula_expected_and_at_most(kind, dtype):
 
 def test_the_published_counts():
     count = lambda algorithm: fb.protocol(algorithm, *task()).rounds
-    assert count(fb.AggITD(inner_rounds=5)) == 13 == 2 * 5 + 3
+    assert count(plain(fb.AggITD, inner_rounds=5)) == 13 == 2 * 5 + 3
     T, N = 4, 6
     nest = {"inner_rounds": T, "neumann_terms": N}
-    assert count(fb.FedNest(**nest)) == 2 * T + (N + 5) / 2
-    assert count(fb.FedNest(**nest, truncation="full")) == 2 * T + N + 3
-    assert count(fb.FedNestSGD(**nest, truncation="full")) == T + N + 3
-    assert count(fb.LFedNest(**nest)) == T + 1
-    assert count(fb.LFedNestSVRG(**nest)) == 2 * T + 1
+    assert count(plain(fb.FedNest, **nest)) == 2 * T + (N + 5) / 2
+    assert count(plain(fb.FedNest, **nest, truncation="full")) == 2 * T + N + 3
+    assert count(plain(fb.FedNestSGD, **nest, truncation="full")) == T + N + 3
+    assert count(plain(fb.LFedNest, **nest)) == T + 1
+    assert count(plain(fb.LFedNestSVRG, **nest)) == 2 * T + 1
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, np.float64) for kind in KINDS), (fb.LFedNest, np.float32)])
@@ -94,8 +95,8 @@ def test_what_is_counted_is_the_formula_for_every_number_drawn(kind, dtype):
     settings = {"inner_rounds": 2, "batch_size": None if dtype == np.float64 else 2}
     settings |= {} if kind is fb.AggITD else {"neumann_terms": 3}
     itemsize = np.dtype(dtype).itemsize
-    for K in possible(kind(**settings)):
-        algorithm = kind(**settings, **({} if K is None else {"truncation": K}))
+    for K in possible(plain(kind, **settings)):
+        algorithm = plain(kind, **settings, **({} if K is None else {"truncation": K}))
         expected = counted(algorithm, K, itemsize)
         for engine in (fb.Simulation(cohort=COHORT), fb.Loopback(cohort=COHORT)):
             np.testing.assert_array_equal(ledger(algorithm, engine, 1, dtype)[0], expected)
@@ -105,7 +106,7 @@ def test_what_is_counted_is_the_formula_for_every_number_drawn(kind, dtype):
 
 @pytest.mark.parametrize("kind", [fb.AggITD, fb.FedNest])
 def test_the_drawn_numbers_are_uniform_and_change_from_iteration_to_iteration(kind):
-    algorithm = kind(inner_rounds=2, **({"neumann_terms": 3} if kind is fb.FedNest else {}))
+    algorithm = plain(kind, inner_rounds=2, **({"neumann_terms": 3} if kind is fb.FedNest else {}))
     costs = ledger(algorithm, fb.Simulation(cohort=COHORT), 900)
     rows, times = np.unique(costs, axis=0, return_counts=True)
     each = np.unique([counted(algorithm, K) for K in possible(algorithm)], axis=0)

@@ -5,7 +5,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.results import report
-from fedbilevel.settings import STEPS, automatic, told_apart, whence
+from fedbilevel.settings import STEPS, chosen, told_apart, whence
 
 MIXED = {"aggitd": "stored, outer_lr given", "fedmsa": "auto, inner_lr given"}
 ALIKE = [
@@ -37,7 +37,14 @@ def test_where_steps_come_from_is_said_in_words():
     assert said("stored", {"outer_lr": "auto"}) == "stored, outer_lr auto"
     assert said("auto", {"inner_lr": 0.1, "outer_lr": "auto"}) == "auto, inner_lr given"
     assert said("stored", {"inner_lr": 0.1, "outer_lr": "auto"}) == "stored, inner_lr given, outer_lr auto"
-    assert automatic(fb.AggITD) == auto and "outer_lr" not in automatic(fb.AdaFBiO)
+    none = chosen("fedbioacc-local", ("quadratic", "none"), {})  # it would measure in rounds of its own
+    assert none.steps == "class defaults" and none.algorithm.hessian_lr == 0.01
+    assert chosen("aggitd", ("quadratic", "none"), {"inner_lr": 0.1}).steps == "auto, inner_lr given"
+
+
+def test_class_defaults_are_marked_beside_others():
+    steps = {"aggitd": "auto", "fednest": "stored", "fedbioacc-local": "class defaults, inner_lr given"}
+    assert [*told_apart(steps).values()] == ["aggitd (auto)", "fednest", "fedbioacc-local (class defaults)"]
 
 
 @pytest.mark.parametrize("steps", ALIKE)

@@ -9,6 +9,7 @@ import pytest
 import fedbilevel as fb
 from fedbilevel.testing import distance, heterogeneous
 from fedbilevel.tune import points, sweep
+from helpers.plain import plain
 
 
 @pytest.mark.parametrize("cohort", [pytest.param(None, marks=pytest.mark.slow), 4])
@@ -16,7 +17,7 @@ def test_a_sweep_gives_what_single_runs_give(cohort):
     problem, data, x, y = heterogeneous()
     metrics = {"u": lambda x, y: x["u"][0], "s": lambda x, y: y["deep"]["s"]}
     grid = points({"inner_lr": (0.02, 0.05), "outer_lr": (0.03, 0.1)})
-    algorithm = fb.AggITD(inner_rounds=2, local_steps=2, outer_steps=2, batch_size=2, hessian_lr=0.1)
+    algorithm = plain(fb.AggITD, inner_rounds=2, local_steps=2, outer_steps=2, batch_size=2, hessian_lr=0.1)
     common = {"key": jax.random.key(3), "engine": fb.Simulation(cohort=cohort), "metrics": metrics}
     single = lambda settings: fb.solve(
         problem, data, dataclasses.replace(algorithm, **settings), x, y, rounds=30, evaluate_every=2, **common
@@ -34,7 +35,7 @@ def test_a_sweep_gives_what_single_runs_give(cohort):
 
 def test_a_point_that_blows_up_leaves_the_others_alone():
     problem, data, x, y = heterogeneous()
-    algorithm = fb.AggITD(inner_rounds=2, hessian_lr=0.1)
+    algorithm = plain(fb.AggITD, inner_rounds=2, hessian_lr=0.1)
     grid = points({"inner_lr": (0.05, 1e6)})
     good, bad = sweep(problem, data, algorithm, grid, x, y, rounds=70, key=jax.random.key(0),
                       metrics={"s": lambda x, y: y["deep"]["s"]})  # fmt: skip

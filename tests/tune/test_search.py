@@ -12,8 +12,9 @@ from fedbilevel import reference
 from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.results.curves import running_median
 from helpers import apps
+from helpers.plain import plain
 
-LOCKSTEP = fb.Lockstep(local_steps=2)
+LOCKSTEP = plain(fb.Lockstep, local_steps=2)
 SMALL = ("ridge", "--clients", 3, "--iterations", 2)
 
 
@@ -30,14 +31,16 @@ def described(seed=0, algorithm=LOCKSTEP, **how):
 
 def one_by_one(run, settings):
     """The score of a point by a run of its own."""
-    own = type(run.algorithm)(local_steps=2, **settings)
+    own = dataclasses.replace(run.algorithm, **settings)
     taken = {"loss": lambda x, y: reference.outer_value(run.problem, run.data, x, y)}
     result = fb.solve(run.problem, run.data, own, *run.start, 6, key=run.key, metrics=taken)
     return running_median(result.history.column("loss"))[-1]
 
 
-def test_the_best_point_is_that_of_runs_one_by_one():
-    grid, runs = {"inner_lr": (0.05, 0.2), "outer_lr": (0.1, 0.3)}, [described(seed) for seed in (0, 1)]
+@pytest.mark.parametrize("algorithm", [LOCKSTEP, fb.Lockstep(local_steps=2)], ids=["numbers", "auto"])
+def test_the_best_point_is_that_of_runs_one_by_one(algorithm):
+    runs = [described(seed, algorithm) for seed in (0, 1)]
+    grid = {"inner_lr": (0.05, 0.2), "outer_lr": (0.1, 0.3)}
     found = fb.tune.search(runs, grid, wider=0)
     assert [point for point, _ in found.tried] == fb.tune.points(grid)
     expected = [np.mean([one_by_one(run, point) for run in runs]) for point in fb.tune.points(grid)]

@@ -86,7 +86,7 @@ class AdaFBiO(Algorithm):
 
     follows: ClassVar[dict[str, str]] = Algorithm.follows | of_each("estimate")
 
-    hessian_lr: Rate | str = rate(0.01, "auto")
+    hessian_lr: Rate | str = rate("auto", "auto")
     batch_size: int | None = count(None)
     neumann_terms: int = count(5)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)

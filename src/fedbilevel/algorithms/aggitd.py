@@ -92,6 +92,9 @@ class AggITD(Algorithm):
         outer_optimizer: an optax transformation applied at the server to x - mean x_i, or its name and learning rate as in
             "adam:0.01"; None: the mean itself.
         warm_start_v, one_round, independent_cohorts: ours, see above.
+
+    Each of the three steps is "auto" where it is not given: it is found while the algorithm runs
+    (`fedbilevel.pace.automatic`, ours). With `outer_optimizer`, `outer_lr="auto"` is 0.05.
     """
 
     about: ClassVar[About] = About(
@@ -106,13 +109,13 @@ class AggITD(Algorithm):
     follows: ClassVar[dict[str, str]] = Algorithm.follows | {"optimizer": "outer_optimizer", "control": "inner_lr"}
 
     inner_rounds: int = count(5)
-    inner_lr: Rate | str = rate(0.01, "auto")
+    inner_lr: Rate | str = rate("auto", "auto")
     local_steps: int = count(5)
     batch_size: int | None = count(None)
     skip_idle_rounds: bool = option(False)
     same_cohort: bool = option(False)
-    hessian_lr: Rate | str = rate(0.01, "auto")
-    outer_lr: Rate | str = rate(0.05, "auto")
+    hessian_lr: Rate | str = rate("auto", "auto")
+    outer_lr: Rate | str = rate("auto", "auto")
     outer_steps: int = count(1)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
     outer_optimizer: Optimizer = choice(None)

@@ -60,11 +60,11 @@ class FedBiO(Algorithm):
         lower="at y* with one local step; else beside it",
     )
 
-    hessian_lr: Rate | str = rate(0.01, "auto")
+    hessian_lr: Rate | str = rate("auto", "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate | str = rate(0.01, "auto")
+    inner_lr: Rate | str = rate("auto", "auto")
     local_steps: int = count(5)
-    outer_lr: Rate | str = rate(0.05, "auto")
+    outer_lr: Rate | str = rate("auto", "auto")
 
     @component
     def hessian(self) -> AutoStep:

@@ -87,7 +87,7 @@ class FedBiOAccLocal(Algorithm):
         lower="at the client's own y*",
     )
 
-    hessian_lr: Rate | str = rate(0.01, "auto")
+    hessian_lr: Rate | str = rate(0.01, "auto")  # measured in rounds of its own, and so only where it is asked for
     batch_size: int | None = count(None)
     inner_lr: Rate = rate(0.01, why="every client's y is its own")
     local_steps: int = count(5)

@@ -82,9 +82,9 @@ class FedF2SA(Algorithm):
     }  # fmt: skip
 
     inner_rounds: int = count(5)
-    inner_lr: Rate | str = rate(0.01, "auto")
+    inner_lr: Rate | str = rate("auto", "auto")
     local_steps: int = count(5)
-    outer_lr: Rate | str = rate(0.05, "auto")
+    outer_lr: Rate | str = rate("auto", "auto")
     penalty: Rate = rate(10.0)
     penalty_growth: Rate | None = rate(None)
     batch_size: int | None = count(None)

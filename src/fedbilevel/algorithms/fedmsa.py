@@ -78,11 +78,11 @@ class FedMSA(Algorithm):
 
     follows: ClassVar[dict[str, str]] = Algorithm.follows | of_each("before", "estimate")
 
-    hessian_lr: Rate | str = rate(0.01, "auto")
+    hessian_lr: Rate | str = rate("auto", "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate | str = rate(0.01, "auto")
+    inner_lr: Rate | str = rate("auto", "auto")
     local_steps: int = count(5)
-    outer_lr: Rate | str = rate(0.05, "auto")
+    outer_lr: Rate | str = rate("auto", "auto")
     forget: Rate = rate(0.5)
 
     def __check_init__(self):

@@ -60,14 +60,14 @@ class LFedNest(Algorithm):
 
     follows: ClassVar[dict[str, str]] = Algorithm.follows | {"optimizer": "outer_optimizer"}
 
-    hessian_lr: Rate | str = rate(0.01, "auto")
+    hessian_lr: Rate | str = rate("auto", "auto")
     batch_size: int | None = count(None)
     neumann_terms: int = count(5)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
     inner_rounds: int = count(5)
-    inner_lr: Rate | str = rate(0.01, "auto")
+    inner_lr: Rate | str = rate("auto", "auto")
     local_steps: int = count(5)
-    outer_lr: Rate | str = rate(0.05, "auto")
+    outer_lr: Rate | str = rate("auto", "auto")
     outer_steps: int = count(1)
     skip_idle_rounds: bool = option(False)
     same_cohort: bool = option(False)

@@ -67,11 +67,11 @@ class LocalBSGM(Algorithm):
 
     follows: ClassVar[dict[str, str]] = Algorithm.follows | of_each("estimate")
 
-    hessian_lr: Rate | str = rate(0.01, "auto")
+    hessian_lr: Rate | str = rate("auto", "auto")
     batch_size: int | None = count(None)
     neumann_terms: int = count(5)
     truncation: Truncation = eqx.field(default="uniform", converter=Truncation)
-    inner_lr: Rate | str = rate(0.01, "auto")
+    inner_lr: Rate | str = rate("auto", "auto")
     local_steps: int = count(5)
     outer_lr: Rate = rate(0.05, why="the clients' estimates follow x on their own way")
     forget: Rate = rate(0.1)

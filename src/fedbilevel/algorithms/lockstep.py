@@ -87,7 +87,8 @@ class Lockstep(Algorithm):
             It remembers 2 (dx + 2 dy) floats for each. Where cohorts or minibatches are drawn nothing is mixed, for under
             noise it loses; the column `mixed` of the history says when it did.
 
-    Each of the three steps may be "auto": it is then found while the algorithm runs (`fedbilevel.pace.automatic`).
+    Each of the three steps is "auto" where it is not given: it is found while the algorithm runs
+    (`fedbilevel.pace.automatic`). With `anderson` x has a way of its own, and `outer_lr="auto"` is 0.05.
     """
 
     about: ClassVar[About] = About(
@@ -100,11 +101,11 @@ class Lockstep(Algorithm):
 
     follows: ClassVar[dict[str, str]] = Algorithm.follows | of_each("control")
 
-    hessian_lr: Rate | str = rate(0.01, "auto")
+    hessian_lr: Rate | str = rate("auto", "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate | str = rate(0.01, "auto")
+    inner_lr: Rate | str = rate("auto", "auto")
     local_steps: int = count(5)
-    outer_lr: Rate | str = rate(0.05, "auto")
+    outer_lr: Rate | str = rate("auto", "auto")
     outer_steps: int = count(1)
     anderson: int | None = count(None)
 

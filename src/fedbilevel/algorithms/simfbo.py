@@ -72,11 +72,11 @@ class SimFBO(Algorithm):
         busy={"client_steps": (1, 2, 3, 1, 2, 3, 1, 2), "radius": 3.0},
     )
 
-    hessian_lr: Rate | str = rate(0.01, "auto")
+    hessian_lr: Rate | str = rate("auto", "auto")
     batch_size: int | None = count(None)
-    inner_lr: Rate | str = rate(0.01, "auto")
+    inner_lr: Rate | str = rate("auto", "auto")
     local_steps: int = count(5)
-    outer_lr: Rate | str = rate(0.05, "auto")
+    outer_lr: Rate | str = rate("auto", "auto")
     server_lr: Rate = rate(1.0)
     radius: Rate | None = rate(None)
     client_steps: tuple[int, ...] | None = choice(None, as_counts)

@@ -128,7 +128,7 @@ class Scores:
                 raise InputError(f"a search runs in simulation, many points in one program; got {engine!r}.")
             of = lambda x, y: reference.outer_value(run.problem, data, x, y)
             taken = of if self._metric is None else run.metrics[self._metric]
-            rounds, every = self._budget(run)
+            rounds, every = self._budget(run, several[0])
             curves = sweep(
                 run.problem, data, run.algorithm, several, x, y, rounds=rounds, key=run.key, engine=engine,
                 metrics={self.name: taken}, evaluate_every=every, progress=self._progress,
@@ -137,11 +137,12 @@ class Scores:
         return [float(end) if np.isfinite(end) else -self._sign * np.inf for end in ends]
 
     @staticmethod
-    def _budget(run: Description) -> tuple[int, int]:
-        """(rounds, iterations between evaluations)."""
-        most = run.protocol().rounds_most
-        iterations = int(run.iterations or int(run.rounds or 0) // most)
-        return int(run.rounds or int(run.iterations or 0) * most), max(1, iterations // _EVALUATIONS)
+    def _budget(run: Description, point: Mapping[str, float]) -> tuple[int, int]:
+        """(rounds, iterations between evaluations); steps that are not of the grid may be measured, which takes rounds."""
+        protocol = dataclasses.replace(run, algorithm=dataclasses.replace(run.algorithm, **point)).protocol()
+        most, rare = protocol.rounds_most, protocol.rounds_rarely
+        iterations = int(run.iterations or (int(run.rounds or 0) - rare) // most)
+        return int(run.rounds or int(run.iterations or 0) * most + rare), max(1, iterations // _EVALUATIONS)
 
 
 def _ends(values: set[float]) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from fedbilevel.tune import points
 
 from .kinds import JSON, DataDir, Setting
 
-_STILL = 1e-30  # the outer step of a reference line that leaves x where it is
+_STILL = {"outer_lr": 1e-30, "hessian_lr": 0.01}  # the steps of a reference line that leaves x where it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Contender:
 
     def build(self, chosen: Mapping[str, Setting]) -> Algorithm:
         """The algorithm with these step sizes, and the variant's settings."""
-        still = {"outer_lr": _STILL} if self.kind == "frozen" else {}
+        still = _STILL if self.kind == "frozen" else {}
         return ALGORITHMS[self.algorithm](**{**self.settings, **chosen, **still})
 
 
@@ -117,7 +117,7 @@ class Study:
 
     def rates(self, contender: Contender) -> dict[str, tuple[float, ...]]:
         """The contender's grid: the study's or its own, but for what it leaves alone or does not have."""
-        idle = {"outer_lr", "hessian_lr"} if contender.kind == "frozen" else set()
+        idle = set(_STILL) if contender.kind == "frozen" else set()
         has = {field.name for field in dataclasses.fields(ALGORITHMS[contender.algorithm])}
         tried = {**self.grid, **contender.grid}
         return {name: tried[name] for name in tried if name in has - idle - set(contender.settings)}

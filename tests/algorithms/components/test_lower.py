@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 import fedbilevel as fb
 from fedbilevel.algorithm import component
 from fedbilevel.algorithms.components.lower import CorrectedLower, LocalLower
+from helpers.plain import RATES
 from helpers.quadratic import DY, estimate, flat, orthogonal, power, quadratic
 
 Q0 = quadratic()
@@ -122,5 +123,7 @@ def test_fednest_sgd_runs_the_plain_loop():
     elsewhere = np.linalg.solve(np.eye(DY) - K, k)
     plain = elsewhere + power(K, turns) @ (Z - elsewhere)
     assert np.abs(plain - Q0.corrected_path(T, Z, lr, steps, turns)[-1]).max() > 1e-2
-    y = estimate(Q0, fb.FedNestSGD(inner_rounds=turns, inner_lr=lr, local_steps=steps, truncation="full"))[1]
+    y = estimate(
+        Q0, fb.FedNestSGD(**RATES | {"inner_lr": lr}, inner_rounds=turns, local_steps=steps, truncation="full")
+    )[1]
     np.testing.assert_allclose(y, plain, rtol=0, atol=1e-12)

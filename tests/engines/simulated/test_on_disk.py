@@ -15,10 +15,15 @@ from fedbilevel import arrays
 from fedbilevel.engines.simulated import on_disk
 from fedbilevel.engines.simulated.layout import layout_of
 from fedbilevel.engines.simulated.on_disk import Store, Version
+from helpers.plain import plain
 from helpers.quadratic import flat
 
 TASK = fb.tasks.quadratic(clients=7)
-KINDS = [fb.Lockstep(batch_size=2, local_steps=1), fb.FedBiOAccLocal(batch_size=2), fb.FedF2SA(batch_size=2)]
+KINDS = [
+    plain(fb.Lockstep, batch_size=2, local_steps=1),
+    fb.FedBiOAccLocal(batch_size=2),
+    plain(fb.FedF2SA, batch_size=2),
+]
 START = {"a": jnp.arange(3.0), "n": jnp.zeros((), jnp.int32), "h": jnp.ones((2, 2), jnp.bfloat16)}
 
 

@@ -6,6 +6,7 @@ import pytest
 import fedbilevel as fb
 from fedbilevel.engines.simulated import room as rooms
 from fedbilevel.engines.simulated.room import HELD, room
+from helpers.plain import plain
 
 ONE = jnp.zeros(1000, jnp.float32)  # 4 kB
 
@@ -72,4 +73,4 @@ def test_it_is_refused_before_anything_is_allocated(monkeypatch, machine):
     monkeypatch.setattr(rooms, "_WORTH_SAYING", 4)
     task = fb.tasks.quadratic(clients=3)
     with pytest.raises(fb.InputError, match=r"Lockstep keeps .* for each of 3 clients"):
-        fb.solve(task.problem, task.data, fb.Lockstep(), task.x, task.y, 1, key=task.key)
+        fb.solve(task.problem, task.data, plain(fb.Lockstep), task.x, task.y, 1, key=task.key)

@@ -29,6 +29,8 @@ from fedbilevel import (
 )
 
 STALLED = 1_000  # iterations without progress after which a race is given up
+PLACES = {"inner_lr": 0.01, "hessian_lr": 0.01, "outer_lr": 0.05}  # steps that nobody gave: lanes take their place, or
+# nothing depends on them (an estimate needs no outer_lr)
 
 Program = Callable[[Algorithm, Federation, PyTree], tuple[PyTree, PyTree]]  # as `Algorithm.step`
 Stationarity = Callable[[PyTree], Float[Array, ""]]  # x -> |grad Phi(x)|^2
@@ -57,6 +59,8 @@ class Setup:
     def bind(self, algorithm: Algorithm, **program: Program) -> Stepper:
         """The algorithm's iterations, or those of a `program=` of its own."""
         engine = Simulation(cohort=self.cohort)
+        found = [name for name in PLACES if isinstance(getattr(algorithm, name, None), str)]
+        algorithm = dataclasses.replace(algorithm, **{name: PLACES[name] for name in found})
         return stepper(self.problem, self.data, algorithm, self.x, self.y, engine=engine, **program)
 
 
