@@ -196,3 +196,10 @@ def test_a_series_cut_at_random_does_not_throw_x_away(key):
     algorithm = fb.AggITD(inner_rounds=10)
     end = fb.solve(problem, data, algorithm, 0.0, 0.0, 150, key=jax.random.key(key), check=False)
     assert best - 1 < end.x < 0
+
+
+def test_mixing_tells_of_its_steps_too():
+    """With `anderson` x has a way of its own, and its step is a number."""
+    row = solve(fb.Lockstep(anderson=3), 2).history[-1]
+    assert row["outer_lr"] == STEPS["outer_lr"] and row["inner_lr"] > 0 and row["hessian_lr"] > 0
+    assert row["mixed"] in (0, 1) and row["recovered"] == 0

@@ -20,6 +20,7 @@ back, and goes on with half the steps (`fedbilevel.recovery`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -101,6 +102,12 @@ class Told(Info):
     hessian_lr: Scalar | None = None
     outer_lr: Scalar | None = None
     recovered: Int[Array, ""] | None = None
+
+
+@functools.cache
+def _with_told(kind: type[Info]) -> type[Info]:
+    """The diagnostics of an algorithm, which may be more than `Info`, and the steps."""
+    return Told if kind is Info else type("Told", (kind, Told), {"__module__": __name__, "__doc__": kind.__doc__})
 
 
 @final
@@ -295,9 +302,9 @@ class Auto(Algorithm):
             value = getattr(self.algorithm, name, None)
             if value is not None and name not in taken:
                 taken[name] = jnp.asarray(value, memory.largest.dtype)
-        whole = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)} if type(info) is Info else None
-        if whole is not None:
-            return Told(**whole, **taken, recovered=memory.halvings)
+        if isinstance(info, Info):
+            whole = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
+            return _with_told(type(info))(**whole, **taken, recovered=memory.halvings)
         return {**info, **taken, "recovered": memory.halvings} if isinstance(info, dict) else info
 
     # Client methods -------------------------------------------------------------------------------------------------
