@@ -85,7 +85,7 @@ def test_the_constructor_takes_words_alone_and_says_of_what_kind():
     given = list(inspect.signature(Run.__init__).parameters.values())[1:]
     assert all(each.kind is each.KEYWORD_ONLY and each.annotation is not each.empty for each in given)
     names = {each.name for each in inspect.signature(fb.solve).parameters.values()}
-    assert {each.name for each in given} - {"sane", "upper"} == names - {"check"}
+    assert {each.name for each in given} - {"sane", "upper", "heats", "most_bytes"} == names - {"check"}
     result = Run(**GIVEN, algorithm=LOCKSTEP, iterations=2, engine=fb.Simulation(cohort=2)).go()
     np.testing.assert_array_equal(flat(result.y), flat(solve(2).y))
 

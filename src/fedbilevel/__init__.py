@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is fir
         results,
         tasks,
         testing,
-        tune,
     )
     from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
     from .algorithms.shipped import *  # noqa: F403  AggITD and all the others
@@ -42,6 +41,8 @@ if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is fir
     from .solve import estimate_hypergradient, solve
     from .stepper import Standing, Stepper, stepper
     from .train import train
+    from .tune import tune
+    from .tune.tuning import Tuned
 else:
     _OFFERED, __getattr__, __dir__ = _loading(__name__, __file__)
     __all__ = ["ClientError", "Diverged", "InputError", "RunError", *_OFFERED]

@@ -21,6 +21,7 @@ _BESIDE = (
     "seed",
     "halvings",
     "turn",
+    "candidates",
     STOPPED,
     "median_round_seconds",
     "rounds_with_failures",

@@ -39,6 +39,8 @@ from .pace.automatic import Auto, measures_first, ready
 from .problem import Problem, bind
 from .program import settle
 from .protocol import Protocol, check_kinds
+from .race.heats import Heats, heats_in, smaller
+from .race.racing import Race
 from .recovery import Back, recovery, saved_snapshot
 from .result import EMPTY, History, Result, Row
 from .sanity import check_sane
@@ -62,6 +64,8 @@ class Run:
             as `solve` takes them.
         sane: whether the problem is looked at before the first iteration: `check` of `solve`.
         upper: whether the upper level is looked at too; not where x stays.
+        heats: where `algorithm` is a race, when its worse candidates are dropped.
+        most_bytes: of payload, down and up: the run ends before it exceeds them.
 
     Attributes:
         algorithm, history, protocol, metrics: what runs, its rows so far, its protocol, and its metrics by name.
@@ -96,6 +100,8 @@ class Run:
         resume: str | os.PathLike[str] | None = None,
         sane: bool = True,
         upper: bool = True,
+        heats: Heats | None = None,
+        most_bytes: Whole | None = None,
     ):
         cache.begin()
         check_kinds(problem, data, algorithm)
@@ -115,6 +121,8 @@ class Run:
         def begun(running: Algorithm) -> Execution:
             return engine.bind(bound, data, running, first_state(running, self._x, self._y), key)
 
+        self._begun, self._data, self._heats = begun, data, heats
+        self._most_bytes = None if most_bytes is None else int(most_bytes)
         with seldom_collecting():
             self._running = ready(algorithm, self._x)
             self._execution: Execution = begun(self._running)
@@ -178,6 +186,21 @@ class Run:
         """Rounds that a row of the history takes."""
         return 0 if self._judge is None else self._judge.protocol.rounds_most
 
+    @property
+    def running(self) -> Algorithm:
+        """What runs: `algorithm` with its steps as they are found, or of a race who is left."""
+        return self._running
+
+    @property
+    def _kept_for_heats(self) -> int:
+        """Rounds that judging candidates takes yet."""
+        return 0 if self._heats is None else self._heats.reserve
+
+    @property
+    def candidates(self) -> int:
+        """How many race; one, where there is no race."""
+        return 1 if self._heats is None else len(self._heats.left)
+
     def _check_budget(self) -> None:
         least, name = self.protocol.rounds_most, title_of(self.algorithm)
         rows = f", and {VALIDATION} {self._reserve} at the start and the end" if self._reserve else ""
@@ -188,6 +211,14 @@ class Run:
 
     def _resume(self, folder: str | os.PathLike[str]) -> None:
         """Go to where the checkpoint in a folder is."""
+        if self._heats is not None:
+            told = heats_in(folder)
+            self._heats.restore(told)
+            if self.candidates < len(self._heats.table):
+                running = self._heats.algorithm()
+                begun = self._begun(running)
+                begun.follow(told["way"])
+                self._become(running, begun, begun.start(running, first_state(running, self._x, self._y)))
         start = self.carry
         self.carry, totals, rows = load(folder, start, self._identity, self.processes)
         if self._recovery is not None:
@@ -202,6 +233,7 @@ class Run:
             load_kept(folder, self.kept, self.variables())
         if "trail" in totals:
             self._trail.restore(totals.pop("trail"))
+        totals.pop("heats", None)
         for name, value in totals.items():
             setattr(self, name, value)
         if self._execution.heavy:
@@ -235,7 +267,8 @@ class Run:
 
     def totals(self) -> dict[str, JSON]:
         """The cumulative figures, for a checkpoint, and how x moved."""
-        return {**self._figures(), "trail": self._trail.saved()}
+        told: dict[str, JSON] = {**self._figures(), "trail": self._trail.saved()}
+        return told if self._heats is None else {**told, "heats": {**self._heats.saved(self._execution.way)}}
 
     def _figures(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("rounds", "bytes_down", "bytes_up", "seconds")}
@@ -269,7 +302,7 @@ class Run:
             error.result = self._result()
         if error is not None:
             raise error
-        swing = self._trail.swing()
+        swing = None if self.candidates > 1 else self._trail.swing()
         if swing is not None and self._last is not None:
             tell(self._execution, self._running, self.carry, swing, self._last)
         return self._result()
@@ -277,12 +310,13 @@ class Run:
     def _iterate(self) -> None:
         """The first row, stretches up to the goal or until it is stopped, the last row."""
         self.lower.tell()
-        self._execution.prepare(self._running, self.carry, self._iterations_left(), self._limit)
+        self._prepare()
         if not self.history:
             self._record([self._row(None)])
         while self.stopped is None and (length := self._next_stretch()) > 0:
             if not self._stretch(length):
                 break
+            self._narrow()
             self._listeners.advance(self)
         if self.history[-1]["iteration"] != self.iteration:
             self._record([self._row(self._last_info) | self._restored()])
@@ -290,6 +324,12 @@ class Run:
             self.history.stop(self.stopped)
         if self.kept is not None and self.kept.best is None:
             raise RunError(self.kept.nothing(len(self.history)), self._result())
+
+    def _prepare(self) -> None:
+        """Tell the engine how long what runs will run: each heat of a race is compiled as is best for it."""
+        left = self._iterations_left()
+        heat = left if self._heats is None else self._heats.until(self.iteration) or left
+        self._execution.prepare(self._running, self.carry, min(left, heat), self._limit)
 
     def _iterations_left(self) -> int:
         """About how many iterations are to come."""
@@ -304,14 +344,24 @@ class Run:
         if self._budget is None:
             left = (self._most_iterations or 0) - self.iteration
         else:  # the last iterations one by one, as long as another one may fit
-            spare = self._budget - self.rounds - self._reserve
+            spare = self._budget - self.rounds - self._reserve - self._kept_for_heats
             spare -= self.protocol.rounds_rarely if measures_first(self.carry.state) else 0
             left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
         paced = 1 if self._pace is None else max(1, int(_STRETCH / max(self._pace, 1e-9)))
         row_by_row = self.metrics or self.kept is not None or self._listeners.row_by_row
         to_row = self._every - self.iteration % self._every if row_by_row else left
         to_snapshot = left if self._recovery is None else self._recovery.until_snapshot(self.iteration)
-        return min(left, paced, to_row, to_snapshot, self._execution.longest or left)
+        to_heat = left if self._heats is None else self._heats.until(self.iteration) or left
+        left = min(left, self._within_bytes(left))
+        return min(left, paced, to_row, to_snapshot, to_heat, self._execution.longest or left)
+
+    def _within_bytes(self, left: int) -> int:
+        """Iterations that the bytes left are enough for."""
+        if self._most_bytes is None:
+            return left
+        found, rare = self.protocol, self.protocol.rarely
+        most = found.bytes_down_most + found.bytes_up_most + sum(e.bytes_down_most + e.bytes_up_most for e in rare)
+        return max(0, int(self._most_bytes - self.bytes_down - self.bytes_up) // most)
 
     def _fewest_rounds(self) -> int:
         return (
@@ -342,6 +392,39 @@ class Run:
         if after.iteration > LEAST:
             self._first = None
         return True
+
+    def _narrow(self) -> None:
+        """Drop the worse candidates, where a heat ends."""
+        heats, execution, race = self._heats, self._execution, self._running
+        if heats is None or not heats.racing:
+            return
+        if not any(np.any(np.asarray(alive)) for alive in self.carry.state.alive):
+            heats.alone(self.rounds)
+            running = heats.algorithm()
+            begun = self._begun(running)
+            start = begun.start(running, first_state(running, self._x, self._y))
+            self._become(running, begun, dataclasses.replace(start, iteration=self.iteration))
+            self._prepare()
+        elif heats.due(self.iteration):
+            assert isinstance(race, Race)
+            whole = lambda x, y: (eqx.combine(x, self._x_rest), eqx.combine(y, self._y_rest))
+            judged = heats.best(execution, race, self.carry, self._data, execution.key, whole)
+            self._spend(*judged.spent)
+            heats.drop(judged, self.rounds)
+            running, state, own = smaller(race, self.carry.state, judged.kept)
+            begun = self._begun(running)
+            self._become(running, begun, begun.taking_over(execution, self.carry, running, state, own))
+            self._prepare()
+
+    def _become(self, running: Algorithm, execution: Execution, carry: Carry) -> None:
+        """Go on as a smaller race, or as the algorithm that has won it."""
+        self._running, self._execution, self.carry = running, execution, carry
+        self.protocol = dataclasses.replace(execution.protocol, each_row=self.protocol.each_row)
+        self.lower = Lower(execution, running, carry.state, self._y_rest)
+        self._recovery = recovery(execution, running, carry)
+        self._healthy, self._healthy_at, self._first = carry, self.seconds, None
+        self._recent.clear()
+        self._trail, self._pace = Trail(), None  # another x may lead now
 
     def _fits(self, record: Record) -> bool:
         """Whether a stretch is within the budget."""
@@ -492,7 +575,8 @@ class Run:
             row, self._refused = row | found, self._refused or refused
         turn = {"turn": EMPTY if info is None else self._last_turn}
         halvings = {} if self._recovery is None else {"halvings": self._recovery.halvings}
-        return row | self._diagnostics(info) | turn | halvings
+        race = {} if self._heats is None else {"candidates": self.candidates}
+        return row | self._diagnostics(info) | turn | halvings | race
 
     def _loss(self) -> float:
         """f(x, y) over the federation where the run is, if it is asked for; what it takes is counted."""

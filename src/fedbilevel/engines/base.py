@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from ..algorithm import Algorithm
 from ..data import FederatedData
+from ..errors import InputError
 from ..federation import Federation
 from ..given import Whole
 from ..pace.curvature import Curvature
@@ -141,6 +142,20 @@ class Execution(abc.ABC):
             data: this one's, as it was given to `Engine.bind`.
         """
         return self.engine.bind(self.problem, data, algorithm, state, key)
+
+    def taking_over(
+        self, before: Execution, carry: Carry, algorithm: Algorithm, state: PyTree, own: Callable[[PyTree], PyTree]
+    ) -> Carry:
+        """Where this one goes on from a carry of another one of the same clients.
+
+        Args:
+            state: the server's, as this one's algorithm has it.
+            own: what of another one's client state a client keeps.
+
+        Raises:
+            InputError: the clients' states are not in this process.
+        """
+        raise InputError(f"{type(self.engine).__name__} cannot go on from another algorithm's clients.")
 
     def client_states(self, carry: Carry) -> PyTree:
         """The clients' states, leaves (clients, ...); None if they keep none."""

@@ -26,7 +26,7 @@ from ..problem import Problem, strong
 from ..program import freeze
 from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
-from .base import Carry, Engine, Program, Record, plan
+from .base import Carry, Engine, Execution, Program, Record, plan
 from .faults import Faults, Roster
 from .messaging.client_side import ClientSide, Methods
 from .messaging.server_side import Messaging
@@ -119,6 +119,13 @@ class _Looped(Messaging):
         if record.last is not None:
             record = dataclasses.replace(record, last=holding(record.last))
         return holding(carry), record
+
+    def taking_over(
+        self, before: Execution, carry: Carry, algorithm: Algorithm, state: PyTree, own: Callable[[PyTree], PyTree]
+    ) -> Carry:
+        kept = None if carry.client_state is None else [own(each) for each in carry.client_state]
+        none = kept is None or not jax.tree.leaves(kept)
+        return Carry(strong(state), None if none else kept, carry.iteration)
 
     def anew(self, key: Key[Array, ""]) -> _Looped:
         _ = self.methods, self.rows  # what is compiled and cut out serves all

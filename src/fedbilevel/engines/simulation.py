@@ -195,6 +195,15 @@ class _Simulated(Execution):
         self.heavy = place is None and self.engine.mesh is None and _large(kept)
         return Carry(strong(state), kept, 0)
 
+    def taking_over(
+        self, before: Execution, carry: Carry, algorithm: Algorithm, state: PyTree, own: Callable[[PyTree], PyTree]
+    ) -> Carry:
+        start = self.start(algorithm, state)
+        kept = None if carry.client_state is None else before.of_clients(own, carry)
+        if isinstance(start.client_state, Version):
+            kept = start.client_state.restored([np.asarray(leaf) for leaf in jax.tree.leaves(kept)])
+        return Carry(start.state, kept, carry.iteration)
+
     def write_over(self, carry: Carry) -> None:
         self._over = carry
 

@@ -23,12 +23,14 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax.tree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -68,7 +70,8 @@ def ready(algorithm: Algorithm, x: PyTree) -> Algorithm:
 
 def measures_first(state: PyTree) -> bool:
     """Whether the next iteration is the first one of a run, in which what is measured takes rounds of its own."""
-    return isinstance(state, Paced) and not int(state.memory.iteration)
+    several = getattr(state, "members", (state,))  # of a race
+    return any(isinstance(one, Paced) and not np.any(np.asarray(one.memory.iteration)) for one in several)
 
 
 def numbered(algorithm: Algorithm) -> Algorithm:
@@ -105,9 +108,11 @@ class Told(Info):
 
 
 @functools.cache
-def _with_told(kind: type[Info]) -> type[Info]:
+def _with_told(kind: type[Info]) -> Callable[..., Info]:
     """The diagnostics of an algorithm, which may be more than `Info`, and the steps."""
-    return Told if kind is Info else type("Told", (kind, Told), {"__module__": __name__, "__doc__": kind.__doc__})
+    both: tuple[type, ...] = (kind, Told)
+    held = {"__module__": __name__, "__doc__": kind.__doc__}
+    return Told if kind is Info else types.new_class("Told", both, exec_body=lambda space: space.update(held))
 
 
 @final
@@ -119,11 +124,13 @@ class Auto(Algorithm):
         found: the names of the steps that are found.
         first: rounds of the first measurement, at most; None for as many as it takes to ask everybody. With none,
             the first steps are `STEPS`.
+        tempo: how many times as long the steps of x are as they are found to be.
     """
 
     algorithm: Algorithm
     found: tuple[str, ...] = eqx.field(static=True)
     first: int | None = eqx.field(default=None, static=True)
+    tempo: Rate = 1.0
 
     @property
     def title(self) -> str:
@@ -136,7 +143,7 @@ class Auto(Algorithm):
         return {part: name for part, name in self.algorithm.follows.items() if name not in self.found}
 
     def __getattr__(self, name: str):
-        if name.startswith("__") or name in ("algorithm", "found", "first"):
+        if name.startswith("__") or name in ("algorithm", "found", "first", "tempo"):
             raise AttributeError(name)
         return getattr(self.algorithm, name)  # what it knows of itself, such as `own_lower`
 
@@ -149,6 +156,13 @@ class Auto(Algorithm):
         local, own = (hessian.local_factors, hessian.own_lower) if known else (True, None)
         step = AutoStep("auto", getattr(inner, "batch_size", None), local, own)
         return Meter(step, "outer_lr" in self.found)
+
+    def inner_lr_of(self, state: Paced, clients: int, cohort: int) -> Rate | None:
+        """The step of one local step on y, as it is taken from a state on; None where there is none."""
+        if "inner_lr" not in self.found:
+            return getattr(self.algorithm, "inner_lr", None)
+        share = share_of_curvature(getattr(self.algorithm, "local_steps", 1), clients, cohort)
+        return jnp.where(state.memory.largest > 0, state.memory.step * share, STEPS["inner_lr"])
 
     # States ---------------------------------------------------------------------------------------------------------
 
@@ -203,9 +217,7 @@ class Auto(Algorithm):
         memory, numbers, known = state.memory, {}, state.memory.largest > 0
         longest = jnp.where(known, memory.step, STEPS["hessian_lr"])  # 1 / (1.2 M)
         if "inner_lr" in self.found:
-            local_steps = getattr(self.algorithm, "local_steps", 1)
-            share = share_of_curvature(local_steps, fed.clients, fed.cohort_size)
-            numbers["inner_lr"] = jnp.where(known, longest * share, STEPS["inner_lr"])
+            numbers["inner_lr"] = self.inner_lr_of(state, fed.clients, fed.cohort_size)
         if "hessian_lr" in self.found:
             kept, local = self._gated(state.kept), self.meter.step.local_factors
             mean = self._everything(fed) and not local
@@ -223,18 +235,20 @@ class Auto(Algorithm):
         """What is known before an iteration: in a run's first one everybody is asked."""
         turns = rounds_of_first(fed.clients, fed.cohort_size)
         turns = turns if self.first is None else min(turns, self.first)
+        if turns == 0:
+            return state
 
         def turn(t: Int[Array, ""], seen: Seen) -> Seen:
             cohort = None if fed.cohort_size == fed.clients else everybody_in_turn(fed, t, turns)
             ways = ("mean", "maximum", "mean", "mean", "mean")
             mean, largest, *rest = fed.average(self.meter.begin, state.x, state.y, combine=ways, cohort=cohort)
-            add = lambda old, new: old + new / max(1, turns)
+            add = lambda old, new: old + new / turns
             pull = jax.tree.map(add, seen.pull, rest[0])
             sums = (add(old, new) for old, new in ((seen.loss, rest[1]), (seen.steepest, rest[2])))
             return Seen(jnp.maximum(seen.largest, largest), add(seen.mean, mean), pull, *sums)
 
-        start = (state.memory.iteration == 0) & (turns > 0)
-        seen = fed.rarely(jnp.where(start, turns, 0), turn, self._none(state), most=max(1, turns))
+        start = state.memory.iteration == 0
+        seen = fed.rarely(jnp.where(start, turns, 0), turn, self._none(state), most=turns)
         choose = lambda new, old: jnp.where(start, new, old)
         memory = dataclasses.replace(state.memory, largest=choose(seen.largest, state.memory.largest))
         pace = state.pace
@@ -287,7 +301,7 @@ class Auto(Algorithm):
                 size, v = told * kept["pull"], kept["v"]
                 of_v, pace = outer.gate(pace, optax.tree.sub(state.kept["v"], v), size, k, rule)
                 t = jnp.minimum(t, of_v)
-            moved, pace = outer.move(pace, state.x, x, v, t, k, before.largest, memory.halvings, rule)
+            moved, pace = outer.move(pace, state.x, x, v, t, k, before.largest, memory.halvings, rule, self.tempo)
             renewed = outer.measured(pace, seen.pull, seen.loss)
             pace = jax.tree.map(lambda new, old: jnp.where(due, new, old), renewed, pace)
             x, taken["outer_lr"], length = moved.x, moved.step, moved.length

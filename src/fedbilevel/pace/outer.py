@@ -281,7 +281,7 @@ def _open(log_ratio: Scalar, shut: float) -> Scalar:
 
 def move(
     pace: Pace, before: PyTree, after: PyTree, v: PyTree, t: Scalar, k: Int[Array, ""], curvature: Scalar,
-    halvings: Int[Array, ""], rule: Rule,
+    halvings: Int[Array, ""], rule: Rule, tempo: float | Scalar = 1.0,
 ) -> tuple[Moved, Pace]:  # fmt: skip
     """(Where x is put, what is remembered), of an iteration that took x from `before` to `after` with the probe's step.
 
@@ -290,6 +290,7 @@ def move(
         t: how far the gate is open, in [0, 1].
         curvature: M.
         halvings: how often the run went back.
+        tempo: how many times as long a step is.
     """
     kind = pace.radius.dtype
     towards = optax.tree.sub(after, before)
@@ -311,7 +312,9 @@ def move(
     longest = jnp.where(first, began, math.log(rule.growth) + pace.log_move)
     log_step = jnp.minimum(log_step, longest - log_length)
     damping, slowed = _damped(pace, towards, t, moving, rule), log(curvature.astype(kind)) - pace.log_curvature
-    taken = jnp.where(moving, jnp.ldexp(t * damping * jnp.exp(-2 * jnp.clip(slowed, 0, _FAR / 2)), -halvings), 0)
+    taken = jnp.where(
+        moving, jnp.ldexp(tempo * t * damping * jnp.exp(-2 * jnp.clip(slowed, 0, _FAR / 2)), -halvings), 0
+    )
     share = taken * jnp.exp(jnp.clip(log_step - pace.log_probe, -_FAR, _FAR))
     x = jax.tree.map(lambda old, new: old + share.astype(new.dtype) * new, before, towards)
     went = moving & (t > 0)
