@@ -6,7 +6,8 @@
     cost.csv, cost.md, cost.png   what `fedbilevel cost` predicts
     runs/NAME-SEED/               one run each: history.csv, checkpoint.eqx, variables.npz, outcome.json; best.npz if kept
 
-The one run of an application lies in the folder itself, with rounds.csv and the files of the network if it was run over one.
+The one run of an application lies in the folder itself, with rounds.csv and the files of the network if it was run over one;
+so does what `tune` leaves, with candidates.csv: who raced, and who was dropped when.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from ..identity import differences
 
 CONFIG, HISTORY, CHECKPOINT = "config.json", "history.csv", "checkpoint.eqx"
 VARIABLES, BEST, OUTCOME, ROUNDS, RUNS = "variables.npz", "best.npz", "outcome.json", "rounds.csv", "runs"
+CANDIDATES = "candidates.csv"
 
-_OF_A_RUN = (HISTORY, CHECKPOINT, VARIABLES, BEST, OUTCOME, ROUNDS, "nvflare.log")
+_OF_A_RUN = (HISTORY, CHECKPOINT, VARIABLES, BEST, OUTCOME, ROUNDS, CANDIDATES, "nvflare.log")
 _TABLES = ("summary.csv", "summary.md", "cost.csv", "cost.md", "cost.png")
 _NETWORK = ("nvflare", "poc", "job", "sites")  # folders of a run over a network on this machine
 _SIGNS = (CONFIG, HISTORY, OUTCOME)  # any of them makes a folder ours; the first is younger than the others

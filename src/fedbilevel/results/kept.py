@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..best import Best
 from ..callbacks import CSV, Callback, Checkpoint, Progress
-from ..description import Description
+from ..engines.base import Engine
 from ..errors import RunError, with_notes
 from ..given import JSON
 from ..metrics import STOPPED
@@ -17,8 +19,21 @@ from ..result import Result, save_best, save_variables
 from .folder import BEST, CHECKPOINT, HISTORY, OUTCOME, VARIABLES
 
 
+@typing.runtime_checkable
+class Described(typing.Protocol):
+    """What can be kept: a `Description`, or what else is run like one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def engine(self) -> Engine | None: ...
+
+    def run(self, *, callbacks: Sequence[Callback] = (), resume: str | os.PathLike[str] | None = None) -> Result: ...
+
+
 def keep(
-    description: Description, place: Path, *, resume: bool = False, columns: Mapping[str, str | int] | None = None,
+    description: Described, place: Path, *, resume: bool = False, columns: Mapping[str, str | int] | None = None,
     quiet: bool = False, every: float = 30.0, callbacks: Sequence[Callback] = (),
 ) -> Result:  # fmt: skip
     """Run it, and leave history.csv, checkpoint.eqx, variables.npz and outcome.json in the folder, however it ends.

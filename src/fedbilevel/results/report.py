@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from ..errors import InputError, check
 from ..metrics import STOPPED
 from ..settings import told_apart
-from .folder import configuration
+from .folder import CANDIDATES, configuration
 from .text import Text, pipe_table
 
 Cell = str | float | np.number | None  # of a table
@@ -24,9 +25,10 @@ Look = dict[str, Any]  # how a curve looks, in the words of matplotlib
 LEVELS = (0.80, 0.85, 0.88, 0.90)  # test accuracies whose first round the summary names
 AXES = {"rounds": "communication rounds", "megabytes": "payload, MB (down and up)", "seconds": "seconds of computation"}
 UNMEASURED = "hypergradient_norm"  # what is drawn of a run that has no metric
+MARK = "candidates dropped"  # at the vertical lines of a race
 LOGARITHMIC = ("stationarity", "distance", UNMEASURED)
 FIXED = ("algorithm", "seed", "iteration", "rounds", "bytes_down", "bytes_up", "seconds")
-DIAGNOSTICS = ("hypergradient_norm", "vector_growth", "vector_residual", "lower_gradient_norm", "turn")
+DIAGNOSTICS = ("hypergradient_norm", "vector_growth", "vector_residual", "lower_gradient_norm", "turn", "candidates")
 DERIVED = ("megabytes", "megabytes_up", "oracle_calls")
 
 
@@ -108,7 +110,17 @@ def write(folder: Path, frame: pandas.DataFrame) -> list[Path]:
     summary = summarise(frame, steps)
     summary.to_csv(folder / "summary.csv", index=False)
     (folder / "summary.md").write_text(markdown(summary))
-    return [folder / "summary.csv", folder / "summary.md", *draw(folder, frame, told_apart(steps))]
+    return [folder / "summary.csv", folder / "summary.md", *draw(folder, frame, told_apart(steps), drops(folder))]
+
+
+def drops(folder: Path) -> list[int]:
+    """The rounds after which candidates of a race were dropped; none where there was no race."""
+    file = folder / CANDIDATES
+    if not file.is_file():
+        return []
+    with file.open(newline="", errors="replace") as text:
+        found = {line.get("round") or "" for line in csv.DictReader(text)}
+    return sorted(int(after) for after in found if after.isdigit())
 
 
 def cells(summary: pandas.DataFrame) -> Text:
@@ -136,13 +148,16 @@ def show(summary: pandas.DataFrame, console: Console, labels: Mapping[str, str] 
     console.print(grid)
 
 
-def draw(folder: Path, frame: pandas.DataFrame, labels: Mapping[str, str] | None = None) -> list[Path]:
+def draw(
+    folder: Path, frame: pandas.DataFrame, labels: Mapping[str, str] | None = None, marks: Sequence[int] = ()
+) -> list[Path]:
     """One figure per metric: against rounds, bytes and seconds; mean and range over seeds.
 
     Of runs without a metric, the norm of the estimated hypergradient.
 
     Args:
         labels: what the legend calls an algorithm, where that is not its name.
+        marks: rounds at which candidates of a race were dropped.
     """
     import matplotlib
 
@@ -151,16 +166,18 @@ def draw(folder: Path, frame: pandas.DataFrame, labels: Mapping[str, str] | None
     without = [UNMEASURED] if frame.get(UNMEASURED, pandas.Series()).notna().any() else []
     files = {metric: folder / f"{metric}.png" for metric in metrics_of(frame) or without}
     for metric, file in files.items():
-        figure_of(frame, metric, labels or {}).savefig(file, dpi=130)
+        figure_of(frame, metric, labels or {}, marks).savefig(file, dpi=130)
     return list(files.values())
 
 
-def figure_of(frame: pandas.DataFrame, metric: str, labels: Mapping[str, str]) -> Figure:
+def figure_of(frame: pandas.DataFrame, metric: str, labels: Mapping[str, str], marks: Sequence[int] = ()) -> Figure:
     """A metric against rounds, megabytes (a column of the frame, beside the history's) and seconds."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     for panel, (axis, what) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
         for colour, (name, runs) in enumerate(frame.groupby("algorithm", sort=False)):
             _curve(panel, *curves_of(runs, axis, metric), f"C{colour}", labels.get(str(name), str(name)))
+        for at in np.interp(marks, frame["rounds"], frame[axis]) if marks else ():
+            panel.axvline(at, color="grey", linestyle=":", linewidth=1.2, label=None if _marked(panel) else MARK)
         panel.set_xlabel(what)
         panel.grid(alpha=0.3)
         panel.set_xlim(left=0)
@@ -170,9 +187,13 @@ def figure_of(frame: pandas.DataFrame, metric: str, labels: Mapping[str, str]) -
             panel.set_ylim(top=1)
     seeds, name = frame["seed"].nunique(), metric.replace("_", " ")
     figure.axes[0].set_ylabel(name)
-    figure.axes[0].legend(loc="best", frameon=False)
+    figure.axes[0].legend(loc="best", frameon=bool(marks))
     figure.suptitle(name + (f": mean and range over {seeds} seeds" if seeds > 1 else ""), fontsize=11)
     return figure
+
+
+def _marked(panel: Axes) -> bool:
+    return MARK in panel.get_legend_handles_labels()[1]
 
 
 def _curve(panel: Axes, grid: np.ndarray, curves: np.ndarray, colour: str, label: str) -> None:
