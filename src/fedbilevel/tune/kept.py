@@ -193,12 +193,28 @@ def _write(file: Path, candidates: Iterable[Candidate]) -> None:
 
 
 class Racing(Progress):
-    """Progress with how many candidates race."""
+    """Progress with how many candidates race, and when another program is compiled for those that are left."""
 
-    @classmethod
-    def _news(cls, run: Running) -> str:
-        many = getattr(run, "candidates", 1)
-        return f"{many} candidates, {super()._news(run)}" if many > 1 else super()._news(run)
+    _many = 0
+
+    def start(self, run: Running) -> None:
+        super().start(run)
+        self._tell(run, "compiling")
+
+    def advance(self, run: Running) -> None:
+        fewer = _left(run) != self._many
+        self._tell(run, self._news(run) + (", compiling" if fewer else ""))
+
+    def _tell(self, run: Running, news: str) -> None:
+        self._many = _left(run)
+        if self._meter is not None:
+            several = f"{self._many} candidates, " if self._many > 1 else ""
+            self._meter.update(run.progress, several + news)
+
+
+def _left(run: Running) -> int:
+    """How many candidates race."""
+    return getattr(run, "candidates", 1)
 
 
 class _Interrupted(Callback):
