@@ -160,6 +160,7 @@ def test_an_application_and_candidates_of_ones_own(fedbilevel, tmp_path):
         told[engine] = json.loads(text)
     one, other = told["simulation"], told["loopback"]
     assert [each["algorithm"] for each in one["candidates"]] == ["Lockstep", "SimFBO"]
+    assert [each["name"] for each in one["candidates"]] == ["lockstep", "simfbo"]
     assert all(
         each["score"] >= 0 for each in one["candidates"]
     )  # as the metric says it, though the highest is the best

@@ -138,9 +138,16 @@ class Tuning:
         return dataclasses.replace(found, candidates=self.named(found.candidates))
 
     def named(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """With scores as the metric has them: a race drops the highest."""
+        """Candidates by the names that the command has for them, their scores as the metric has them.
+
+        Where the highest is the best, a race goes by its negative.
+        """
         sign = -1 if self.highest else 1
-        return [dataclasses.replace(each, score=sign * each.score) for each in candidates]
+        names = {title_of(algorithm): name for name, algorithm in (self.algorithms or {}).items()}
+        return [
+            dataclasses.replace(each, name=names.get(each.algorithm, each.name), score=sign * each.score)
+            for each in candidates
+        ]
 
 
 def keep_tuned(tuning: Tuning, place: Path, *, resume: bool = False, quiet: bool = False) -> Tuned:
