@@ -192,3 +192,11 @@ def test_one_that_fails_exits_with_1_and_keeps_what_there_was(fedbilevel, tmp_pa
     assert "chosen: Lockstep(" in text
     assert json.loads((out / "outcome.json").read_text())["status"] == "failed"
     assert len(candidates(out)) == 1 and (out / "variables.npz").exists() and not (out / "best.npz").exists()
+
+
+@pytest.mark.slow
+def test_what_is_left_may_keep_nothing_at_clients(fedbilevel):
+    """Twice a race becomes a smaller one in which no client keeps anything."""
+    code, text, error = fedbilevel("tune", "minimax", "--rounds", 80, "--json")
+    assert code == 0, error
+    assert len(json.loads(text)["candidates"]) == 4

@@ -199,7 +199,7 @@ class _Simulated(Execution):
         self, before: Execution, carry: Carry, algorithm: Algorithm, state: PyTree, own: Callable[[PyTree], PyTree]
     ) -> Carry:
         start = self.start(algorithm, state)
-        kept = None if carry.client_state is None else before.of_clients(own, carry)
+        kept = before.of_clients(own, carry) if jax.tree.leaves(carry.client_state) else start.client_state
         if isinstance(start.client_state, Version):
             kept = start.client_state.restored([np.asarray(leaf) for leaf in jax.tree.leaves(kept)])
         return Carry(start.state, kept, carry.iteration)
