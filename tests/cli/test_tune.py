@@ -49,6 +49,8 @@ def test_a_race_leaves_everything_behind(fedbilevel, tmp_path):
         *TWO[:-4], "--rounds", 70, "--candidates", 2, "--keep", "value:min", "--out", out, "--resume"
     )
     assert code == 2 and "tune.rounds was 60 and is 70" in error
+    code, _, error = fedbilevel("run", "quadratic", "--clients", 3, "--rounds", 60, "--out", out, "--resume")
+    assert code == 2 and "that is of a task, quadratic, tuned, and this of a task, quadratic" in error
     assert fedbilevel("plot", out)[0] == 0
 
 

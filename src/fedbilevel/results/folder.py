@@ -115,7 +115,8 @@ def _same(folder: Path, config: dict[str, JSON], alone: bool) -> None:
     else:
         check(there, f"{folder} holds no run to resume: leave --resume out, or name the run's folder.")
     if there:
-        of = lambda plain: f"an application, {plain['app']}" if "app" in plain else f"a task, {plain.get('task')}"
+        on = lambda plain: f"an application, {plain['app']}" if "app" in plain else f"a task, {plain.get('task')}"
+        of = lambda plain: f"{on(plain)}, tuned" if "tune" in plain else on(plain)
         same = of(there) == of(config)
         check(
             same, f"{folder} holds another run: that is of {of(there)}, and this of {of(config)}. Use another folder."
