@@ -193,6 +193,13 @@ def test_every_public_name_has_a_page_with_an_example():
     }  # fmt: skip
 
 
+def test_from_tables_to_tuned_settings_in_25_lines_without_a_step_size():
+    page = (ROOT / "docs" / "tune.md").read_text()
+    (own,) = [text for _, text in blocks(page, "python") if "print(result.x)" in text]
+    assert len([line for line in own.splitlines() if line.strip()]) <= 25
+    assert "_lr=" not in page
+
+
 def test_a_wrong_page_fails_at_its_own_line(fresh, tmp_path):
     file = tmp_path / "page.py"
     file.write_text(script(PAGE))
