@@ -143,6 +143,7 @@ def test_a_metric_of_ones_own_judges():
     scores = [{each.name: each.score for each in end.candidates} for end in ends]
     assert ends[0].candidates != ends[1].candidates
     least, most = (float(far(end.x, end.y)) for end in ends)
+    assert all(0 <= score < 1e6 for score in scores[1].values())  # as the metric has it
     assert least < most and all(math.isfinite(value) for value in scores[0].values())
 
 

@@ -45,6 +45,7 @@ class Running(Rows, Protocol):
         history: the `History`, the rows so far.
         metrics: the metrics, functions of (x, y), by name.
         algorithm: what runs.
+        candidates: how many race (`fb.tune`); 1 where there is no race.
         stopped: the reason of the first who called `stop`; None as long as nobody has.
         kept: with `keep=`, what it keeps: `kept.best` is the best so far (x, y, iteration, rounds, value), or None.
         lower, carry, snapshot: where y is, and the states to go on from: for callbacks that save.
@@ -80,6 +81,9 @@ class Running(Rows, Protocol):
 
     @property
     def algorithm(self) -> Algorithm: ...
+
+    @property
+    def candidates(self) -> int: ...
 
     @property
     def stopped(self) -> str | None: ...

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ..algorithm import Algorithm
+from ..algorithm import Algorithm, Setting
 from ..best import BETTER, Goal
 from ..compare import Outcome, Plan
 from ..component import title_of
@@ -135,12 +135,13 @@ def _judged_by(wanted: Goal | None, metrics: Mapping[str, Metric]) -> Goal | Non
 
 def _entrants(plan: Plan, batch_size: int | None) -> dict[str, Algorithm]:
     """The candidates that are named, as `run` has them, but their steps found while they run."""
-    from ..settings import automatic
+    from ..settings import STEPS
 
     found = {}
     for name in plan.algorithms:
-        kind = type(plan.choose(name).algorithm)
-        algorithm = plan.source.choose(name, automatic(kind)).algorithm
+        fields = dataclasses.fields(plan.choose(name).algorithm)
+        auto: dict[str, Setting] = {f.name: "auto" for f in fields if f.name in STEPS and f.default == "auto"}
+        algorithm = plan.source.choose(name, auto).algorithm
         if batch_size is not None:
             has = any(field.name == "batch_size" for field in dataclasses.fields(algorithm))
             check(has, f"{name} has no batch_size: leave --batch-size out.")

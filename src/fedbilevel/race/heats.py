@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import equinox as eqx
 import jax
@@ -39,7 +39,18 @@ class Told(TypedDict):
     way: str
 
 
-Judge: TypeAlias = Callable[[PyTree, PyTree], float]  # (x, y) -> a number, the less the better
+class Judge(NamedTuple):
+    """What candidates are judged by.
+
+    Attributes:
+        value: (x, y) -> a number.
+        sign: 1 where the least is the best, -1 where the highest is.
+    """
+
+    value: Callable[[PyTree, PyTree], float]
+    sign: int
+
+
 Whole: TypeAlias = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
 _KEY = 2**32 - 3  # no iteration has this number
@@ -100,7 +111,7 @@ class Heats:
         race: at its start, one or more settings in each of its families.
         table: its candidates, family by family.
         rungs: `heats_of`.
-        judge: what they are judged by, the less the better; None: the outer loss.
+        judge: what they are judged by; None: the outer loss.
 
     Attributes:
         table: all candidates, in their order at the start.
@@ -155,17 +166,17 @@ class Heats:
         return Judged(race.in_order(kept), [k for k in order if k not in kept], spent)
 
     def _scores(self, judge: _Asking, turns: int, whole: Whole) -> np.ndarray:
-        """Of each, smaller is better."""
+        """Of each: f, or what the judge says."""
         scores, xs, ys = judge(turns)
         if self._judge is None:
             return scores
         lane = lambda tree, k: jax.tree.map(lambda leaf: leaf[k], tree)
-        return np.array([self._judge(*whole(lane(xs, k), lane(ys, k))) for k in range(len(scores))])
+        return np.array([self._judge.value(*whole(lane(xs, k), lane(ys, k))) for k in range(len(scores))])
 
-    @staticmethod
-    def _order(scores: np.ndarray, alive: np.ndarray) -> list[int]:
+    def _order(self, scores: np.ndarray, alive: np.ndarray) -> list[int]:
         """Places in the race, the best first; equals in their order."""
-        worth = np.where(alive & np.isfinite(scores), scores, np.inf)
+        sign = 1 if self._judge is None else self._judge.sign
+        worth = np.where(alive & np.isfinite(scores), sign * scores, np.inf)
         return [int(k) for k in np.argsort(worth, kind="stable")]
 
     @staticmethod

@@ -71,11 +71,6 @@ class Tuning:
         """The engine."""
         return self.plan.build_engine()
 
-    @property
-    def highest(self) -> bool:
-        """Whether the best candidate is the one with the highest score."""
-        return self.wanted is not None and self.wanted.direction == "max"
-
     def run(self, *, callbacks: Sequence[Callback] = (), resume: str | os.PathLike[str] | None = None) -> Tuned:
         """Tune.
 
@@ -138,16 +133,9 @@ class Tuning:
         return dataclasses.replace(found, candidates=self.named(found.candidates))
 
     def named(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """Candidates by the names that the command has for them, their scores as the metric has them.
-
-        Where the highest is the best, a race goes by its negative.
-        """
-        sign = -1 if self.highest else 1
+        """Candidates by the names that the command has for them."""
         names = {title_of(algorithm): name for name, algorithm in (self.algorithms or {}).items()}
-        return [
-            dataclasses.replace(each, name=names.get(each.algorithm, each.name), score=sign * each.score)
-            for each in candidates
-        ]
+        return [dataclasses.replace(each, name=names.get(each.algorithm, each.name)) for each in candidates]
 
 
 def keep_tuned(tuning: Tuning, place: Path, *, resume: bool = False, quiet: bool = False) -> Tuned:
@@ -221,7 +209,7 @@ class Racing(Progress):
 
 def _left(run: Running) -> int:
     """How many candidates race."""
-    return getattr(run, "candidates", 1)
+    return run.candidates
 
 
 class _Interrupted(Callback):

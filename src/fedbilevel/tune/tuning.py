@@ -25,7 +25,7 @@ from ..engines.base import Engine
 from ..engines.simulation import Simulation
 from ..given import Whole, whole_number
 from ..keys import KeyLike
-from ..metrics import Metric, measured
+from ..metrics import Metric, measured, validation_loss
 from ..pace.automatic import STEPS, Auto, numbered, ready
 from ..problem import Problem
 from ..protocol import Protocol, check_kinds, protocol
@@ -33,6 +33,7 @@ from ..race.heats import Candidate, Heats, Judge, heats_of, most_candidates
 from ..race.racing import Family, Race
 from ..result import History, Result
 from ..run import Run
+from ..validation import NAME as VALIDATION
 from ..variables import trainable
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class Tuned(Result):
     Attributes:
         algorithm: the one that won, with the numbers that it took last.
         candidates: all that raced, in their order at the start: name, algorithm, tempo, score (f at x with y where it should
-            be, as it was judged last; NaN where it never was, or blew up), round (after which it was dropped; None for
-            the winner), why.
+            be, or the metric, as it was judged last; NaN where it never was, or blew up), round (after which it was
+            dropped; None for the winner), why.
     """
 
     algorithm: Algorithm = dataclasses.field(kw_only=True)
@@ -115,6 +116,7 @@ def tune(
         key: a `jax.random.key`; the same key gives the same run on every engine.
         engine: `Simulation()` (the default) or `Loopback()`, with their `cohort=`.
         metric: the name of one of `metrics`, by which candidates are judged in place of f; with `direction=`.
+            "validation_loss" is f.
         direction: "min" or "max", which of `metric` is the better.
         algorithms: candidates of your own, such as [fb.Lockstep(), fb.AggITD()], with "auto" or numbers; by default
             Lockstep and SimFBO, each with steps of x as they are found, and with 4 times as long ones; with
@@ -267,9 +269,12 @@ def _judged_by(metric: str | None, direction: str | None, metrics: Mapping[str, 
         f"metric={metric!r}, direction={direction!r}.",
     )
     wanted = goal(words)
-    wanted.known(metrics)
-    sign = 1 if wanted.direction == "min" else -1
-    return lambda x, y: sign * measured(wanted.metric, metrics[wanted.metric], x, y)
+    wanted.known([*metrics, VALIDATION])
+    taken = metrics.get(wanted.metric, validation_loss)
+    if taken is validation_loss:  # that is f
+        errors.check(wanted.direction == "min", f"{wanted.metric} is f, which is minimised: direction='min'.")
+        return None
+    return Judge(lambda x, y: measured(wanted.metric, taken, x, y), 1 if wanted.direction == "min" else -1)
 
 
 def _check_least(first: Protocol, rounds: int, purse: int | None) -> None:
