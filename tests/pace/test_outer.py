@@ -21,13 +21,13 @@ def begun(loss=2.0, steepest=0.5, pull=3.0, rule=FULL):
     """At the start, as it is measured."""
     pace = outer.begin(X, Y, Y if rule is not SERIES else None)
     pace = outer.measured(pace, pull * jnp.asarray([1.0, 0.0, 0.0]), number(loss))
-    return outer.probed(pace, number(loss), number(steepest), number(4.0), X)
+    return outer.probed(pace, number(loss), number(steepest), X)
 
 
 def moved(pace, h, k, rule=FULL, t=1.0, v=Y, at=X, curvature=4.0):
     """(Where x is put, what is remembered): the algorithm has moved x by its probe along h."""
     after = at - jnp.exp(pace.log_probe) * h
-    return outer.move(pace, at, after, v, number(t), number(k), number(curvature), number(0), rule)
+    return outer.move(pace, at, after, v, number(t), number(k), number(curvature), number(0), rule, 1.0)
 
 
 def test_the_rules():
@@ -40,6 +40,16 @@ def test_the_rules():
 def test_the_gate_of_v_shuts_at_a_fifth(size, t):
     found, _ = outer.gate(begun(), Y, number(size), number(4), FULL)
     assert float(found) == pytest.approx(t)
+
+
+def test_the_longer_x_waited_for_v_the_more_of_e_is_let_pass():
+    pace, waited = begun(), 0.0
+    for k in range(60):
+        found, pace = outer.gate(pace, Y, number(1.05), number(k), FULL)  # e never falls: .35 of |d_y f|
+        t = max(0.0, 1 - 0.35 / (0.2 * (1 + waited / 10)))
+        waited += 1 - t
+        assert float(found) == pytest.approx(t, abs=1e-6)
+    assert t > 0.5
 
 
 def test_the_gate_of_y_knows_the_longest_gradient():

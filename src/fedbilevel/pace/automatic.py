@@ -253,9 +253,7 @@ class Auto(Algorithm):
         memory = dataclasses.replace(state.memory, largest=choose(seen.largest, state.memory.largest))
         pace = state.pace
         if pace is not None:
-            begun = outer.probed(
-                outer.measured(pace, seen.pull, seen.loss), seen.loss, seen.steepest, seen.largest, state.x
-            )
+            begun = outer.probed(outer.measured(pace, seen.pull, seen.loss), seen.loss, seen.steepest, state.x)
             pace = jax.tree.map(choose, begun, pace)
         return dataclasses.replace(
             state, memory=memory, log_mean=choose(outer.log(seen.mean), state.log_mean), pace=pace

@@ -3,7 +3,8 @@
 Ours; the step is that of DoG (Ivgi, Hinder & Carmon, ICML 2023, arXiv 2302.12022), by the norm. With h the direction in
 which an iteration moves x, in iterations k = 0, 1, ...:
 
-    gate       t = clip(1 - |e| / (0.2 |d_y f|), 0, 1) and clip(1 - |d| / (0.2 d_0), 0, 1), the smaller of the two;
+    gate       t = t_v or t_y, the smaller of the two;   t_y = clip(1 - |d| / (0.2 d_0), 0, 1)
+               t_v = clip(1 - |e| / (0.2 (1 + w / 10) |d_y f|), 0, 1);   w <- w + 1 - t_v, first 0
                e = H v - d_y f
                d = how far y moved, over its steps: about d_y g;   d_0 = the longest d until x has moved ten times, at least
                .01 L |y|
@@ -14,9 +15,10 @@ which an iteration moves x, in iterations k = 0, 1, ...:
     damping    m <- .7 m + (the step of x);   s <- s / 2 where <h, m> > 0, else min(1, 1.1 s);   1e-4 <= s <= 1
 
 What v lacks is what the hypergradient is wrong by, so x waits while v is far; v cannot settle before y does, but where y is
-slow v follows it at once and tells nothing: so x waits for y too. Where x went too far h turns, and s falls (not where the
-server draws where a series is cut: there h is noise for the most part). M is the largest curvature of g at a client (M_0: at
-the start): where it grew, y is slower. x moves from k = 3 on.
+slow v follows it at once and tells nothing: so x waits for y too. Where H is flat e never falls, and h need not know: the
+longer x waited for v, w, the more of e is let pass. Where x went too far h turns, and s falls (not where clients or rows are
+sampled, or the server draws where a series is cut: there h turns by noise too, and s would only fall). M is the largest
+curvature of g at a client (M_0: where x moved first): where it grew, y is slower. x moves from k = 3 on.
 
 Where clients or rows are sampled, |e| and |d| are those of running means, less what noise is left in these; x moves from
 k = 10 on, and eta |h| grows by no more than 1.3. With u = e or d, w, m and p the running means (of 0.7) of 1, u and |u|^2:
@@ -49,6 +51,7 @@ _PROBED = 0.01  # of a step: what x is moved by while it is to stay
 _OPEN = 0.1  # of the step: the least probe
 _KEPT = 0.7  # of e and d, in their running means
 _TRAINED = 0.01  # of L |y|: how long d_y g is at least taken to have been
+_WAITED = 10.0  # iterations that x waited for v, until which twice as much of e is let pass
 _SETTLING = 10  # moves of x, until which d_0 is looked for
 _OF_PULL = 0.0003, 0.03  # of |v| |d_y f| / |h|: between these lies the first distance
 _MEMORY = 0.7  # of the steps of x
@@ -64,7 +67,7 @@ class Rule:
 
     Attributes:
         first: the iteration in which x begins to move.
-        shut_v, shut_y: where the gates shut.
+        shut_v, shut_y: where the gates shut, that of v at first.
         begin: of |f| / |h|: the first distance.
         growth: how much longer a move may be than the last one.
         sampled: whether clients or rows are.
@@ -107,12 +110,13 @@ class Pace(eqx.Module):
         log_distance: log of the first distance.
         log_probe: log of the step that the algorithm takes next.
         residual, slope: the running means of e, like v, and of d, like y; None where there is none.
+        waited: w.
         log_slope: log of d_0.
         log_move: log of eta |h|, when x moved last.
         moves: how often it did.
         momentum: m, like x.
         damping: s.
-        log_curvature: log M_0.
+        log_curvature: log M_0, once x moved.
         log_pull: log |d_y f| as it was measured last.
         log_loss: log |f| as it was measured last.
     """
@@ -125,6 +129,7 @@ class Pace(eqx.Module):
     log_probe: Scalar
     residual: Mean | None
     slope: Mean
+    waited: Scalar
     log_slope: Scalar
     log_move: Scalar
     moves: Int[Array, ""]
@@ -194,8 +199,8 @@ def begin(x: PyTree, y: PyTree, v: PyTree) -> Pace:
     residual = None if v is None else Mean.none(v)
     return Pace(
         start=x, radius=zero, squares=zero, log_first=zero, log_distance=zero, log_probe=zero, residual=residual,
-        slope=Mean.none(y), log_slope=zero, log_move=zero, moves=jnp.zeros((), jnp.int32), momentum=none(x),
-        damping=zero + 1, log_curvature=zero, log_pull=zero, log_loss=zero,
+        slope=Mean.none(y), waited=zero, log_slope=zero, log_move=zero, moves=jnp.zeros((), jnp.int32),
+        momentum=none(x), damping=zero + 1, log_curvature=zero, log_pull=zero, log_loss=zero,
     )  # fmt: skip
 
 
@@ -213,8 +218,8 @@ def measured(pace: Pace, pull: PyTree, loss: Scalar) -> Pace:
     return dataclasses.replace(pace, log_pull=log(optax.tree.norm(pull).astype(kind)), log_loss=log_loss)
 
 
-def probed(pace: Pace, loss: Scalar, steepest: Scalar, curvature: Scalar, x: PyTree) -> Pace:
-    """Once f, about how long h will be, and M are measured at the start.
+def probed(pace: Pace, loss: Scalar, steepest: Scalar, x: PyTree) -> Pace:
+    """Once f and about how long h will be are measured at the start.
 
     Where f is zero, x's own size stands for a distance, and where that is zero too, one.
     """
@@ -224,8 +229,7 @@ def probed(pace: Pace, loss: Scalar, steepest: Scalar, curvature: Scalar, x: PyT
     known = (loss > 0) & (steepest > 0)
     log_loss = jnp.where(known, log(loss), log(own) + log(jnp.where(steepest > 0, steepest, 1)))
     log_probe = jnp.where(steepest > 0, _first_probe(log_loss, log(steepest), x), 0)
-    curved = log(curvature.astype(kind))
-    return dataclasses.replace(pace, log_loss=log_loss, log_probe=log_probe, log_curvature=curved)
+    return dataclasses.replace(pace, log_loss=log_loss, log_probe=log_probe)
 
 
 def _first_probe(log_loss: Scalar, log_length: Scalar, x: PyTree) -> Scalar:
@@ -252,7 +256,8 @@ def gate(pace: Pace, residual: PyTree, size: Scalar, k: Int[Array, ""], rule: Ru
     kept = pace.residual
     if rule.sampled:
         kept, length = kept.renewed(residual, length, k)
-    return _open(length - pace.log_pull, rule.shut_v), dataclasses.replace(pace, residual=kept)
+    t = _open(length - pace.log_pull, rule.shut_v * (1 + pace.waited / _WAITED))
+    return t, dataclasses.replace(pace, residual=kept, waited=pace.waited + 1 - t)
 
 
 def gate_of_y(
@@ -275,7 +280,7 @@ def gate_of_y(
     return _open(length - reference, rule.shut_y), dataclasses.replace(pace, slope=kept, log_slope=longest)
 
 
-def _open(log_ratio: Scalar, shut: float) -> Scalar:
+def _open(log_ratio: Scalar, shut: float | Scalar) -> Scalar:
     return jnp.clip(1 - jnp.exp(jnp.minimum(log_ratio, _FAR)) / shut, 0, 1)
 
 
@@ -311,7 +316,9 @@ def move(
     log_step = began + log(radius) - log_first - 0.5 * log(jnp.where(squares > 0, squares, 1))
     longest = jnp.where(first, began, math.log(rule.growth) + pace.log_move)
     log_step = jnp.minimum(log_step, longest - log_length)
-    damping, slowed = _damped(pace, towards, t, moving, rule), log(curvature.astype(kind)) - pace.log_curvature
+    curved = log(curvature.astype(kind))
+    log_curvature = jnp.where(first, curved, pace.log_curvature)
+    damping, slowed = _damped(pace, towards, t, moving, rule), curved - log_curvature
     taken = jnp.where(
         moving, jnp.ldexp(tempo * t * damping * jnp.exp(-2 * jnp.clip(slowed, 0, _FAR / 2)), -halvings), 0
     )
@@ -322,7 +329,7 @@ def move(
     ahead = jnp.maximum(log_step + log(jnp.maximum(taken, _OPEN)), _finest(before, log_length))
     now = dataclasses.replace(
         pace, radius=radius, squares=squares, log_first=log_first, log_distance=began, damping=damping,
-        log_probe=jnp.where(moving & (length > 0), jnp.clip(ahead, -_FAR, _FAR), waiting),
+        log_curvature=log_curvature, log_probe=jnp.where(moving & (length > 0), jnp.clip(ahead, -_FAR, _FAR), waiting),
         moves=pace.moves + went.astype(jnp.int32),
         log_move=jnp.where(went, log_step + log_length, pace.log_move),
         momentum=jax.tree.map(lambda m, new: _MEMORY * m + share.astype(new.dtype) * new, pace.momentum, towards),
@@ -340,7 +347,7 @@ def _first_distance(pace: Pace, v: PyTree, rule: Rule) -> Scalar:
 
 
 def _damped(pace: Pace, towards: PyTree, t: Scalar, moving: Bool[Array, ""], rule: Rule) -> Scalar:
-    if rule.random:
+    if rule.random or rule.sampled:
         return pace.damping
     overshot = jnp.real(jnp.asarray(optax.tree.vdot(towards, pace.momentum))) < 0  # <h, m> > 0
     renewed = jnp.where(overshot, jnp.maximum(_BACK * pace.damping, _LEAST), jnp.minimum(_ON * pace.damping, 1))
