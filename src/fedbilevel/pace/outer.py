@@ -4,7 +4,7 @@ Ours; the step is that of DoG (Ivgi, Hinder & Carmon, ICML 2023, arXiv 2302.1202
 which an iteration moves x, in iterations k = 0, 1, ...:
 
     gate       t = t_v or t_y, the smaller of the two;   t_y = clip(1 - |d| / (0.2 d_0), 0, 1)
-               t_v = clip(1 - |e| / (0.2 (1 + w / 10) |d_y f|), 0, 1);   w <- w + 1 - t_v, first 0
+               t_v = clip(1 - |e| / (0.2 (1 + q / 10) |d_y f|), 0, 1);   q <- q + 1 - t_v, first 0
                e = H v - d_y f
                d = how far y moved, over its steps: about d_y g;   d_0 = the longest d until x has moved ten times, at least
                .01 L |y|
@@ -16,7 +16,7 @@ which an iteration moves x, in iterations k = 0, 1, ...:
 
 What v lacks is what the hypergradient is wrong by, so x waits while v is far; v cannot settle before y does, but where y is
 slow v follows it at once and tells nothing: so x waits for y too. Where H is flat e never falls, and h need not know: the
-longer x waited for v, w, the more of e is let pass. Where x went too far h turns, and s falls (not where clients or rows are
+longer x waited for v, q, the more of e is let pass. Where x went too far h turns, and s falls (not where clients or rows are
 sampled, or the server draws where a series is cut: there h turns by noise too, and s would only fall). M is the largest
 curvature of g at a client (M_0: where x moved first): where it grew, y is slower. x moves from k = 3 on.
 
@@ -110,7 +110,7 @@ class Pace(eqx.Module):
         log_distance: log of the first distance.
         log_probe: log of the step that the algorithm takes next.
         residual, slope: the running means of e, like v, and of d, like y; None where there is none.
-        waited: w.
+        waited: q.
         log_slope: log of d_0.
         log_move: log of eta |h|, when x moved last.
         moves: how often it did.
