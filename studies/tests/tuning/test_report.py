@@ -21,6 +21,8 @@ def frame():
             add("random search", length, 300, 3e6, last)
         for rounds, phi in ((0, 4.0), (50, 0.9), (100, 2.0), (150, 0.8), (300, 0.5)):
             add("ours", 0, rounds, rounds * 1e5, phi)
+        for rounds, phi in ((0, 4.0), (100, 0.7), (300, 0.6)):
+            add("fb.tune", 0, rounds, rounds * 1e5, phi)
     return pandas.DataFrame(rows, columns=COLUMNS)
 
 
@@ -28,10 +30,14 @@ def test_the_best_length_counts_and_ours_is_there_when_it_stays():
     best = report.best_lengths(frame())
     assert set(best[best["contender"] == "random search"]["length"]) == {30}
     head, lines = report.raced(best)
-    line = dict(zip(head, lines[0], strict=True))
+    line, other = (dict(zip(head, each, strict=True)) for each in lines)
     assert line["best rival"] == "random search" and line["its Phi"] == "1.05 (1-1.1)"
-    assert line["rounds from which ours is there"] == "150"  # it was there at 50, and went away
-    assert float(line["ours - rival, % of Phi"]) == pytest.approx(-47.7, abs=0.1)
+    assert (line["whose"], line["rounds from which it is there"]) == (
+        "ours",
+        "150",
+    )  # it was there at 50, and went away
+    assert float(line["that - rival, % of Phi"]) == pytest.approx(-47.7, abs=0.1)
+    assert (other["whose"], other["rounds from which it is there"]) == ("fb.tune", "100")
 
 
 def test_equal_bytes_are_those_of_the_cheapest():

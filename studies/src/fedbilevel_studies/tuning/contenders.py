@@ -8,7 +8,7 @@ from collections.abc import Callable
 from .fedex import fedex
 from .grounds import Ground
 from .hyperband import hyperband
-from .ours import ours
+from .ours import ours, tuned
 from .purse import Point, Purse
 from .search import at_random, tpe
 
@@ -42,7 +42,7 @@ def _fixed(purse: Purse, by_hand: bool) -> None:
     purse.trail[:] = [Point(0, 0, x)]  # x is there from the start
 
 
-UNTUNED, BY_HAND, OURS = "no tuning", "by hand", "ours"
+UNTUNED, BY_HAND, OURS, TUNE = "no tuning", "by hand", "ours", "fb.tune"
 
 CONTENDERS: tuple[Contender, ...] = (
     Contender(UNTUNED, lambda purse, length, seed: _fixed(purse, False)),
@@ -56,5 +56,6 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender("Hyperband", hyperband, LENGTHS),
     Contender("FedEx", fedex, (60, 300)),
     Contender(OURS, lambda purse, length, seed: ours(purse)),
+    Contender(TUNE, lambda purse, length, seed: tuned(purse)),
 )
-RIVALS = tuple(c.label for c in CONTENDERS if c.label != OURS)
+RIVALS = tuple(c.label for c in CONTENDERS if c.label not in (OURS, TUNE))

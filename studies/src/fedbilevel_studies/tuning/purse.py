@@ -129,6 +129,25 @@ class Purse:
         self._pay(result.history[-1])
         return trail.points, None if failed else result
 
+    def tune(self, rounds: int) -> list[Point]:
+        """The points of a run of `fb.tune`, every `EVERY` iterations.
+
+        Raises:
+            Spent: the budget holds no such run.
+        """
+        self.afford(rounds)
+        self.key, key = jax.random.split(self.key)
+        task, trail = self.task, Trail(self.rounds, self.bytes)
+        try:
+            result = fb.tune(
+                task.problem, task.data, task.x, task.y, rounds=rounds, key=key, engine=self.ground.engine(),
+                batch_size=self.ground.batch_size, evaluate_every=EVERY, callbacks=[trail], check=False,
+            )  # fmt: skip
+        except fb.Diverged as error:
+            result = error.result
+        self._pay(result.history[-1])
+        return trail.points
+
     def send(self, values: PyTree) -> None:
         """Pay for what goes to every client once, before a run."""
         self.bytes += self.task.data.clients * sum(leaf.nbytes for leaf in jax.tree.leaves(values))

@@ -12,7 +12,7 @@ from fedbilevel.results import pipe_table
 
 from ..kinds import Look
 from ..theory import common
-from .contenders import BY_HAND, OURS, UNTUNED
+from .contenders import BY_HAND, OURS, RIVALS, TUNE, UNTUNED
 
 MB = 1e6
 
@@ -91,28 +91,27 @@ def reached(best: pandas.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 
 def raced(best: pandas.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Ours against the best rival of each task, seed by seed."""
-    head = ["task", "best rival", "its Phi", "ours", "ours - rival, % of Phi"]
-    head += ["rounds from which ours is there", "rival's gain over by hand, %"]
+    """Ours, and `fb.tune`, against the best rival of each task, seed by seed."""
+    head = ["task", "best rival", "its Phi", "whose", "Phi", "that - rival, % of Phi"]
+    head += ["rounds from which it is there", "rival's gain over by hand, %"]
     lines = []
     for task in best["task"].unique():
         curves = _curves(best, task)
         end = lambda own: np.array([float(curve["phi"].iloc[-1]) for curve in own])
-        rivals = {label: end(own) for label, own in curves.items() if label != OURS}
-        if OURS not in curves or not rivals:
+        rivals = {label: end(own) for label, own in curves.items() if label in RIVALS}
+        if not rivals:
             continue
         label = min(rivals, key=lambda name: float(np.median(rivals[name])))
-        theirs, ours = rivals[label], end(curves[OURS])
+        theirs = rivals[label]
         hand = rivals.get(BY_HAND, rivals.get(UNTUNED, theirs))
-        there = [held_from(c, goal) for c, goal in zip(curves[OURS], theirs, strict=True)]
-        more = float(np.median(100 * (ours - theirs) / np.abs(theirs)))
         gain = float(np.median(100 * (hand - theirs) / np.abs(hand)))
-        lines.append(
-            [
-                task, label, spread(list(theirs)), spread(list(ours)), f"{more:+.1f}",
-                common.count(np.median(there)), f"{gain:.1f}",
-            ]
-        )  # fmt: skip
+        for own in (OURS, TUNE):
+            if own not in curves:
+                continue
+            there = [held_from(c, goal) for c, goal in zip(curves[own], theirs, strict=True)]
+            more = float(np.median(100 * (end(curves[own]) - theirs) / np.abs(theirs)))
+            ends = spread(list(theirs)), own, spread(list(end(curves[own])))
+            lines.append([task, label, *ends, f"{more:+.1f}", common.count(np.median(there)), f"{gain:.1f}"])
     return head, lines
 
 
@@ -146,7 +145,7 @@ def _window(own: pandas.DataFrame) -> tuple[float, float]:
 
 
 def _draw(axis: Axes, own: list[pandas.DataFrame], spent: str, unit: float, look: Look) -> None:
-    """The median of a contender's curves, flat where nobody searches; for ours their range too."""
+    """The median of a contender's curves, flat where nobody searches; for both of ours their range too."""
     most = max(float(curve[spent].iloc[-1]) for curve in own)
     if look["label"] in (UNTUNED, BY_HAND):
         axis.axhline(float(np.median([curve["phi"].iloc[-1] for curve in own])), **look)
@@ -154,7 +153,7 @@ def _draw(axis: Axes, own: list[pandas.DataFrame], spent: str, unit: float, look
     grid = np.unique(np.concatenate([curve[spent].to_numpy(float) for curve in own] + [[most]]))
     values = np.array([[at(curve, spent, level) for level in grid] for curve in own])
     axis.step(grid / unit, np.median(values, axis=0), where="post", **look)
-    if len(own) > 1 and look["label"] == OURS:
+    if len(own) > 1 and look["label"] in (OURS, TUNE):
         lowest, highest = values.min(axis=0), values.max(axis=0)
         band = {"step": "post", "alpha": 0.15, "color": look["color"], "linewidth": 0}
         axis.fill_between(grid / unit, lowest, highest, **band)
