@@ -40,8 +40,7 @@ if TYPE_CHECKING:
     import pandas
 
 MOST = 8  # candidates
-_USUAL = 4
-_TEMPOS = (1.0, 4.0, 0.25)  # of steps of x as they are found
+_TEMPOS = (1.0, 0.5)  # of steps of x as they are found: one in a hurry leads at first, and leaves y behind
 
 
 @dataclasses.dataclass
@@ -119,9 +118,9 @@ def tune(
             "validation_loss" is f.
         direction: "min" or "max", which of `metric` is the better.
         algorithms: candidates of your own, such as [fb.Lockstep(), fb.AggITD()], with "auto" or numbers; by default
-            Lockstep and SimFBO, each with steps of x as they are found, and with 4 times as long ones; with
-            `candidates=6` a quarter as long, too. Where clients count unequally and a cohort is drawn, SimFBO alone.
-        candidates: how many race, the first of those; 1 for no race. By default 4, or fewer where the rounds are few.
+            Lockstep and SimFBO, each with steps of x as they are found and half as long ones. Where clients count
+            unequally and a cohort is drawn, SimFBO alone.
+        candidates: how many race, the first of those; 1 for no race. By default all, or fewer where the rounds are few.
         batch_size: rows of a minibatch, fresh for every local step; None for all rows. Not with `algorithms=`.
         max_bytes: of payload, down and up, over all clients: the run ends before it exceeds them.
         callbacks, metrics, evaluate_every, keep, resume, check: as `solve` takes them. The history's rows are the leader's;
@@ -209,7 +208,7 @@ def _entrants(
         errors.check(
             many is None or many <= len(found), f"candidates= is a whole number from 1 to {len(found)}; got {many}."
         )
-        found = found[: _USUAL if many is None else many]
+        found = found[:many]
     errors.check(len(found) <= MOST, f"at most {MOST} candidates race; got {len(found)}.")
     for each in found:
         errors.check(
