@@ -63,6 +63,7 @@ def test_a_setting_does_what_it_would_do_alone(name):
             assert race.history[-1][name] == own.size * alone.history[-1][name]
 
 
+@pytest.mark.slow
 def test_several_algorithms_share_their_rounds_and_add_their_bytes():
     families = family("lockstep"), family("simfbo")
     race = solve(Race(families))
@@ -77,7 +78,8 @@ def test_several_algorithms_share_their_rounds_and_add_their_bytes():
     assert fb.testing.distance((race.x, race.y), (alone[0][0].x, alone[0][0].y)) <= 1e-10  # the first one leads
 
 
-@pytest.mark.parametrize("name", ["aggitd", pytest.param("fednest", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["aggitd", "fednest"])
 def test_what_takes_a_round_goes_along_in_every_round_of_what_takes_more(name):
     """In loops of rounds too: each does what it would alone in as many rounds."""
     longer, single = family(name, truncation="full"), family("lockstep")

@@ -137,6 +137,7 @@ def test_the_budget_of_bytes_holds(tuned):
     assert most * 0.9 < less.bytes_down + less.bytes_up <= most and less.rounds < tuned.rounds
 
 
+@pytest.mark.slow
 def test_a_metric_of_ones_own_judges():
     far = lambda x, y: sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (x, Q.x)), strict=True))
     ends = [tune(metric="far", direction=way, metrics={"far": far}) for way in ("min", "max")]
@@ -153,6 +154,7 @@ def test_the_best_row_is_kept():
     assert kept.best().value == np.nanmin(values) and kept.rounds <= R
 
 
+@pytest.mark.slow
 def test_own_candidates_race():
     steps = {"inner_lr": 0.02, "hessian_lr": 0.02}
     several = [fb.Lockstep(**steps, outer_lr=lr) for lr in (1e-3, 2e-2)] + [fb.SimFBO(**AUTO), fb.Lockstep(**AUTO)]
@@ -176,6 +178,7 @@ def test_where_all_blow_up_the_first_begins_anew_and_says_so():
     assert end.candidates[0].why == "began anew when all had blown up" and end.candidates[1].why == "blew up"
 
 
+@pytest.mark.slow
 def test_where_a_cohort_is_drawn_by_weights_lockstep_is_left_out():
     q = dataclasses.replace(Q, data=fb.FederatedData.stack(Q.inner, Q.outer, weights="rows"))
     end = tune(q, 60, engine=fb.Simulation(cohort=2))
@@ -231,6 +234,7 @@ def test_it_is_a_function_that_has_what_its_package_offers():
     assert next(iter(inspect.signature(fb.tune).parameters)) == "problem"
 
 
+@pytest.mark.slow
 def test_few_rounds_for_many_candidates_are_said():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

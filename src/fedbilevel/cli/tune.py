@@ -62,7 +62,7 @@ def tune(
         typer.Option("--metric", help="METRIC:min or METRIC:max, which candidates are judged by; else the outer loss."),
     ] = None,
     candidates: Annotated[
-        int | None, typer.Option("--candidates", help="How many race, at most 8; 4, or fewer where rounds are few.")
+        int | None, typer.Option("--candidates", help="How many race, the first of all; fewer where rounds are few.")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Rows of a minibatch, fresh for every step; default all rows.")

@@ -201,10 +201,9 @@ class Heats:
 
     # The smaller race -------------------------------------------------------------------------------------------------
 
-    def algorithm(self, at_first: Race | None = None) -> Algorithm:
+    def algorithm(self) -> Algorithm:
         """What runs with those that are left."""
-        first = at_first or self._first
-        return first.only([first.place(k) for k in self.left])
+        return self._first.only([self._first.place(k) for k in self.left])
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
