@@ -17,7 +17,8 @@ import jax
 import fedbilevel as fb
 from fedbilevel.beginning import as_leaves
 from fedbilevel.pace.automatic import STEPS, ready
-from fedbilevel.race.racing import Family, Race
+from fedbilevel.race.family import Family
+from fedbilevel.race.racing import Race
 
 AUTO = dict.fromkeys(STEPS, "auto")
 MANY = 8

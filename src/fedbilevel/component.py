@@ -9,6 +9,7 @@ from typing import Generic, TypeVar, overload
 
 import equinox as eqx
 import jax
+from jaxtyping import PyTree
 
 Made = TypeVar("Made")
 
@@ -61,6 +62,16 @@ def method_named(module: eqx.Module, name: str) -> Callable:
     """
     own = getattr(type(module), "client_method", None)
     return operator.attrgetter(name)(module) if own is None else own(module, name)
+
+
+class MethodOf:
+    """A method of a module that says itself what it has (`client_method`), by name: bound to it, as others are."""
+
+    def __init__(self, owner: eqx.Module, name: str):
+        self.__self__, self.__name__ = owner, name
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        return method_named(self.__self__, self.__name__)(*args)
 
 
 def path_of(owner: object, module: eqx.Module) -> str | None:

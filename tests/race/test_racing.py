@@ -13,7 +13,8 @@ import fedbilevel as fb
 from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.beginning import as_leaves
 from fedbilevel.pace.automatic import STEPS, Auto, ready
-from fedbilevel.race.racing import Family, Race
+from fedbilevel.race.family import Family
+from fedbilevel.race.racing import Race
 from helpers.quadratic import quadratic
 
 KEY = jax.random.key(0)

@@ -9,21 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..algorithm import Algorithm
-from ..component import method_named, path_of
-from ..federation import Body, Client, Cohort, Combine, Federation, Flag, Index, Method, Replies, Share
+from ..component import MethodOf, path_of
+from ..federation import Body, Cohort, Combine, Federation, Flag, Index, Method, Replies, Share
 from ..jaxprs import weakly
 
 Scalar = Float[Array, ""]
-
-
-class Asked:
-    """A client method of an algorithm that stands for another one, by name."""
-
-    def __init__(self, owner: Algorithm, name: str):
-        self.__self__, self.__name__ = owner, name
-
-    def __call__(self, client: Client, *message: PyTree) -> PyTree:
-        return method_named(self.__self__, self.__name__)(client, *message)
 
 
 class Relayed(Federation):
@@ -56,7 +46,7 @@ class Relayed(Federation):
         self, method: Method, message: tuple, combine: Combine, replies: Replies, cohort: Cohort, beside: bool
     ) -> PyTree:
         path = path_of(getattr(method, "__self__", None), self._numbers)
-        asked = method if path is None else Asked(self._owner, f"{path}{getattr(method, '__name__', '')}")
+        asked = method if path is None else MethodOf(self._owner, f"{path}{getattr(method, '__name__', '')}")
         message = message if path is None else (self._steps, *message)
         out = self._fed.ask(asked, message, combine, replies, cohort, beside)
         self._own_share = None

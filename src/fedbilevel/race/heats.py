@@ -27,7 +27,8 @@ from ..data import FederatedData
 from ..engines.base import Carry, Execution
 from ..errors import check
 from ..pace.automatic import Auto
-from .racing import Family, Race, Standing, taken
+from .family import Family, taken
+from .racing import Race, Standing
 from .scoring import TURNS, Candidates, Scoring
 
 

@@ -12,64 +12,22 @@ A setting that blows up stays where it was, and is out. The race's own x and y a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ..algorithm import Algorithm, State
-from ..component import method_named, title_of
-from ..engines.base import within
+from ..component import MethodOf, method_named, title_of
 from ..federation import Client, Federation, Method, Reply, Way, When
-from ..pace.automatic import Auto
-from .playing import Answer, Asked, Drawn, Ended, Event, Looped, Program, Turn, play
+from .family import Family, where
+from .lanes import Lane, Rider, own_step
+from .playing import Answer, Asked, Drawn, Ended, Looped
 
 _FAR = 1e9  # how far beyond the start's size a setting counts as blown up
-
-
-class Family(eqx.Module):
-    """One algorithm with several settings.
-
-    Attributes:
-        name: what it is called in the race.
-        algorithm: every number of it with the axis of settings in front.
-        size: how many settings there are.
-    """
-
-    name: str = eqx.field(static=True)
-    algorithm: Algorithm
-    size: int = eqx.field(static=True)
-
-    @classmethod
-    def of(cls, name: str, algorithms: Sequence[Algorithm]) -> Family:
-        """Algorithms that differ in numbers alone."""
-        return cls(
-            name,
-            jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(a) for a in leaves]), *algorithms),
-            len(algorithms),
-        )
-
-    def each(self, function: Callable[..., PyTree], *stacked: PyTree) -> PyTree:
-        """function(algorithm, ...) of every setting."""
-        many = jnp.arange(self.size)  # there may be no number in it
-        return jax.vmap(lambda _, algorithm, *rest: function(algorithm, *rest))(many, self.algorithm, *stacked)
-
-    def only(self, places: Sequence[int]) -> Family:
-        """With some of its settings."""
-        return Family(self.name, taken(self.algorithm, places), len(places))
-
-    def one(self, place: int) -> Algorithm:
-        """One of its algorithms, as it runs alone."""
-        return jax.tree.map(lambda leaf: leaf[place], self.algorithm)
-
-
-def taken(tree: PyTree, places: Sequence[int] | Array | np.ndarray) -> PyTree:
-    """Some entries of each leaf."""
-    return jax.tree.map(lambda leaf: jnp.take(leaf, jnp.asarray(places), 0), tree)
 
 
 class Standing(State):
@@ -204,7 +162,7 @@ class Race(Algorithm):
                 rider.held = held
             self._together(fed, inside, riders)
             of = zip(loops, lanes, inside, carries, strict=True)
-            ends = tuple(_where(_goes_on(loop, lane, t, old), turned.end, old) for loop, lane, turned, old in of)
+            ends = tuple(where(_goes_on(loop, lane, t, old), turned.end, old) for loop, lane, turned, old in of)
             return ends, tuple(rider.held for rider in riders)
 
         start = tuple(loop.carry for loop in loops), tuple(rider.held for rider in riders)
@@ -231,7 +189,7 @@ class Race(Algorithm):
         message = tuple(_whole(part) for each in events for part in each.message)
         flags = tuple(flag for each in events for flag in each.replies)
         ways: tuple[Way, ...] = tuple(way for each in events for way in _ways(each))
-        method = _Together(self, "+".join(names))
+        method = MethodOf(self, "+".join(names))
         out = fed.ask(method, message, ways, flags, events[0].cohort, events[0].beside)
         parts = [out] if len(flags) == 1 else list(out)
         for lane, each in zip(lanes, events, strict=True):
@@ -281,155 +239,6 @@ class Race(Algorithm):
             return method_named(algorithm, method)(own, *eqx.combine(values, flags))
 
         return family.each(one, state, values)
-
-
-def own_step(fed: Federation, algorithm: Algorithm, state: PyTree) -> tuple[PyTree, PyTree]:
-    """An iteration of one setting."""
-    return algorithm.step(fed, state)
-
-
-class Lane:
-    """A family on its way through an iteration, or through a turn of a loop in it.
-
-    Attributes:
-        event: what it asks next, or its end.
-    """
-
-    def __init__(
-        self, program: Program, family: Family, arguments: tuple, fed: Federation,
-        turns: tuple[tuple[tuple[Answer | Turn, ...], Turn], ...] = (),
-    ):  # fmt: skip
-        self.family, self._program, self._arguments, self._fed = family, program, arguments, fed
-        self._turns = turns  # from the outermost: (the answers up to the loop, the turn)
-        self._answers: tuple[Answer | Turn, ...] = ()
-        self._rounds, self._done = 0, 0  # turns of the loop that it has come to
-        self.event = self._played()
-
-    def _played(self) -> Event:
-        whole = self._answers
-        for before, turn in reversed(self._turns):
-            whole = (*before, dataclasses.replace(turn, answers=whole))
-        return play(self._program, self._fed, self._arguments, whole)
-
-    @property
-    def asked(self) -> Asked:
-        """The exchange that it asks for."""
-        assert isinstance(self.event, Asked)
-        return self.event
-
-    @property
-    def end(self) -> PyTree:
-        """What it returned."""
-        assert isinstance(self.event, Ended)
-        return self.event.out
-
-    def go_on(self, answer: Answer) -> None:
-        """With an answer to what it asked."""
-        several = isinstance(self.event, Looped) and self.event.kind != "rarely"
-        self._rounds += 2 * several + (isinstance(self.event, Asked) and not self.event.beside)
-        self._answers, self._done = (*self._answers, answer), 0
-        self.event = self._played()
-
-    @property
-    def single(self) -> bool:
-        """Whether what it has played is one exchange, and what measures."""
-        return self._rounds == 1 and not any(isinstance(each, Answer) and not each.each for each in self._answers)
-
-    @property
-    def state(self) -> PyTree:
-        """From where it began."""
-        return self._arguments[1]
-
-    @property
-    def looped(self) -> Looped:
-        """The loop that it asks for."""
-        assert isinstance(self.event, Looped)
-        return self.event
-
-    @property
-    def turns(self) -> int:
-        """How many turns it asks for, where that is certain and they are rounds of every iteration; else none."""
-        loop = self.event
-        certain = isinstance(loop, Looped) and loop.kind == "repeat" and isinstance(loop.times, int)
-        return int(loop.times) if isinstance(loop, Looped) and certain else 0
-
-    def turned(self, carry: PyTree) -> None:
-        """The first turn that it asks for is done."""
-        loop = self.looped
-        if self.turns == 1:
-            self.go_on(Answer(carry))
-            return
-        self._done += 1
-        self.event = Looped(loop.kind, self.turns - 1, loop.most, carry)
-
-    def draw(self, fed: Federation) -> None:
-        """Draw what it asks for, once for all its settings."""
-        assert isinstance(self.event, Drawn)
-        of_number = self.event.what == "number"
-        drawn = fed.randint(self.event.low, self.event.high) if of_number else fed.draw_cohort(self.event.size)
-        self.go_on(Answer(drawn, each=False))
-
-    def inside(self, t: Array, carry: PyTree, condition: bool = False) -> Lane:
-        """One turn of the loop that it has come to."""
-        turn = self._answers, Turn(t + self._done, carry, condition=condition)
-        return Lane(self._program, self.family, self._arguments, self._fed, (*self._turns, turn))
-
-
-class Rider:
-    """Where a family stands in an iteration of the race: once its own is over, it may go along in others' rounds.
-
-    So does one whose iteration is a single round. One of several waits until the longest is done.
-
-    Attributes:
-        state, alive, info: after its last iteration; of a setting that blew up, before it did.
-    """
-
-    def __init__(self, lane: Lane, alive: Bool[Array, " settings"], limit: Float[Array, ""]):
-        self._lane, self._family, self._limit, self._over = lane, lane.family, limit, False
-        self.state, self.alive, self.info = lane.state, alive, None
-
-    @property
-    def rides(self) -> bool:
-        """Whether it can go along."""
-        return self._over and self._lane.single
-
-    @property
-    def held(self) -> tuple:
-        """What a loop of others' rounds carries of it."""
-        return self.state, self.alive, self.info
-
-    @held.setter
-    def held(self, held: tuple) -> None:
-        self.state, self.alive, self.info = held
-
-    def arrived(self) -> None:
-        """Take what its own lane has come to, if it has."""
-        if not self._over and isinstance(self._lane.event, Ended):
-            self._over = True
-            self.take(self._lane.end)
-
-    def take(self, end: tuple[PyTree, PyTree]) -> None:
-        """An iteration's end: what has blown up stays where it was."""
-        state, info = end
-        self.alive = self.alive & jax.vmap(lambda state, info: within(state, info, self._limit))(state, info)
-        none = jax.tree.map(jnp.zeros_like, info) if self.info is None else self.info
-        self.state, self.info = _where(self.alive, state, self.state), _where(self.alive, info, none)
-
-    def again(self, fed: Federation) -> Lane:
-        """Another iteration of its own."""
-        algorithm = self._family.algorithm
-        algorithm = dataclasses.replace(algorithm, first=0) if isinstance(algorithm, Auto) else algorithm
-        return Lane(own_step, self._family, (algorithm, self.state), fed)
-
-
-class _Together:
-    """The client method of several families."""
-
-    def __init__(self, owner: Race, name: str):
-        self.__self__, self.__name__ = owner, name
-
-    def __call__(self, client: Client, *message: PyTree) -> PyTree:
-        return self.__self__.client_method(self.__name__)(client, *message)
 
 
 def _alike(lanes: list[Lane], size: int) -> list[Lane]:
@@ -483,9 +292,3 @@ def _whole(part: PyTree) -> PyTree:
         When(jnp.any(each.present), each.value) if _is_when(each) and eqx.is_array(each.present) else each
     )
     return jax.tree.map(one, part, is_leaf=_is_when)
-
-
-def _where(good: Bool[Array, "*settings"], new: PyTree, old: PyTree) -> PyTree:
-    """The new one where it is good, for each setting."""
-    wide = lambda leaf: jnp.reshape(good, jnp.shape(good) + (1,) * (jnp.ndim(leaf) - jnp.ndim(good)))
-    return jax.tree.map(lambda a, b: jnp.where(wide(a), a, b), new, old)

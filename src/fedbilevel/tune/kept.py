@@ -197,19 +197,14 @@ class Racing(Progress):
         self._tell(run, "compiling")
 
     def advance(self, run: Running) -> None:
-        fewer = _left(run) != self._many
+        fewer = run.candidates != self._many
         self._tell(run, self._news(run) + (", compiling" if fewer else ""))
 
     def _tell(self, run: Running, news: str) -> None:
-        self._many = _left(run)
+        self._many = run.candidates
         if self._meter is not None:
             several = f"{self._many} candidates, " if self._many > 1 else ""
             self._meter.update(run.progress, several + news)
-
-
-def _left(run: Running) -> int:
-    """How many candidates race."""
-    return run.candidates
 
 
 class _Interrupted(Callback):

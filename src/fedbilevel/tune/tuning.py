@@ -29,8 +29,9 @@ from ..metrics import Metric, measured, validation_loss
 from ..pace.automatic import STEPS, Auto, numbered, ready
 from ..problem import Problem
 from ..protocol import Protocol, check_kinds, protocol
+from ..race.family import Family
 from ..race.heats import Candidate, Heats, Judge, heats_of, most_candidates
-from ..race.racing import Family, Race
+from ..race.racing import Race
 from ..result import History, Result
 from ..run import Run
 from ..validation import NAME as VALIDATION
