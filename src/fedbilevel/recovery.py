@@ -28,7 +28,6 @@ from . import arrays
 from .algorithm import Algorithm
 from .callbacks.checkpoint import FILE, read
 from .diagnosis import largest
-from .diagnosis.sentences import NO_STEP
 from .engines.base import Carry, Execution, Record
 from .pace.automatic import found_in
 from .pace.curvature import EVERY, HALVINGS, automatic, remembered, remembering
@@ -136,9 +135,7 @@ class Recovery:
         return [remembering(last.state, memory) for memory in takes]
 
     def spent(self, why: str) -> str:
-        """The sentence that ends the run, with what was tried before, if a step may be at fault."""
-        if NO_STEP in why:
-            return why
+        """The sentence that ends the run, with what was tried before."""
         return f"{why} (The automatic {self._settings} had been halved {self.halvings} times by then.)"
 
 

@@ -28,9 +28,6 @@ _WORDS = {
 }  # fmt: skip
 
 
-NO_STEP = "cannot go on in iteration"  # so says a sentence of what is no fault of a step
-
-
 def largest(tree: PyTree) -> float:
     """The largest absolute value in a pytree; NaN if one is NaN."""
     values = [
@@ -60,7 +57,7 @@ def diagnose(
     if broken is not None:
         where = "at the start" if healthy.iteration == 0 else f"at the x and y of iteration {healthy.iteration}"
         return (
-            f"{kind} {NO_STEP} {failed.iteration}: {broken} is not finite {where}, so that the derivative "
+            f"{kind} cannot go on in iteration {failed.iteration}: {broken} is not finite {where}, so that the derivative "
             f"is not finite {where}. Start elsewhere, or write the loss so that it has one there (jnp.sqrt and "
             "jnp.linalg.norm have none at zero, jnp.log neither; a jnp.where does not hide the branch it does not take)."
         )
