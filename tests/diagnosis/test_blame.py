@@ -210,7 +210,7 @@ def test_a_derivative_that_is_not_finite_at_the_start_is_no_fault_of_a_step(case
     problem, data = fb.Problem(*steep(case)), fb.FederatedData.stack(ROWS, ROWS)
     zero = jnp.zeros(2)
     with pytest.raises(fb.Diverged, match="the derivative is not finite at the start") as failure:
-        fb.solve(problem, data, fb.Lockstep(), zero, zero, 5, key=KEY, engine=engine, check=False)
+        fb.solve(problem, data, plain(fb.Lockstep), zero, zero, 5, key=KEY, engine=engine, check=False)
     text = str(failure.value)
     assert not named(text) and f"of the {'inner' if 'inner' in case else 'outer'} loss" in text and "client 0" in text
     one = jnp.ones(2)
