@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from ...app import App
 from ...callbacks.progress import Meter
@@ -23,6 +27,9 @@ from ...errors import InputError, RunError, warn
 from .processes import MARK, end_all
 
 _LOOK = 0.3  # seconds between looks at a run
+_STARTS = 3  # of nvflare's simulator, where it loses a site before the run has begun
+_TOGETHER = 20.0  # seconds within which all sites' processes are there, once one is
+_SITE = "nvflare.private.fed.app.simulator.simulator_worker"  # the module that a site's process in the simulator runs
 _PATIENCE = 40.0  # seconds within which an interrupted run has to end by itself
 
 
@@ -39,27 +46,74 @@ def run(
 
     out = out.resolve()
     job = export(app, out / "job", settings, clients, out=str(out), resume=resume)
-    environment = {**os.environ, MARK: str(out)}
     told = {"job": str(job), "out": str(out), "clients": clients, "poc": poc}
-    (out / "outcome.json").unlink(missing_ok=True)
+    for left in reversed(range(_STARTS)):
+        (out / "outcome.json").unlink(missing_ok=True)
+        if _once(told, loaded, out) or poc or not left:
+            break
+        warn("nvflare's simulator lost a site before the run had begun: it is started again.")
+    conclude(out)
+
+
+def _once(told: Mapping[str, Any], loaded: App, out: Path) -> bool:
+    """Start it, and wait until it ends; False if nvflare lost a site before the run had begun.
+
+    The simulator takes a port for each site, lets go of it, and has the site's process take it seconds later: if it is
+    another's by then, that process ends, and the server waits for the site (nvflare 2.9).
+    """
     with (out / "nvflare.log").open("a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(told)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
+            [sys.executable, "-m", __name__, json.dumps(told)], stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, MARK: str(out)},
         )  # fmt: skip
+    watch = _Sites(process.pid, int(told["clients"]))
     try:
-        news = "making certificates and starting the sites" if poc else "starting the sites"
+        news = "making certificates and starting the sites" if told["poc"] else "starting the sites"
         with Meter(loaded.name, int(loaded.iterations or loaded.rounds or 0) or None, news=news) as meter:
             while process.poll() is None:
                 time.sleep(_LOOK)
                 _show(meter, out, loaded, news)
+                if not told["poc"] and not _begun(out) and watch.lost():
+                    _end(process, out)
+                    return False
+        return _begun(out)
     finally:
         if process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.send_signal(signal.SIGINT)
                 process.wait(_PATIENCE)
         _end(process, out)
-    conclude(out)
+
+
+def _begun(out: Path) -> bool:
+    """Whether the server has met all sites, or has said why not."""
+    try:
+        outcome = json.loads((out / "outcome.json").read_text())
+    except (OSError, ValueError):  # not there yet, or about to be written
+        return False
+    return outcome["status"] != "running" or "workers" in outcome
+
+
+class _Sites:
+    """The sites' processes in nvflare's simulator, as long as a run has not begun."""
+
+    def __init__(self, simulator: int, sites: int):
+        self._simulator, self._sites = simulator, sites
+        self._seen, self._first = set[int](), math.inf  # when there was one
+
+    def lost(self) -> bool:
+        """Whether one that was there has ended, or has not come when others have."""
+        now = set(self._there())
+        gone, self._seen = self._seen - now, self._seen | now
+        self._first = min(self._first, time.monotonic() if now else math.inf)
+        return bool(gone) or (len(now) < self._sites and time.monotonic() - self._first > _TOGETHER)
+
+    def _there(self) -> Iterator[int]:
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(self._simulator).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if _SITE in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                        yield process.pid
 
 
 def conclude(out: Path) -> None:
