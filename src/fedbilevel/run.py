@@ -39,7 +39,7 @@ from .pace.automatic import Auto, measures_first, ready
 from .problem import Problem, bind
 from .program import settle
 from .protocol import Protocol, check_kinds
-from .race.heats import Heats, heats_in, smaller
+from .race.heats import Heats, heats_in, narrowed, smaller
 from .race.racing import Race
 from .recovery import Back, recovery, saved_snapshot
 from .result import EMPTY, History, Result, Row
@@ -119,7 +119,10 @@ class Run:
         bound, engine, key = bind(problem, self._x_rest, self._y_rest), engine or Simulation(), check_key(key)
 
         def begun(running: Algorithm) -> Execution:
-            return engine.bind(bound, data, running, first_state(running, self._x, self._y), key)
+            made = engine.bind(bound, data, running, first_state(running, self._x, self._y), key)
+            if heats is not None:
+                made.race(tuple(heats.left))
+            return made
 
         self._begun, self._data, self._heats = begun, data, heats
         self._most_bytes = None if most_bytes is None else int(most_bytes)
@@ -402,7 +405,7 @@ class Run:
             heats.alone(self.rounds)
             running = heats.algorithm()
             begun = self._begun(running)
-            start = begun.start(running, first_state(running, self._x, self._y))
+            start = begun.begin_again(running, first_state(running, self._x, self._y))
             self._become(running, begun, dataclasses.replace(start, iteration=self.iteration))
             self._prepare()
         elif heats.due(self.iteration):
@@ -411,8 +414,8 @@ class Run:
             judged = heats.best(execution, race, self.carry, self._data, execution.key, whole)
             self._spend(*judged.spent)
             heats.drop(judged, self.rounds)
-            running, state, own = smaller(race, self.carry.state, judged.kept)
-            begun = self._begun(running)
+            running, state = smaller(race, self.carry.state, judged.kept)
+            begun, own = self._begun(running), narrowed(race, judged.kept)
             self._become(running, begun, begun.taking_over(execution, self.carry, running, state, own))
             self._prepare()
 

@@ -23,7 +23,7 @@ from .metrics import Metric, validation_loss
 from .protocol.table import Protocol
 
 NAME = validation_loss.__name__  # what it is called where `keep=` alone asks for it
-_KEY = 2**32 - 2  # no iteration has this number: what drops out here has nothing to do with the run's own draws
+KEY = 2**32 - 2  # no iteration has this number: what drops out here has nothing to do with the run's own draws
 
 
 def asked(keep: str | None, metrics: Mapping[str, Metric], others: Iterable[str] = ()) -> dict[str, Metric]:
@@ -84,7 +84,7 @@ class Judge:
 
     def __init__(self, execution: Execution, x: PyTree, y: PyTree, data: FederatedData):
         self._beside = execution
-        key = jax.random.fold_in(execution.key, np.uint32(_KEY))
+        key = jax.random.fold_in(execution.key, np.uint32(KEY))
         self._execution = execution.another(Validation(), State(x, y), data, key)
         self.protocol = self._execution.protocol
 

@@ -86,7 +86,8 @@ def test_one_candidate_is_no_race(fedbilevel):
         ("quadratic --rounds 60 --algorithms agitd", "did you mean 'aggitd'"),
         ("quadratic --rounds 60 --algorithms lockstep,lockstep", "twice"),
         ("quadratic --rounds 60 --algorithms fedbioacc-local", "cannot race"),
-        ("quadratic --rounds 60 --engine nvflare", "in simulation and Loopback for now"),
+        ("quadratic --rounds 60 --engine nvflare", "--engine nvflare is for an application"),
+        ("quadratic --rounds 60 --poc", "--poc goes with --engine nvflare"),
         ("quadratic --rounds 60 --engine simulator", "did you mean 'simulation'"),
         ("quadratic --rounds 60 --resume", "go with --out"),
         ("quadratic --rounds 60 --precision 16", "32 or 64; got 16"),
@@ -202,3 +203,36 @@ def test_what_is_left_may_keep_nothing_at_clients(fedbilevel):
     code, text, error = fedbilevel("tune", "minimax", "--rounds", 80, "--json")
     assert code == 0, error
     assert len(json.loads(text)["candidates"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--tune", "--tune goes with --rounds R"),
+        ("--metric value:min", "--metric goes with --tune"),
+        ("--batch-size 4", "--batch-size goes with --tune"),
+        ("--tune --rounds 60 --metric value:down", "direction"),
+        ("--tune --rounds 60 --metric valeu:min", "did you mean 'value'"),
+        ("--tune --rounds 60 --metric validation_loss:max", "validation_loss:min"),
+        ("--tune --rounds 60 --candidates 9", "at least 1 and at most 8; got 9"),
+        ("--tune --rounds 60 --max-bytes 0", "at least 1; got 0"),
+    ],
+)
+def test_a_job_that_tunes_is_refused_before_it_is_written(fedbilevel, tmp_path, words, says):
+    settings = "algorithm=fb.Lockstep(), iterations=3, metrics={'value': lambda x, y: jnp.sum(x**2)}"
+    file = apps.write(tmp_path, apps.CLOSED_FORM, settings)
+    code, text, error = fedbilevel("deploy", file, "--out", tmp_path / "job", *words.split())
+    assert code == 2 and says in error and text == ""
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_job_that_tunes_says_how(fedbilevel, tmp_path):
+    messages = pytest.importorskip("fedbilevel.engines.nvflare.messages")
+    file = apps.write(tmp_path, apps.CLOSED_FORM, "algorithm=fb.Lockstep(), iterations=3")
+    words = ("--tune", "--rounds", 60, "--batch-size", 4, "--metric", "validation_loss:min")
+    assert fedbilevel("deploy", file, "--out", tmp_path / "job", *words)[0] == 0
+    (server,) = (tmp_path / "job").glob("*/*/config/config_fed_server.json")
+    (said,) = (part["args"] for part in json.loads(server.read_text())["components"] if part["id"] == "_server")
+    assert said["settings"] == {"rounds": 60}
+    told = messages.read(said["tuning"], messages.Asked, ValueError, "tuning")
+    assert told == messages.Asked(batch_size=4)  # f is what is judged anyway

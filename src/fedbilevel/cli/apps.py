@@ -12,6 +12,7 @@ from pathlib import Path
 from ..app import load_app
 from ..compare import Outcome, Plan
 from ..errors import RunError, check
+from ..given import JSON
 from ..metrics import STOPPED
 from ..results.folder import CHECKPOINT, HISTORY, OUTCOME, ROUNDS
 from ..sampled import Sampled
@@ -48,14 +49,17 @@ def run_app(
     _show(folder, outcomes, as_json, plan.keep)
 
 
-def deploy_app(file: str, out: str, clients: int, resume: bool, settings: Mapping[str, int | str | None]) -> None:
+def deploy_app(
+    file: str, out: str, clients: int, resume: bool, settings: Mapping[str, int | str | None],
+    tuning: Mapping[str, JSON] | None = None,
+) -> None:  # fmt: skip
     """Write the job folder, and say how to submit it."""
     check(clients >= 1, f"--clients is how many sites have to be connected, at least 1; got {clients}.")
     need_nvflare()
     from ..engines.nvflare.job import export
 
     load_app(file).with_(**settings).check_sites(clients)
-    place = export(file, out, chosen(settings), clients, resume=resume)
+    place = export(file, out, chosen(settings), clients, resume=resume, tuning=tuning)
     print(f"Written to {place}: a job for NVIDIA FLARE. Submit it with: nvflare job submit -j {place}")
 
 

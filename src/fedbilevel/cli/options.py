@@ -60,6 +60,17 @@ Keep = Annotated[
         "--keep", help="METRIC:min or METRIC:max: the best x and y by it are kept beside the last, in best.npz."
     ),
 ]
+JudgedBy = Annotated[
+    str | None,
+    typer.Option("--metric", help="METRIC:min or METRIC:max, which candidates are judged by; else the outer loss."),
+]
+HowMany = Annotated[
+    int | None, typer.Option("--candidates", help="How many race, the first of all; fewer where rounds are few.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Rows of a minibatch, fresh for every step; default all rows.")
+]
+MaxBytes = Annotated[int | None, typer.Option("--max-bytes", help="Payload, down and up, that is not exceeded.")]
 NoCheck = Annotated[
     bool, typer.Option("--no-check", help="Do not look first whether the problem can mean what it says.")
 ]

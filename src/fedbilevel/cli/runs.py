@@ -14,6 +14,7 @@ from ..tasks import TASKS
 from .execute import execute
 from .options import (
     Alpha,
+    BatchSize,
     Clients,
     ClientState,
     Cohort,
@@ -23,9 +24,12 @@ from .options import (
     Dataset,
     Engine,
     Every,
+    HowMany,
     Iterations,
     Json,
+    JudgedBy,
     Keep,
+    MaxBytes,
     NoCache,
     NoCheck,
     Out,
@@ -89,12 +93,17 @@ def deploy(
     seed: Annotated[int | None, typer.Option("--seed", help="Decides cohorts and minibatches.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where the server and the sites stand.")] = False,
     keep: Keep = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Have candidates race in --rounds, as by `tune`.")] = False,
+    metric: JudgedBy = None, candidates: HowMany = None, batch_size: BatchSize = None, max_bytes: MaxBytes = None,
 ):  # fmt: skip
     """Write an NVIDIA FLARE job of an application, for an operator to submit with nvflare's own tools."""
     from .apps import deploy_app
+    from .tune import told_of
 
     settings = {"iterations": iterations, "rounds": rounds, "cohort": cohort, "seed": seed, "keep": keep}
-    deploy_app(file, out, clients, resume, settings)
+    deploy_app(
+        file, out, clients, resume, settings, told_of(file, tune, rounds, metric, candidates, batch_size, max_bytes)
+    )
 
 
 @app.command(

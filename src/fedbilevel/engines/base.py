@@ -157,6 +157,14 @@ class Execution(abc.ABC):
         """
         raise InputError(f"{type(self.engine).__name__} cannot go on from another algorithm's clients.")
 
+    def race(self, left: tuple[int, ...]) -> None:
+        """Hear that what runs is a race of candidates, of whom these are left: clients elsewhere are told."""
+        return None
+
+    def begin_again(self, algorithm: Algorithm, state: PyTree) -> Carry:
+        """The carry before the first iteration, in the middle of a run: clients have another state then."""
+        return self.start(algorithm, state)
+
     def client_states(self, carry: Carry) -> PyTree:
         """The clients' states, leaves (clients, ...); None if they keep none."""
         return carry.client_state

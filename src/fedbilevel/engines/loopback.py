@@ -30,7 +30,7 @@ from .base import Carry, Engine, Execution, Program, Record, plan
 from .faults import Faults, Roster
 from .messaging.client_side import ClientSide, Methods
 from .messaging.server_side import Messaging
-from .messaging.transport import Answers, Request, Transport, as_tag
+from .messaging.transport import Answers, Purpose, Request, Transport, as_tag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +155,6 @@ class InProcess(Transport):
                 answers.failures[int(client)] = error
         return answers
 
-    def restart(self, x: PyTree, y: PyTree) -> None:
+    def restart(self, x: PyTree, y: PyTree, purpose: Purpose) -> None:
         for client in self.members:
             client.restart(self.first(x, y))

@@ -54,7 +54,7 @@ class Judge(NamedTuple):
 
 Whole: TypeAlias = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
-_KEY = 2**32 - 3  # no iteration has this number
+KEY = 2**32 - 3  # no iteration has this number
 _SHARE = 0.2  # of the rounds, in which candidates race
 _LEAST = 12, 3  # rounds and iterations of a heat, at least: x waits for y and v in the first ones
 
@@ -238,18 +238,15 @@ class _Asking:
 
     def __init__(self, execution: Execution, race: Race, carry: Carry, data: FederatedData, key: Key[Array, ""]):
         self._execution, self._data, self._carry = execution, data, carry
-        self._key = jax.random.fold_in(key, np.uint32(_KEY))
-        state, families = carry.state, race.families
-        self.keeps_v = all(_v(member) is not None for member in state.members)
+        self._key = jax.random.fold_in(key, np.uint32(KEY))
+        self.keeps_v = all(_v(member) is not None for member in carry.state.members)
         facts = execution.protocol.clients, execution.protocol.cohort
-        xs, ys, vs, steps = _gathered(families, state.members, *facts)
-        self._state = Candidates(state.x, state.y, xs, ys, vs, steps, jax.tree.map(jnp.zeros_like, ys))
-        self._local = min(getattr(family.algorithm, "local_steps", 1) for family in families)
+        self._race, self._state = race, candidates_of(race, carry.state, *facts)
         self.spent = (0, 0, 0)
 
     def __call__(self, turns: int) -> tuple[np.ndarray, PyTree, PyTree]:
         """(Each one's score, their x, their y), y trained for so many turns; the first time it is asked: for none."""
-        program = Scoring(turns, self._local)
+        program = scoring_of(self._race, turns)
         execution = self._execution.another(program, self._state, self._data, self._key)
         execution.follow(self._execution.way)
         start = dataclasses.replace(execution.start(program, self._state), iteration=self._carry.iteration)
@@ -258,6 +255,17 @@ class _Asking:
         before, self._state = self.spent, after.state
         self.spent = (before[0] + spent[0], before[1] + spent[1], before[2] + spent[2])
         return np.asarray(record.info["score"][-1], float), after.state.xs, after.state.ys
+
+
+def candidates_of(race: Race, state: Standing, clients: int, cohort: int) -> Candidates:
+    """What of a race is judged."""
+    xs, ys, vs, steps = _gathered(race.families, state.members, clients, cohort)
+    return Candidates(state.x, state.y, xs, ys, vs, steps, jax.tree.map(jnp.zeros_like, ys))
+
+
+def scoring_of(race: Race, turns: int) -> Scoring:
+    """The program that judges those who race."""
+    return Scoring(turns, min(getattr(family.algorithm, "local_steps", 1) for family in race.families))
 
 
 @eqx.filter_jit
@@ -286,23 +294,33 @@ def _v(member: PyTree) -> PyTree:
     return getattr(member, "kept", {}).get("v") if hasattr(member, "kept") else getattr(member, "v", None)
 
 
-def smaller(race: Race, state: Standing, kept: Sequence[int]) -> tuple[Algorithm, PyTree, Callable[[PyTree], PyTree]]:
-    """(What runs with those that go on, its state, what a client keeps of its own).
+def smaller(race: Race, state: Standing, kept: Sequence[int]) -> tuple[Algorithm, PyTree]:
+    """(What runs with those that go on, its state).
 
     Args:
         kept: places in the race, the best first.
     """
-    places = [race.place(k) for k in kept]
-    groups = race.groups(places)
-    families, indices = tuple(family for family, _ in groups), tuple(np.asarray(own, np.int32) for _, own in groups)
+    places, families, indices = _places(race, kept)
     alone = len(places) == 1
     members = _picked(state.members, families, indices, alone)
-    own = functools.partial(_own, families, indices, alone)
     if alone:
-        return race.only(places), members, own
+        return race.only(places), members
     first = _picked(members, (0,), (np.zeros(1, np.int32),), True)
     alive = _picked(state.alive, families, indices, False)
-    return race.only(places), Standing(first.x, first.y, members, alive, state.limit), own
+    return race.only(places), Standing(first.x, first.y, members, alive, state.limit)
+
+
+def narrowed(race: Race, kept: Sequence[int]) -> Callable[[PyTree], PyTree]:
+    """What a client keeps of its own state, as a function of it."""
+    places, families, indices = _places(race, kept)
+    return functools.partial(_own, families, indices, len(places) == 1)
+
+
+def _places(race: Race, kept: Sequence[int]) -> tuple[list[tuple[int, int]], tuple[int, ...], tuple[np.ndarray, ...]]:
+    """(Family and place in it of each; the families; the places in each of these)."""
+    places = [race.place(k) for k in kept]
+    groups = race.groups(places)
+    return places, tuple(family for family, _ in groups), tuple(np.asarray(own, np.int32) for _, own in groups)
 
 
 def _own(families: tuple[int, ...], indices: tuple, alone: bool, kept: PyTree) -> PyTree:

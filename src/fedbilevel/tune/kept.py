@@ -28,6 +28,7 @@ from ..result import save_arrays, save_best
 from ..results.folder import BEST, CANDIDATES, CHECKPOINT, VARIABLES, opened
 from ..results.kept import ended, figures_of, keep, tell
 from ..tasks import Task
+from .entrants import in_words
 from .tuning import Tuned, tune
 
 NAME = "tune"  # what its one curve is called
@@ -44,6 +45,7 @@ class Tuning:
         wanted: by which metric candidates are judged; None: the outer loss.
         algorithms: name -> candidate; None: those of `tune`.
         candidates, batch_size, max_bytes: as `tune` takes them.
+        network: the engine, where it is none of the plan's.
     """
 
     plan: Plan
@@ -53,6 +55,7 @@ class Tuning:
     candidates: int | None = None
     batch_size: int | None = None
     max_bytes: int | None = None
+    network: Engine | None = None
 
     def __post_init__(self):
         if self.wanted is not None:
@@ -69,7 +72,7 @@ class Tuning:
     @property
     def engine(self) -> Engine:
         """The engine."""
-        return self.plan.build_engine()
+        return self.plan.build_engine() if self.network is None else self.network
 
     def run(self, *, callbacks: Sequence[Callback] = (), resume: str | os.PathLike[str] | None = None) -> Tuned:
         """Tune.
@@ -121,6 +124,22 @@ class Tuning:
             "clients_an_exchange": check_cohort(plan.cohort, self.task.data.clients),
         }  # fmt: skip
 
+    def told(self, own: Algorithm) -> dict[str, JSON]:
+        """In words, for the server of a network.
+
+        Args:
+            own: the application's algorithm.
+
+        Raises:
+            InputError: a candidate cannot be told in words.
+        """
+        named = [(name, *in_words(each, own)) for name, each in (self.algorithms or {}).items()]
+        entries = [{"label": label, "kind": kind, "settings": given} for label, kind, given in named]
+        return {
+            "metric": None if self.wanted is None else str(self.wanted), "candidates": self.candidates,
+            "batch_size": self.batch_size, "max_bytes": self.max_bytes, "entries": entries or None,
+        }  # fmt: skip
+
     def open(self, out: str | os.PathLike[str], resume: bool, overwrite: bool) -> Path:
         """The folder for it, with config.json.
 
@@ -138,13 +157,14 @@ class Tuning:
         return [dataclasses.replace(each, name=names.get(each.algorithm, each.name)) for each in candidates]
 
 
-def keep_tuned(tuning: Tuning, place: Path, *, resume: bool = False, quiet: bool = False) -> Tuned:
+def keep_tuned(tuning: Tuning, place: Path, *, resume: bool = False, quiet: bool = False, every: float = 30.0) -> Tuned:
     """Tune, and leave all that there is of it in a folder, however it ends.
 
     Args:
         place: the folder, opened.
         resume: go on from the checkpoint in it, if there is one.
         quiet: whether no progress is shown.
+        every: seconds between checkpoints.
 
     Raises:
         InputError, Diverged, RunError: as `tune`.
@@ -154,7 +174,7 @@ def keep_tuned(tuning: Tuning, place: Path, *, resume: bool = False, quiet: bool
         (place / CANDIDATES).unlink(missing_ok=True)  # an earlier one's
     ours: list[Callback] = [_Interrupted(tuning, place), *([] if quiet else [Racing(tuning.name)])]
     try:
-        found = keep(tuning, place, resume=resume, quiet=True, callbacks=ours)
+        found = keep(tuning, place, resume=resume, quiet=True, every=every, callbacks=ours)
     except RunError as error:
         if isinstance(error.result, Tuned):
             _write(place / CANDIDATES, error.result.candidates)
@@ -177,6 +197,18 @@ def rows(candidates: Iterable[Candidate]) -> list[dict[str, JSON]]:
     """Candidates as plain values; a score that is not finite is None."""
     plain = (dataclasses.asdict(each) for each in candidates)
     return [each | {"score": each["score"] if math.isfinite(each["score"]) else None} for each in plain]
+
+
+def raced(place: Path) -> list[Candidate]:
+    """The candidates as a folder has them."""
+    with (place / CANDIDATES).open(newline="") as text:
+        return [
+            Candidate(
+                line["name"], line["algorithm"], float(line["tempo"]), float(line["score"] or "nan"),
+                int(line["round"]) if line["round"] else None, line["why"],
+            )
+            for line in csv.DictReader(text)
+        ]  # fmt: skip
 
 
 def _write(file: Path, candidates: Iterable[Candidate]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -14,34 +14,27 @@ from jaxtyping import PyTree
 from .. import errors
 from ..algorithm import Algorithm
 from ..algorithms.lockstep import Lockstep
-from ..algorithms.simfbo import SimFBO
-from ..beginning import as_leaves
 from ..best import goal
 from ..callbacks.base import Callback
-from ..cohorts import check_cohort
-from ..component import title_of
 from ..data import FederatedData
 from ..engines.base import Engine
 from ..engines.simulation import Simulation
 from ..given import Whole, whole_number
 from ..keys import KeyLike
 from ..metrics import Metric, measured, validation_loss
-from ..pace.automatic import STEPS, Auto, numbered, ready
+from ..pace.automatic import STEPS, Auto
 from ..problem import Problem
-from ..protocol import Protocol, check_kinds, protocol
-from ..race.family import Family
-from ..race.heats import Candidate, Heats, Judge, heats_of, most_candidates
+from ..protocol import check_kinds
+from ..race.heats import Candidate, Heats, Judge, heats_of
 from ..race.racing import Race
 from ..result import History, Result
 from ..run import Run
 from ..validation import NAME as VALIDATION
 from ..variables import trainable
+from .entrants import MOST, lineup, starting
 
 if TYPE_CHECKING:
     import pandas
-
-MOST = 8  # candidates
-_TEMPOS = (1.0, 0.5)  # of steps of x as they are found: one in a hurry leads at first, and leaves y behind
 
 
 @dataclasses.dataclass
@@ -147,18 +140,13 @@ def tune(
     asked = (
         None if candidates is None else whole_number(candidates, 1, f"candidates= is a whole number from 1 to {MOST}")
     )
-    entrants = _entrants(data, engine, algorithms, asked, batch_size)
-    protocols = [protocol(each.algorithm, problem, data, x, y, engine) for each in entrants]
-    _check_least(protocols[0], budget, purse)
-    many = most_candidates(len(entrants), budget, max(each.rounds_most for each in protocols))
-    if asked is not None and many < asked:
-        errors.warn(f"{budget} rounds are few: {many} of {asked} candidates race in them.")
-    entrants, longest = entrants[:many], max(each.rounds_most for each in protocols[:many])
-    table = [each.candidate for each in entrants]
-    heats, running = None, entrants[0].algorithm
-    if many > 1:
-        running, table = _race(entrants, inner)
-        heats = Heats(running, table, heats_of(many, budget, longest), judge)
+    entrants, longest = lineup(
+        problem, data, x, y, engine, budget, purse, algorithms=algorithms, candidates=asked, batch_size=batch_size
+    )
+    running, table = starting(entrants, inner)
+    heats = (
+        Heats(running, table, heats_of(len(entrants), budget, longest), judge) if isinstance(running, Race) else None
+    )
     run = Run(
         problem=problem, data=data, algorithm=running, x=x, y=y, rounds=budget, key=key, engine=engine,
         callbacks=callbacks, metrics=metrics, evaluate_every=evaluate_every, keep=keep, resume=resume, sane=check,
@@ -170,91 +158,6 @@ def tune(
         if isinstance(error.result, Result):
             error.result = _tuned(run, error.result, table if heats is None else heats.table)
         raise
-
-
-class _Entrant(NamedTuple):
-    """A candidate before the race, and what runs.
-
-    Attributes:
-        tempo: None for an algorithm of the user's own, which is as it is.
-    """
-
-    candidate: Candidate
-    algorithm: Algorithm
-    tempo: float | None
-
-
-def _entrants(
-    data: FederatedData,
-    engine: Engine,
-    algorithms: Sequence[Algorithm] | None,
-    many: int | None,
-    batch_size: Whole | None,
-) -> list[_Entrant]:
-    """All candidates that are asked for."""
-    if algorithms is not None:
-        errors.check(
-            batch_size is None, "batch_size= goes with the candidates of tune's own: give it to each algorithm."
-        )
-        good = isinstance(algorithms, Sequence) and len(algorithms) > 0
-        good = good and all(isinstance(each, Algorithm) for each in algorithms)
-        errors.check(
-            good, f"algorithms= is a list of algorithms, such as [fb.Lockstep(), fb.AggITD()]; got {algorithms!r}."
-        )
-        found = [_Entrant(_candidate(_shown(each), each, 1.0), each, None) for each in algorithms]
-        errors.check(many is None or many <= len(found), f"candidates={many}, and algorithms= has {len(found)}.")
-        found = found[:many]
-    else:
-        found = _usual(data, engine, batch_size)
-        errors.check(
-            many is None or many <= len(found), f"candidates= is a whole number from 1 to {len(found)}; got {many}."
-        )
-        found = found[:many]
-    errors.check(len(found) <= MOST, f"at most {MOST} candidates race; got {len(found)}.")
-    for each in found:
-        errors.check(
-            getattr(each.algorithm, "own_lower", None) is None,
-            f"{title_of(each.algorithm)} cannot race: its clients have a y of their own. Run it by solve.",
-        )
-    return found
-
-
-def _usual(data: FederatedData, engine: Engine, batch_size: Whole | None) -> list[_Entrant]:
-    """Those of tune's own, in the order in which they are taken."""
-    everyone = check_cohort(getattr(engine, "cohort", None), data.clients) == data.clients
-    size = None if batch_size is None else whole_number(batch_size, 1, "batch_size= is a whole number of at least 1")
-    lockstep, simfbo = Lockstep(batch_size=size), SimFBO(batch_size=size)
-    both = everyone or data.weights is None  # what Lockstep asks for
-    names: dict[str, Algorithm] = {"lockstep": lockstep, "simfbo": simfbo} if both else {"simfbo": simfbo}
-    order = [(name, tempo) for tempo in _TEMPOS for name in names]
-    of = lambda name, tempo: name if tempo == 1 else f"{name}, x {tempo:g} times"
-    return [_Entrant(_candidate(of(n, t), names[n], t), names[n], t) for n, t in order]
-
-
-def _candidate(name: str, algorithm: Algorithm, tempo: float) -> Candidate:
-    return Candidate(name, title_of(algorithm), tempo)
-
-
-def _shown(algorithm: Algorithm) -> str:
-    """An algorithm as its user wrote it: with what differs from the defaults."""
-    fields = dataclasses.fields(algorithm)
-    given = [f"{f.name}={getattr(algorithm, f.name)!r}" for f in fields if getattr(algorithm, f.name) != f.default]
-    return f"{title_of(algorithm)}({', '.join(given)})"
-
-
-def _race(entrants: Sequence[_Entrant], x: PyTree) -> tuple[Race, list[Candidate]]:
-    """The race, and its candidates in the race's order."""
-    groups: dict[Hashable, list[tuple[_Entrant, Algorithm]]] = {}
-    for each in entrants:
-        running = ready(each.algorithm, x)
-        if isinstance(running, Auto) and each.tempo is not None:
-            running = dataclasses.replace(running, tempo=each.tempo)
-        running = as_leaves(running)
-        groups.setdefault((type(numbered(running)), jax.tree.structure(running)), []).append((each, running))
-    titles = [title_of(own[0][1]).lower() for own in groups.values()]
-    names = [title if titles.count(title) == 1 else f"{title}-{k}" for k, title in enumerate(titles)]
-    families = [Family.of(name, [one for _, one in own]) for name, own in zip(names, groups.values(), strict=True)]
-    return Race(tuple(families)), [each.candidate for own in groups.values() for each, _ in own]
 
 
 def _judged_by(metric: str | None, direction: str | None, metrics: Mapping[str, Metric]) -> Judge | None:
@@ -275,19 +178,6 @@ def _judged_by(metric: str | None, direction: str | None, metrics: Mapping[str, 
         errors.check(wanted.direction == "min", f"{wanted.metric} is f, which is minimised: direction='min'.")
         return None
     return Judge(lambda x, y: measured(wanted.metric, taken, x, y), 1 if wanted.direction == "min" else -1)
-
-
-def _check_least(first: Protocol, rounds: int, purse: int | None) -> None:
-    """Refuse a budget of less than an iteration."""
-    errors.check(
-        rounds >= first.rounds_most,
-        f"rounds={rounds} is too few: one iteration of {first.algorithm} takes {first.rounds_most}. Give at least so many.",
-    )
-    least = first.bytes_down_most + first.bytes_up_most
-    errors.check(
-        purse is None or purse >= least,
-        f"max_bytes={purse} is too few: one iteration of {first.algorithm} takes {least:,}. Give at least so many.",
-    )
 
 
 def _tuned(run: Run, result: Result, table: Sequence[Candidate]) -> Tuned:

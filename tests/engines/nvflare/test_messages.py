@@ -5,10 +5,26 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("nvflare")
-from fedbilevel.engines.nvflare.messages import Answer, Described, Finish, Header, Prepare, Setup, plain, read
+from fedbilevel.engines.messaging.transport import Purpose
+from fedbilevel.engines.nvflare.messages import (
+    Answer,
+    Described,
+    Entry,
+    Finish,
+    Header,
+    Prepare,
+    Racing,
+    Restart,
+    Setup,
+    plain,
+    read,
+)
 
 HEADER = Header(3, (0, 1, 0), (True,), (), {"a": ((0, 0, 0), (-1, 0, 0))}, 2.5)
 SETUP = Setup(("a", "b"), 2, 7, (0.5, 1.5), "p", False, True)
+ENTRY = Entry("slow", "lockstep", {"outer_lr": 0.1, "local_steps": 2, "batch_size": None, "inner_lr": "auto"})
+RACED = Setup(("a",), 1, 7, None, "p", False, True, Racing(2, 4, (ENTRY, ENTRY)))
+SCORED = Purpose("scoring", (0, 2), 2)
 TAG = "a tag is three whole numbers"
 WRONG = {
     "a header is a dict": (Header, 3, {}),
@@ -23,6 +39,8 @@ WRONG = {
     "check is true or false": (Setup, SETUP, {"check": None}),
     "protocol is text, resume a bool": (Setup, SETUP, {"protocol": 1}),
     "scales are numbers, one for each site": (Setup, SETUP, {"scales": ["a", "b"]}),
+    "racing says how many race, and who": (Setup, SETUP, {"racing": {"many": 99}}),
+    "a purpose is of the run, of validation or of scoring": (Header, HEADER, {"purpose": {"name": "mischief"}}),
 }
 
 
@@ -47,7 +65,11 @@ def test_a_tag_is_three_whole_numbers(field, tag):
     assert refused({"counted": tag}, Finish, "a tag") == f"refused: {TAG}"
 
 
-@pytest.mark.parametrize("message", [HEADER, SETUP, Prepare(0, 2, 2, 7, None, "p", True), Finish((1, 2, 3))], ids=repr)
+@pytest.mark.parametrize(
+    "message",
+    [HEADER, SETUP, RACED, Prepare(0, 2, 2, 7, None, "p", True), Finish((1, 2, 3)), Restart(SCORED)],
+    ids=repr,
+)
 def test_there_and_back(message):
     assert read(plain(message), type(message), ValueError, "a message") == message
 

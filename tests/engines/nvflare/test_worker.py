@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 
 import fedbilevel as fb
 from fedbilevel.app import load_app
-from fedbilevel.engines.nvflare.agreement import begin, derive, fingerprint, placeholder_data
+from fedbilevel.engines.messaging.transport import Purpose
+from fedbilevel.engines.nvflare.agreement import Agreement, begin, derive, fingerprint, placeholder_data
+from fedbilevel.engines.nvflare.messages import Racing, read
 from fedbilevel.engines.nvflare.worker import Worker, WorkerDied, WorkerSaid
+from fedbilevel.protocol.sites import reply_parts
 from fedbilevel.protocol.wire import decode, encode, message_schema
 from helpers import apps
 
@@ -37,13 +40,19 @@ class Asked:
         self.worker = Worker(str(file), "site-2", str(folder))
         self.rows = self.ask("load")[0]
         data = placeholder_data(self.rows["rows"], 3, None)
-        self.protocol = derive(self.app, data, 3)
+        self.protocol = self.derive(data)
         self.site = next(iter(self.protocol.sites.values()))
         self.setup = {
             "index": 1, "sites": 3, "cohort": 3, "seed": SEED, "scale": None,
             "protocol": fingerprint(self.protocol), "resume": resume,
         }  # fmt: skip
-        self.ask("prepare", **self.setup)
+        self.prepare(**self.setup)
+
+    def derive(self, data):
+        return derive(self.app, data, 3)
+
+    def prepare(self, **setup):
+        return self.ask("prepare", **setup)
 
     def ask(self, what, payload=b"", **header):
         said, numbers = self.worker.ask(what, payload, **header)
@@ -150,6 +159,103 @@ def test_what_is_not_in_the_protocol_is_refused(asked, change, sentence):
         one.ask("prepare", **{**one.setup, "protocol": "another"})
 
 
+# A race ---------------------------------------------------------------------------------------------------------------
+
+RACING = {"many": 3, "batch_size": None, "entries": [
+    {"label": name, "kind": name, "settings": {"local_steps": 2}} for name in ("lockstep", "simfbo")
+] + [{"label": "slow", "kind": "", "settings": {"outer_lr": 0.05}}]}  # fmt: skip
+FIRST = (-1, 0, 0)
+
+
+class Raced(Asked):
+    """A worker of a race; the app's own algorithm is another Lockstep."""
+
+    def __init__(self, file, folder, resume=False):
+        self.racing = read(RACING, Racing, ValueError, "racing")
+        super().__init__(file, folder, resume)
+
+    def derive(self, data):
+        self.agreed = Agreement(self.app, data, 3, self.racing)
+        return self.agreed.means(self.agreed.first).protocol
+
+    def prepare(self, **setup):
+        return self.ask("prepare", **setup, racing=RACING)
+
+    def answers(self, tag, counted, left, name="run", turns=0, kept=FIRST):
+        """Numbers of the reply to a message of ones, at the first exchange that is no measurement."""
+        purpose = Purpose(name, tuple(left), turns)
+        sites = [site for _, site in sorted(self.agreed.means(purpose).protocol.sites.items())]
+        place, site = next((k, s) for k, s in enumerate(sites) if "meter" not in s.name)
+        payload = b"".join(np.ones(leaf.shape, leaf.dtype).tobytes() for leaf in jax.tree.leaves(site.message))
+        header = {
+            "place": place,
+            "tag": tag,
+            "sent": [],
+            "wanted": [True] * len(site.up),
+            "counted": counted,
+            "kept": kept,
+        }
+        told = self.ask("answer", payload, **header, purpose=plain_purpose(purpose))[1]
+        return decode(reply_parts(site.reply, (True,) * len(site.up)), told, (True,) * len(site.up))
+
+
+def plain_purpose(purpose):
+    return {"name": purpose.name, "left": list(purpose.left), "turns": purpose.turns}
+
+
+@pytest.fixture
+def raced(tmp_path):
+    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=6, {apps.LOCKSTEP}")
+    made = []
+
+    def start(**options):
+        made.append(Raced(file, tmp_path / "state", **options))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.worker.end()
+
+
+def test_candidates_that_are_left_go_on_with_their_own_states(raced):
+    """Of three, then the app's own, which keeps a control variate: it answers as in the race, dead in between too."""
+    one = raced()
+    every = [one.agreed.first.left, (0, 2), (2,)]
+    one.answers((0, 0, 0), FIRST, every[0])
+    before = one.answers((1, 0, 0), (0, 0, 0), every[0])
+    last = jax.tree.leaves(one.answers((1, 0, 0), (0, 0, 0), every[2]))
+    both = jax.tree.leaves(before)
+    # the family of the app's own algorithm is the third in the message
+    assert any(leaf.shape[1:] == end.shape and np.array_equal(leaf[0], end) for leaf in both for end in last)
+    assert one.worker.alive
+    os.kill(one.worker.pid, signal.SIGKILL)
+    again = raced(resume=True)
+    found = again.answers((1, 0, 0), (0, 0, 0), every[2])
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found), last, strict=True))
+    with pytest.raises(WorkerSaid, match=r"candidates \[0, 1, 2\] cannot go on: \[2\] race here"):
+        again.answers((2, 0, 0), (1, 0, 0), every[0])
+
+
+def test_who_is_scored_races(raced):
+    one = raced()
+    ((loss, _),) = one.answers((0, 0, 0), FIRST, (0, 1, 2), "scoring", 0)
+    assert loss.shape == (3,) and np.ptp(loss) < 1e-12  # all are sent the same
+    one.answers((0, 0, 0), FIRST, (0, 1, 2), "validation")
+    for left, turns in (((0, 1, 7), 0), ((1, 1), 0), ((), 0), ((0, 1), 99)):
+        header = {"place": 0, "tag": (0, 0, 0), "sent": [], "wanted": [True, True], "counted": FIRST, "kept": FIRST}
+        with pytest.raises(WorkerSaid, match=r"no candidates of a race of 3|scored while they race"):
+            one.ask("answer", b"", **header, purpose=plain_purpose(Purpose("scoring", left, turns)))
+
+
+def test_restarted_it_runs_with_who_is_left(raced):
+    one = raced()
+    one.answers((0, 0, 0), FIRST, (0, 1, 2))
+    one.ask("restart", encode(begin(one.app)[1], (True, True)), purpose=plain_purpose(Purpose("run", (2,))))
+    one.answers((1, 0, 0), FIRST, (2,))
+    with pytest.raises(WorkerSaid, match="has no state"):
+        one.answers((1, 0, 0), (0, 0, 0), (2,))
+
+
 # What reaches the worker at all ---------------------------------------------------------------------------------------
 
 STATES = {"a": [[0, 0, 0], [0, 0, 0]]}
@@ -171,7 +277,7 @@ def test_a_proper_request_and_setup_pass():
 def test_only_the_server_may_ask(monkeypatch):
     monkeypatch.setattr(site_module, "collab", types.SimpleNamespace(caller="site-3", site_name="a"))
     one = Site()
-    for call in (one.hello, lambda: one.prepare(SETUP), lambda: one.answer(HEADER, b""), lambda: one.restart(b"")):
+    for call in (one.hello, lambda: one.prepare(SETUP), lambda: one.answer(HEADER, b""), lambda: one.restart({}, b"")):
         with pytest.raises(ValueError, match="only the server may ask; this was site-3"):
             call()
 

@@ -46,7 +46,6 @@ class ClientSide:
         state: what it keeps at the start (`Algorithm.client_init`), or None.
         run: runs client methods, compiled or not.
         name: what it is called in messages; None: client INDEX.
-        first: the number of the protocol's first exchange: more than 0 where those of another protocol come before.
     """
 
     def __init__(
@@ -60,14 +59,13 @@ class ClientSide:
         state: PyTree,
         run: Methods,
         name: str | None = None,
-        first: int = 0,
     ):
         self.states: dict[Tag, PyTree] = {START: state}
         self.keeps = state is not None
         self._problem, self._rows, self._algorithm, self._key = problem, rows, algorithm, key
         self._index = np.int32(index)
         self._sites = [protocol.sites[path] for path in sorted(protocol.sites)]
-        self._run, self._first = run, first
+        self._run = run
         self._name = f"client {index}" if name is None else name
 
     def answer(self, request: Request) -> bytes:
@@ -110,10 +108,9 @@ class ClientSide:
         self.states = {START: state}
 
     def _site(self, request: Request) -> Site:
-        last = self._first + len(self._sites)
-        if not self._first <= request.place < last:
-            raise RunError(f"exchange {request.place} is not in the protocol, which has {last}.")
-        site = self._sites[request.place - self._first]
+        if not 0 <= request.place < len(self._sites):
+            raise RunError(f"exchange {request.place} is not in the protocol, which has {len(self._sites)}.")
+        site = self._sites[request.place]
         if len(request.sent) != conditional_parts(site.message) or len(request.wanted) != len(site.up):
             raise RunError(f"the request for {site.name} has flags for other parts than the protocol's.")
         return site

@@ -42,7 +42,7 @@ from ...protocol.wire import decode, encode, message_schema
 from ...watch import observe
 from ..base import Carry, Engine, Execution, Program, Record, within
 from ..faults import REBUILD, Faults, Roster, StateLost, TooFewReplies
-from .transport import START, Answers, Request, Round, Tag, Transport, as_tag, attempt_key
+from .transport import RUN, START, Answers, Request, Round, Tag, Transport, as_tag, attempt_key
 
 _REBUILDS = 3  # in a row, without an iteration in between: a client that cannot keep its state will not
 
@@ -57,6 +57,7 @@ class Messaging(Execution):
     """
 
     holds_clients = False
+    purpose = RUN
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class Messaging(Execution):
         if self.faults is None or self.faults.lost_state != REBUILD:
             raise lost
         state = carry.state
-        self.transport.restart(state.x, state.y)
+        self.transport.restart(state.x, state.y, self.purpose)
         self.kept = self.first_tags()
         return Carry(strong(algorithm.init(state.x, state.y)), self.kept, carry.iteration)
 
@@ -252,8 +253,9 @@ class MessageFederation(Federation):
     def _request(self, exchange: _Exchange, tag: Tag, client: int) -> Request:
         counted, kept = (as_tag(tags[client]) for tags in (self.client_state, self._run.kept))
         return Request(
-            self._run.places[exchange.path], tag, exchange.sent, exchange.wanted, counted, kept, exchange.payload
-        )
+            self._run.places[exchange.path], tag, exchange.sent, exchange.wanted, counted, kept, exchange.payload,
+            self._run.purpose,
+        )  # fmt: skip
 
     # Loops and draws ------------------------------------------------------------------------------------------------
 

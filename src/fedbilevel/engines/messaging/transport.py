@@ -5,13 +5,31 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import SupportsInt
+from typing import Literal, SupportsInt
 
 import jax
 from jaxtyping import Array, Key, PyTree
 
 from ...cohorts import exchange_key
 
+
+@dataclasses.dataclass(frozen=True)
+class Purpose:
+    """What an exchange is for: which of the programs that server and clients both know it belongs to.
+
+    Attributes:
+        name: the run's own program, the loss of a row of the history (`validation`), or the scores of candidates that race
+            (`race.scoring`).
+        left: of a race, who is left of the candidates; nobody where there is no race.
+        turns: of training before candidates are judged.
+    """
+
+    name: Literal["run", "validation", "scoring"] = "run"
+    left: tuple[int, ...] = ()
+    turns: int = 0
+
+
+RUN = Purpose()
 Tag = tuple[int, int, int]  # iteration, exchange, attempt: in the order in which things happen
 START: Tag = (-1, 0, 0)  # the tag of the state that a client starts with
 
@@ -27,6 +45,7 @@ class Request:
         counted, kept: tags of the client's latest reply that counted, and of the one that had counted where the run could
             be resumed from: what is older can be forgotten.
         payload: the message's numbers.
+        purpose: which protocol that is.
     """
 
     place: int
@@ -36,6 +55,7 @@ class Request:
     counted: Tag
     kept: Tag
     payload: bytes
+    purpose: Purpose = RUN
 
 
 @dataclasses.dataclass
@@ -96,8 +116,8 @@ class Transport(abc.ABC):
         """Ask clients, all at once; comes back when all have answered or failed, or the deadline has passed."""
 
     @abc.abstractmethod
-    def restart(self, x: PyTree, y: PyTree) -> None:
-        """Have all clients begin anew with the state `client_init(x, y)`."""
+    def restart(self, x: PyTree, y: PyTree, purpose: Purpose) -> None:
+        """Have all clients begin anew with the state `client_init(x, y)` of the program with that purpose."""
 
     def there(self, client: int) -> bool:
         """Whether a client that failed before can be asked again."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import NotRequired, cast
+from typing import NamedTuple, NotRequired, cast
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
+from ...algorithm import Algorithm, State
 from ...app import App, apart, placeholder
 from ...bundle import Bundle, Told
 from ...data import FederatedData
@@ -22,9 +23,17 @@ from ...problem import Problem, bind, strong
 from ...protocol import trace
 from ...protocol.sites import Site
 from ...protocol.table import Protocol
+from ...race.heats import KEY as SCORING_KEY
+from ...race.heats import candidates_of, scoring_of
+from ...race.racing import Race
+from ...race.scoring import TURNS
 from ...sanity import check_influence, judge_all
+from ...tune.entrants import entrants, of_words, starting
+from ...validation import KEY as VALIDATION_KEY
+from ...validation import Validation
 from ...variables import trainable
-from .messages import Described, read
+from ..messaging.transport import Purpose
+from .messages import Described, Entry, Racing, read
 
 
 def placeholder_data(schemas: list[str], sites: int, weights: list[float] | None) -> FederatedData:
@@ -41,10 +50,91 @@ def begin(app: App) -> tuple[Problem, tuple[PyTree, PyTree], PyTree]:
     return bind(app.problem, x_rest, y_rest), strong((x, y)), ready(app.algorithm, x).init(x, y)
 
 
-def derive(app: App, data: FederatedData, cohort: int) -> Protocol:
-    """The protocol of the app's algorithm."""
-    problem, _, state = begin(app)
-    return trace(ready(app.algorithm, state.x), problem, data, state, cohort)
+def derive(app: App, data: FederatedData, cohort: int, racing: Racing | None = None) -> Protocol:
+    """The protocol of the app's algorithm, or of the race."""
+    agreed = Agreement(app, data, cohort, racing)
+    return agreed.means(agreed.first).protocol
+
+
+class Meaning(NamedTuple):
+    """What exchanges of a purpose belong to.
+
+    Attributes:
+        algorithm, state: the program, and its first state: it counts for its shapes.
+    """
+
+    algorithm: Algorithm
+    state: PyTree
+    protocol: Protocol
+
+
+class Agreement:
+    """What server and sites both know of a run.
+
+    Args:
+        data: placeholders for all sites' rows.
+        racing: who races; None: the app's algorithm runs.
+
+    Attributes:
+        problem, variables: over the trainable parts alone, and those, (x, y).
+        first: the purpose of the run's first exchange.
+    """
+
+    def __init__(self, app: App, data: FederatedData, cohort: int, racing: Racing | None = None):
+        self.problem, self.variables, _ = begin(app)
+        self._data, self._cohort = data, cohort
+        self._running = app.algorithm
+        if racing is not None:
+            named = None if racing.entries is None else list(candidates(racing.entries, app.algorithm).values())
+            those = entrants(data, cohort, named, racing.many, racing.batch_size)
+            self._running, _ = starting(those, self.variables[0])
+        many = 0 if racing is None else racing.many
+        self.first = Purpose("run", tuple(range(many)))
+
+    def running(self, left: Sequence[int]) -> Algorithm:
+        """What runs with those who are left of a race; nobody: there is none.
+
+        Raises:
+            RunError: they are none of the race.
+        """
+        several = range(len(self.first.left))
+        if not set(left) <= set(several) or len(set(left)) != len(left) or bool(left) != bool(several):
+            raise RunError(f"{list(left)} are no candidates of a race of {len(several)}.")
+        race = self._running
+        if isinstance(race, Race) and len(left) < race.size:
+            race = race.only([race.place(k) for k in left])
+        return ready(race, self.variables[0])
+
+    def means(self, purpose: Purpose) -> Meaning:
+        """The program, its first state and its protocol.
+
+        Raises:
+            RunError: there is none of that purpose.
+        """
+        x, y = self.variables
+        running = self.running(purpose.left)
+        state = running.init(x, y)
+        if purpose.name == "validation":
+            running, state = Validation(), State(x, y)
+        elif purpose.name == "scoring":
+            if not isinstance(running, Race) or purpose.turns not in (0, TURNS):
+                raise RunError("candidates are scored while they race.")
+            running, state = (
+                scoring_of(running, purpose.turns),
+                candidates_of(running, state, self._data.clients, self._cohort),
+            )
+        return Meaning(running, state, trace(running, self.problem, self._data, state, self._cohort))
+
+
+def candidates(entries: Iterable[Entry], own: Algorithm) -> dict[str, Algorithm]:
+    """The candidates that are named, by their labels."""
+    return {entry.label: of_words(entry.kind, entry.settings, own) for entry in entries}
+
+
+def client_key(seed: int, purpose: Purpose) -> Key[Array, ""]:
+    """The key from which those of clients' answers follow."""
+    key, beside = jax.random.key(seed), {"validation": VALIDATION_KEY, "scoring": SCORING_KEY}
+    return key if purpose.name == "run" else jax.random.fold_in(key, np.uint32(beside[purpose.name]))
 
 
 def fingerprint(protocol: Protocol) -> str:

@@ -12,18 +12,20 @@ from nvflare.collab import CollabRecipe
 
 from ...app import App, load_app
 from ...errors import check
+from ...given import JSON
 from .server import Server
 from .site import Site
 
 
 def _recipe(
-    file: Path, loaded: App, settings: Mapping[str, int | str | None], sites: int, out: str, resume: bool
-) -> CollabRecipe:
+    file: Path, loaded: App, settings: Mapping[str, int | str | None], sites: int, out: str, resume: bool,
+    tuning: Mapping[str, JSON] | None,
+) -> CollabRecipe:  # fmt: skip
     """The nvflare recipe of an application."""
     name = str(file.resolve()) if out else file.name
     made = CollabRecipe(
         job_name=loaded.name,
-        server=Server(app=name, name=loaded.name, out=out, settings=settings, resume=resume),
+        server=Server(app=name, name=loaded.name, out=out, settings=settings, resume=resume, tuning=tuning),
         client=Site(app=name, name=loaded.name, keep=str(Path(out) / "sites") if out else ""),
         min_clients=sites,
         sync_task_timeout=600,
@@ -42,6 +44,7 @@ def export(
     *,
     out: str = "",
     resume: bool = False,
+    tuning: Mapping[str, JSON] | None = None,
 ) -> Path:
     """Write the job folder that an operator submits with nvflare's own tools; returns it.
 
@@ -53,6 +56,7 @@ def export(
         out: where the server writes its results, on this machine: the sites then read the app where it
             lies. "": in the server's workspace, under fedbilevel/NAME, and they read what the job holds.
         resume: go on from where server and sites stand.
+        tuning: how to tune (`messages.Asked`); None: the app's algorithm runs.
 
     Raises:
         InputError: the app cannot be used, or something of it can be neither shipped nor compared.
@@ -60,7 +64,7 @@ def export(
     place, file, loaded = Path(folder), Path(app), load_app(app).with_(**settings)
     check(not place.exists() or place.is_dir(), f"{place} is a file: name a folder for the job.")
     parts = loaded.bundle()
-    made = _recipe(file, loaded, settings, sites, out, resume)
+    made = _recipe(file, loaded, settings, sites, out, resume, tuning)
     shutil.rmtree(place / made.job_name, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
         made.export(str(place))

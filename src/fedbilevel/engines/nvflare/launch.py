@@ -24,6 +24,7 @@ import psutil
 from ...app import App
 from ...callbacks.progress import Meter
 from ...errors import InputError, RunError, warn
+from ...given import JSON
 from .processes import MARK, end_all
 
 _LOOK = 0.3  # seconds between looks at a run
@@ -34,9 +35,10 @@ _PATIENCE = 40.0  # seconds within which an interrupted run has to end by itself
 
 
 def run(
-    app: str, loaded: App, out: Path, clients: int, settings: Mapping[str, int | str | None], *, poc: bool, resume: bool
-) -> None:
-    """Run an application in nvflare's simulator or (`poc`) provisioned; results go to the folder `out`.
+    app: str, loaded: App, out: Path, clients: int, settings: Mapping[str, int | str | None], *, poc: bool, resume: bool,
+    tuning: Mapping[str, JSON] | None = None,
+) -> None:  # fmt: skip
+    """Run an application in nvflare's simulator or (`poc`) provisioned, or tune it; results go to the folder `out`.
 
     Raises:
         InputError: the app cannot be used.
@@ -45,17 +47,18 @@ def run(
     from .job import export
 
     out = out.resolve()
-    job = export(app, out / "job", settings, clients, out=str(out), resume=resume)
+    job = export(app, out / "job", settings, clients, out=str(out), resume=resume, tuning=tuning)
     told = {"job": str(job), "out": str(out), "clients": clients, "poc": poc}
+    name = loaded.name if tuning is None else f"tune {loaded.name}"
     for left in reversed(range(_STARTS)):
         (out / "outcome.json").unlink(missing_ok=True)
-        if _once(told, loaded, out) or poc or not left:
+        if _once(told, loaded, out, name) or poc or not left:
             break
         warn("nvflare's simulator lost a site before the run had begun: it is started again.")
     conclude(out)
 
 
-def _once(told: Mapping[str, Any], loaded: App, out: Path) -> bool:
+def _once(told: Mapping[str, Any], loaded: App, out: Path, name: str) -> bool:
     """Start it, and wait until it ends; False if nvflare lost a site before the run had begun.
 
     The simulator takes a port for each site, lets go of it, and has the site's process take it seconds later: if it is
@@ -69,7 +72,7 @@ def _once(told: Mapping[str, Any], loaded: App, out: Path) -> bool:
     watch = _Sites(process.pid, int(told["clients"]))
     try:
         news = "making certificates and starting the sites" if told["poc"] else "starting the sites"
-        with Meter(loaded.name, int(loaded.iterations or loaded.rounds or 0) or None, news=news) as meter:
+        with Meter(name, int(loaded.iterations or loaded.rounds or 0) or None, news=news) as meter:
             while process.poll() is None:
                 time.sleep(_LOOK)
                 _show(meter, out, loaded, news)
@@ -137,7 +140,8 @@ def _show(meter: Meter, out: Path, loaded: App, before: str) -> None:
         return
     done = int(row["iteration" if loaded.iterations else "rounds"])
     asked, replied = book["asked"].split(), book["replied"].split()
-    news = f"iteration {book['iteration']}, {book['exchange']}: {len(replied)} of {len(asked)} sites"
+    several = f"{row['candidates']} candidates, " if int(row.get("candidates", 1)) > 1 else ""
+    news = f"{several}iteration {book['iteration']}, {book['exchange']}: {len(replied)} of {len(asked)} sites"
     if replied:
         seconds, last = max(zip(map(float, book["latency"].split()), replied, strict=True))
         news += f", {last} last after {seconds:.3f} s"

@@ -12,8 +12,10 @@ from typing import Annotated, ClassVar, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from ...algorithm import Setting
 from ...given import JSON, Received
-from ..messaging.transport import Request
+from ...tune.entrants import MOST
+from ..messaging.transport import RUN, Purpose, Request
 
 _MOST_FLAGS, _MOST_NAMES = 1000, 100_000  # in a request; files or packages of an app
 _TAG = "a tag is three whole numbers"
@@ -42,6 +44,7 @@ class Header(Struct, frozen=True, forbid_unknown_fields=True):
     wanted: Flags
     states: dict[str, tuple[Tag, Tag]]
     deadline: Annotated[float, Meta(gt=0, le=1e6)]
+    purpose: Purpose = RUN
 
     sentences: ClassVar[Mapping[str, str]] = {
         r"\.place": "a place is a whole number",
@@ -50,8 +53,35 @@ class Header(Struct, frozen=True, forbid_unknown_fields=True):
         r"\.states\[\.\.\.\]\[": _TAG,
         r"\.states": "states has two tags for each site",
         r"\.deadline": "a deadline is a number of seconds",
+        r"\.purpose": "a purpose is of the run, of validation or of scoring",
         "": "a header has {fields}",
     }
+
+
+class Entry(Struct, frozen=True, forbid_unknown_fields=True):
+    """A candidate that is named: its label, its algorithm ("" for the application's own), its settings beside."""
+
+    label: str
+    kind: str
+    settings: dict[str, Setting]
+
+
+class Racing(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who races: so many of these, or of `tune`'s own candidates with minibatches of that size."""
+
+    many: Annotated[int, Meta(ge=1, le=MOST)]
+    batch_size: Annotated[int, Meta(ge=1)] | None = None
+    entries: Annotated[tuple[Entry, ...], Meta(max_length=MOST)] | None = None
+
+
+class Asked(Struct, frozen=True, forbid_unknown_fields=True):
+    """How to tune, as the server is told when a job begins; `metric` as in "test_loss:min"."""
+
+    metric: str | None = None
+    candidates: Annotated[int, Meta(ge=1, le=MOST)] | None = None
+    batch_size: Annotated[int, Meta(ge=1)] | None = None
+    max_bytes: Annotated[int, Meta(ge=1)] | None = None
+    entries: Annotated[tuple[Entry, ...], Meta(min_length=1, max_length=MOST)] | None = None
 
 
 class Setup(Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,6 +94,7 @@ class Setup(Struct, frozen=True, forbid_unknown_fields=True):
     protocol: str
     resume: bool
     check: bool = False
+    racing: Racing | None = None
 
     sentences: ClassVar[Mapping[str, str]] = {
         r"\.order": "the order of the sites names this one",
@@ -71,6 +102,7 @@ class Setup(Struct, frozen=True, forbid_unknown_fields=True):
         r"\.scales": "scales are numbers, one for each site",
         r"\.(protocol|resume)": "protocol is text, resume a bool",
         r"\.check": "check is true or false",
+        r"\.racing": "racing says how many race, and who",
         "": "a setup has {fields}",
     }
 
@@ -93,6 +125,7 @@ class Prepare(Struct, frozen=True, forbid_unknown_fields=True):
     protocol: str
     resume: bool
     check: bool = False
+    racing: Racing | None = None
 
 
 class Answer(Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,6 +137,7 @@ class Answer(Struct, frozen=True, forbid_unknown_fields=True):
     wanted: Flags
     counted: Tag
     kept: Tag
+    purpose: Purpose = RUN
 
     def request(self, payload: bytes) -> Request:
         """With its numbers."""
@@ -111,7 +145,11 @@ class Answer(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Restart(Struct, frozen=True, forbid_unknown_fields=True):
-    """Begin anew."""
+    """Begin anew, with the program of that purpose."""
+
+    purpose: Purpose = RUN
+
+    sentences: ClassVar[Mapping[str, str]] = {"": "a restart says of which program"}
 
 
 class Finish(Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,24 +15,31 @@ from nvflare.collab import collab
 
 from ...algorithm import Algorithm
 from ...app import App, load_app
+from ...best import goal
 from ...callbacks import Callback
 from ...callbacks.base import Running
 from ...cohorts import check_cohort
 from ...data import FederatedData
 from ...errors import InputError, RunError, noting, warn, with_notes
 from ...given import JSON, Whole
-from ...problem import Problem
+from ...problem import Problem, strong
 from ...program import freeze
 from ...protocol import step as iteration
+from ...race.scoring import Scoring
 from ...result import Result
 from ...results.folder import CONFIG, ROUNDS
 from ...results.kept import ended, keep, tell
 from ...sampled import Sampled
+from ...tune.entrants import lineup
+from ...tune.kept import Tuning, chosen, keep_tuned
+from ...tune.tuning import Tuned
 from ...validation import Validation
-from ..base import Engine, Program, plan
+from ..base import Carry, Engine, Execution, Program, plan
 from ..faults import Faults
 from ..messaging.server_side import Messaging
+from ..messaging.transport import Purpose
 from .agreement import (
+    candidates,
     check_rows,
     check_same,
     checked_hello,
@@ -45,7 +52,7 @@ from .agreement import (
 )
 from .calls import Results, Sites, sites
 from .ledger import Ledger
-from .messages import Setup, plain
+from .messages import Asked, Racing, Setup, plain, read
 from .transport import CollabTransport, no_answer, refusal
 
 _START = 660.0  # seconds within which all sites have loaded their rows, or derived the protocol
@@ -60,6 +67,7 @@ class Server:
         name: what results are filed under.
         out: folder for the results; "": in the server's workspace, under fedbilevel/NAME.
         settings: what to change of the app: iterations, rounds, cohort, seed, keep.
+        tuning: how to tune (`messages.Asked`); None: the app's algorithm runs.
         resume: go on from the checkpoint in that folder.
     """
 
@@ -70,8 +78,10 @@ class Server:
         out: str = "",
         settings: Mapping[str, int | str | None] | None = None,
         resume: bool = False,
+        tuning: Mapping[str, JSON] | None = None,
     ):
         self.app, self.name, self.out, self.settings, self.resume = app, name, out, settings or {}, resume
+        self.tuning = tuning
 
     @collab.main
     def run(self) -> None:
@@ -87,8 +97,12 @@ class Server:
             with noting(warned):
                 app = load_app(file).with_(**self.settings)
                 jax.config.update("jax_enable_x64", app.precision == 64)
-                result, told = federate(app, folder, self.resume)
-            outcome = {**ended(result), "sites": told}
+                result, told = federate(app, folder, self.resume, self.tuning)
+            outcome = {
+                **ended(result),
+                **({"chosen": chosen(result)} if isinstance(result, Tuned) else {}),
+                "sites": told,
+            }
         except InputError as error:
             outcome = {"status": "refused", "sentence": str(error)}
         except RunError as error:
@@ -103,27 +117,44 @@ class Server:
             print(f"fedbilevel: {outcome['status']}: {outcome.get('sentence', folder)}", file=sys.stderr, flush=True)
 
 
-def federate(app: App, folder: Path, resume: bool) -> tuple[Result, dict[str, JSON]]:
-    """Get to know the sites, and solve: (the result, of each site what it compiled)."""
+def federate(
+    app: App, folder: Path, resume: bool, tuning: Mapping[str, JSON] | None = None
+) -> tuple[Result, dict[str, JSON]]:
+    """Get to know the sites, and solve, or tune: (the result, of each site what it compiled)."""
+    asked = None if tuning is None else read(dict(tuning), Asked, InputError, "tuning")
     names = sorted(proxy.name for proxy in collab.clients)
     engine = Collab(names, app.faults, folder / ROUNDS, resume, app.cohort)
     try:
-        weights = engine.meet(app)
+        weights = engine.meet(app, asked)
         tell(folder, {"status": "running", "workers": engine.transport.workers})
-        _configure(app, names, folder)
-        data = placeholder_data(engine.schemas, len(names), weights)
-        run = app.describe(data, engine)  # the rows are placeholders: the sites have looked at theirs
-        result = keep(run, folder, resume=resume, every=0.0, callbacks=[AtTheEnd(engine)])
+        data = placeholder_data(engine.schemas, len(names), weights)  # the sites have looked at their rows
+        if asked is None:
+            _configure(folder, lambda: Sampled(app, tuple(names)).plan("nvflare").config(len(names)))
+            result = keep(app.describe(data, engine), folder, resume=resume, every=0.0, callbacks=[AtTheEnd(engine)])
+        else:
+            tuned = _tuning(app, names, data, engine, asked)
+            _configure(folder, tuned.config)
+            result = keep_tuned(tuned, folder, resume=resume, quiet=True, every=0.0)
     finally:
         engine.ledger.close()
     return result, {"compiled": engine.transport.traced, "workers": engine.transport.workers}
 
 
-def _configure(app: App, names: list[str], folder: Path) -> None:
+def _configure(folder: Path, config: Callable[[], Mapping[str, JSON]]) -> None:
     """Leave config.json, where the command line that started the run has not."""
     if not (folder / CONFIG).is_file():
-        plan = Sampled(app, tuple(names)).plan("nvflare")
-        (folder / CONFIG).write_text(json.dumps(plan.config(len(names)), indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(config(), indent=2) + "\n")
+
+
+def _tuning(app: App, names: list[str], data: FederatedData, engine: Collab, asked: Asked) -> Tuning:
+    """What is tuned, and how, over these sites."""
+    plan = dataclasses.replace(Sampled(app, tuple(names)).plan("nvflare"), check=False)
+    named = None if asked.entries is None else candidates(asked.entries, app.algorithm)
+    wanted = None if asked.metric is None else goal(asked.metric)
+    return Tuning(
+        plan, app.task(data), wanted, named, candidates=asked.candidates, batch_size=asked.batch_size,
+        max_bytes=asked.max_bytes, network=engine,
+    )  # fmt: skip
 
 
 class AtTheEnd(Callback):
@@ -144,9 +175,8 @@ class Collab(Engine):
         self.names, self.faults, self.resume, self.cohort = names, faults, resume, cohort
         self.transport, self.ledger = CollabTransport(names), Ledger(rounds, names, resume)
         self.schemas: list[str] = []
-        self._exchanges = 0  # of the run's own protocol
 
-    def meet(self, app: App) -> list[float] | None:
+    def meet(self, app: App, tuning: Asked | None = None) -> list[float] | None:
         """Have all sites load their rows and derive the protocol; returns their weights, if they count unalike."""
         mine = app.bundle()  # first: what can be neither shipped nor compared is refused before anybody is asked
         told, counted = self._all(lambda all_sites: all_sites.hello()), app.weights == "rows"
@@ -162,13 +192,25 @@ class Collab(Engine):
         if app.weights == "rows":
             weights, scales = shares([counts for name in self.names if (counts := said[name]["counts"])])
         cohort = check_cohort(app.cohort, len(self.names))
-        derived = derive(app, placeholder_data(self.schemas, len(self.names), weights), cohort)
+        data = placeholder_data(self.schemas, len(self.names), weights)
+        racing = None if tuning is None else self._racing(app, data, tuning)
+        derived = derive(app, data, cohort, racing)
         check, totals = app.check and not self.resume, None if scales is None else tuple(scales)
-        setup = Setup(tuple(self.names), cohort, app.seed, totals, fingerprint(derived), self.resume, check)
+        setup = Setup(tuple(self.names), cohort, app.seed, totals, fingerprint(derived), self.resume, check, racing)
         prepared = self._all(lambda all_sites: all_sites.prepare(plain(setup)))
         if check:
             judge_sites(app, self.schemas, [prepared[name].get("figures") for name in self.names], weights)
         return weights
+
+    def _racing(self, app: App, data: FederatedData, tuning: Asked) -> Racing:
+        """Who races, in the words that sites are told."""
+        named = None if tuning.entries is None else list(candidates(tuning.entries, app.algorithm).values())
+        found, _ = lineup(
+            app.problem, data, *app.begin(), self, int(app.rounds or 0), tuning.max_bytes, algorithms=named,
+            candidates=tuning.candidates, batch_size=tuning.batch_size,
+        )  # fmt: skip
+        entries = None if tuning.entries is None else tuning.entries[: len(found)]
+        return Racing(len(found), tuning.batch_size, entries)
 
     def finish(self, tags: Iterable[Iterable[int | np.integer]]) -> None:
         """Tell all sites that the run is over, and which of their states counts; warn of those that cannot be told."""
@@ -206,16 +248,10 @@ class Collab(Engine):
         cohort = check_cohort(self.cohort, data.clients)
         problem = freeze(problem, state.x, state.y, data)
         protocol, write = plan(self, problem, data, algorithm, state, cohort, program), self.ledger.write
-        beside = isinstance(algorithm, Validation)
-        made = OverNetwork(
+        return OverNetwork(
             self, problem, data, key, protocol, program, transport=self.transport, faults=self.faults, dropout=0.0,
-            watch=(lambda r: write(dataclasses.replace(r, iteration=r.iteration - 1))) if beside else write,
+            watch=write,
         )  # fmt: skip
-        if beside:  # at the sites its exchanges come after the run's own
-            made.places = {path: self._exchanges + place for path, place in made.places.items()}
-        else:
-            self._exchanges = len(protocol.sites)
-        return made
 
 
 class OverNetwork(Messaging):
@@ -227,6 +263,31 @@ class OverNetwork(Messaging):
     engine: Collab
     longest = 1
     replays = False
+
+    def race(self, left: tuple[int, ...]) -> None:
+        self.purpose = Purpose("run", left)
+
+    def another(self, algorithm: Algorithm, state: PyTree, data: FederatedData, key: Key[Array, ""]) -> Execution:
+        made, write = super().another(algorithm, state, data, key), self.engine.ledger.write
+        assert isinstance(made, OverNetwork)
+        if isinstance(algorithm, Scoring):
+            made.purpose = Purpose("scoring", self.purpose.left, algorithm.turns)
+        else:
+            assert isinstance(algorithm, Validation)
+            made.purpose = Purpose("validation", self.purpose.left)
+        made.watch = lambda r: write(dataclasses.replace(r, iteration=r.iteration - 1))  # what it comes after
+        return made
+
+    def taking_over(
+        self, before: Execution, carry: Carry, algorithm: Algorithm, state: PyTree, own: Callable[[PyTree], PyTree]
+    ) -> Carry:
+        assert isinstance(before, OverNetwork)
+        self.kept, self.roster = before.kept, before.roster  # sites narrow their states when they hear who is left
+        return Carry(strong(state), carry.client_state, carry.iteration)
+
+    def begin_again(self, algorithm: Algorithm, state: PyTree) -> Carry:
+        self.transport.restart(state.x, state.y, self.purpose)
+        return self.start(algorithm, state)
 
     def compiled(self) -> float:
         return self.engine.transport.compiling

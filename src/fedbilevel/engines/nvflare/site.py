@@ -9,7 +9,7 @@ from pathlib import Path
 from nvflare.collab import collab
 
 from ...given import JSON, Received
-from .messages import Answer, Finish, Header, Prepare, Setup, plain, read
+from .messages import Answer, Finish, Header, Prepare, Restart, Setup, plain, read
 from .worker import START_SECONDS, Worker, WorkerDied, WorkerSaid
 
 _GRACE = 1.0  # seconds by which a worker has to be done before the server stops waiting
@@ -66,12 +66,13 @@ class Site:
         return True
 
     @collab.publish
-    def restart(self, payload: bytes) -> dict[str, Received]:
+    def restart(self, header: Received, payload: bytes) -> dict[str, Received]:
         """Begin anew with the state that (x, y) gives."""
         _only_the_server()
+        asked = read(header, Restart, _refused, "a header")
         _check(isinstance(payload, bytes), "restart takes bytes")
         with self._lock:
-            return self._said(lambda: self._ready().ask("restart", payload)[0])
+            return self._said(lambda: self._ready().ask("restart", payload, START_SECONDS, **plain(asked))[0])
 
     @collab.publish
     def finish(self, states: Received) -> dict[str, Received]:
@@ -154,7 +155,8 @@ def _request(header: Received, payload: Received, site: str) -> tuple[dict[str, 
     _check(isinstance(payload, bytes), "a payload is bytes")
     _check(site in asked.states, "states has two tags for each site")
     counted, kept = asked.states[site]
-    return plain(Answer(asked.place, asked.tag, asked.sent, asked.wanted, counted, kept)), asked.deadline
+    answer = Answer(asked.place, asked.tag, asked.sent, asked.wanted, counted, kept, asked.purpose)
+    return plain(answer), asked.deadline
 
 
 def _setup(setup: Received, site: str) -> dict[str, JSON]:
@@ -165,4 +167,5 @@ def _setup(setup: Received, site: str) -> dict[str, JSON]:
     _check(scales is None or len(scales) == len(order), "scales are numbers, one for each site")
     index = order.index(site)
     scale = None if scales is None else scales[index]
-    return plain(Prepare(index, len(order), asked.cohort, asked.seed, scale, asked.protocol, asked.resume, asked.check))
+    how = asked.protocol, asked.resume, asked.check, asked.racing
+    return plain(Prepare(index, len(order), asked.cohort, asked.seed, scale, *how))

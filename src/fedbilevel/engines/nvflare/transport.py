@@ -11,10 +11,10 @@ from ...errors import InputError, RunError, warn
 from ...given import Received
 from ...protocol.wire import encode
 from ..faults import StateLost
-from ..messaging.transport import Answers, Request, Transport
+from ..messaging.transport import Answers, Purpose, Request, Transport
 from .agreement import warnings_in
 from .calls import Call, sites
-from .messages import Header, plain
+from .messages import Header, Restart, plain
 
 _FIRST = 600.0  # seconds for a site's first answer of each kind, which it has to compile
 _SOON = 5.0  # seconds for a sign of life
@@ -29,17 +29,17 @@ class CollabTransport(Transport):
         self.traced: dict[str, dict[str, int]] = {}  # by site, how often each client method was compiled
         self.workers: dict[str, int | None] = {}  # by site, its worker's process number
         self.compiling = 0.0  # seconds that rounds took because a site compiled
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[tuple[int, Purpose, int]] = set()
 
     def ask(self, requests: dict[int, Request], deadline: float | None) -> Answers:
         answers, began = Answers(), time.perf_counter()
         if not requests:
             return answers
         one = next(iter(requests.values()))
-        new = any((client, one.place) not in self._seen for client in requests)
+        new = any((client, one.purpose, one.place) not in self._seen for client in requests)
         seconds = _FIRST if new or deadline is None else deadline
         states = {self.names[client]: (request.counted, request.kept) for client, request in requests.items()}
-        header = plain(Header(one.place, one.tag, one.sent, one.wanted, states, float(seconds)))
+        header = plain(Header(one.place, one.tag, one.sent, one.wanted, states, float(seconds), one.purpose))
         number = {self.names[client]: client for client in requests}
 
         def arrived(call: Call, said: Received, **_: Received) -> Received:
@@ -57,7 +57,7 @@ class CollabTransport(Transport):
                 answers.failures[client] = RunError(f"site {name} answered without numbers")
             else:
                 answers.replies[client] = said["numbers"]
-                self._seen.add((client, one.place))
+                self._seen.add((client, one.purpose, one.place))
                 for sentence in warnings_in(said):
                     warn(f"{name}: {sentence}")
                 if isinstance(said.get("traced"), dict):
@@ -73,8 +73,9 @@ class CollabTransport(Transport):
         # a site whose process is gone does not answer; one that is busy with a call that nobody waits for does, later
         return any(True for _ in sites([self.names[client]], _SOON).alive())
 
-    def restart(self, x: PyTree, y: PyTree) -> None:
-        for name, said in sites(self.names, _FIRST).restart(encode((x, y), (True, True))):
+    def restart(self, x: PyTree, y: PyTree, purpose: Purpose) -> None:
+        header = plain(Restart(purpose))
+        for name, said in sites(self.names, _FIRST).restart(header, encode((x, y), (True, True))):
             error = refusal(name, said)
             if error is not None:
                 raise error

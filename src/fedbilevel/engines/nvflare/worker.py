@@ -6,12 +6,10 @@ a reply, not the run, and starts again with the state that it left on disk. The 
 
 from __future__ import annotations
 
-import functools
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +21,7 @@ from ...given import JSON
 if TYPE_CHECKING:  # at run time they are imported where they are needed, in the worker alone
     from ...app import App
     from ..messaging.client_side import ClientSide
+    from ..messaging.transport import Purpose
     from .messages import Answer, Finish, Load, Prepare, Restart
 
 LOWER = "lower.npz"  # a site's own lower variable at the end of a run, in its folder
@@ -137,13 +136,12 @@ class _Inside:
 
     Attributes:
         app: the application, once its rows are loaded.
-        side: what answers requests, once it is prepared.
-        beside: what answers those that come after the run's own exchanges (`validation`); made when one comes.
+        side: what answers requests of the run, once it is prepared; of a race with those who are left of it, `purpose`.
     """
 
     app: App
     side: ClientSide
-    beside: Callable[[], ClientSide]
+    purpose: Purpose
 
     def __init__(self, app: str, site: str, folder: Path):
         self.file, self.site, self.folder = app, site, folder
@@ -187,52 +185,76 @@ class _Inside:
         With `check` it says what `sanity` measures on the rows here.
         """
         import equinox as eqx
-        import jax
         import jax.numpy as jnp
 
-        from ...algorithm import State
         from ...app import schema
         from ...errors import check as expect
-        from ...pace.automatic import ready
-        from ...program import freeze
-        from ...protocol import as_leaves, client_state, trace
         from ...sanity import told
-        from ...validation import Validation
-        from ..messaging.client_side import ClientSide, Methods
-        from .agreement import begin, derive, fingerprint, placeholder_data
+        from ..messaging.client_side import ClientSide
+        from ..messaging.transport import Purpose
+        from .agreement import Agreement, fingerprint, placeholder_data
 
         app, scale = self.app, message.scale
-        problem, self.variables, state = begin(app)
         weights = None if scale is None else [1.0] * message.sites
         data = placeholder_data([schema(level) for level in self.rows], message.sites, weights)
-        derived = derive(app, data, message.cohort)
+        self.agreed, self.asked = Agreement(app, data, message.cohort, message.racing), message
+        first = self.agreed.first
         expect(
-            fingerprint(derived) == message.protocol,
+            fingerprint(self.agreed.means(first).protocol) == message.protocol,
             f"site {self.site} derives another protocol than the server: both need the same app, fedbilevel and jax.",
         )
         inner, outer = self.own.inner.alone(0), self.own.outer.alone(0)
         if scale is not None:
             outer = eqx.tree_at(lambda rows: rows.scale, outer, jnp.asarray(scale, outer.scale.dtype))
-        algorithm = ready(app.algorithm, state.x)
-        first = client_state(algorithm, state)
-        problem = freeze(problem, state.x, state.y, self.own)
-        self.side = ClientSide(
-            problem, (inner, outer), as_leaves(algorithm), derived,
-            jax.random.key(message.seed), message.index, first, Methods(), self.site,
-        )  # fmt: skip
-        self._exchanges = len(derived.sites)
-
-        @functools.cache
-        def beside() -> ClientSide:
-            protocol = trace(Validation(), problem, data, State(state.x, state.y), message.cohort)
-            return ClientSide(
-                problem, (inner, outer), as_leaves(Validation()), protocol, jax.random.key(message.seed),
-                message.index, None, Methods(), self.site, self._exchanges,
-            )  # fmt: skip
-
-        self.beside = beside
+        self.mine, self.sides = (inner, outer), dict[Purpose, ClientSide]()
+        self._take_up(first)
         self._store(message.resume)
-        return ({"figures": told(problem, self.own, *self.variables)} if message.check else {}), b""
+        problem = self.agreed.problem
+        return ({"figures": told(problem, self.own, *self.agreed.variables)} if message.check else {}), b""
+
+    def _made(self, purpose: Purpose) -> ClientSide:
+        """What answers requests of a purpose, with the state of a start."""
+        from ...program import freeze
+        from ...protocol import as_leaves, client_state
+        from ..messaging.client_side import ClientSide, Methods
+        from .agreement import client_key
+
+        algorithm, state, protocol = self.agreed.means(purpose)
+        problem = freeze(self.agreed.problem, *self.agreed.variables, self.own)
+        first = client_state(algorithm, state) if purpose.name == "run" else None
+        return ClientSide(
+            problem, self.mine, as_leaves(algorithm), protocol, client_key(self.asked.seed, purpose),
+            self.asked.index, first, Methods(), self.site,
+        )  # fmt: skip
+
+    def _take_up(self, purpose: Purpose) -> None:
+        """Be asked for a run with those who are left of its candidates, from the start."""
+        self.purpose, self.side = purpose, self._made(purpose)
+
+    def _narrow(self, purpose: Purpose) -> None:
+        """Go on with those who are left, and let go of what was kept for the others."""
+        from ...errors import RunError
+        from ...race.heats import narrowed
+        from ...race.racing import Race
+
+        before, race, states = self.purpose.left, self.agreed.running(self.purpose.left), self.side.states
+        if not isinstance(race, Race) or not set(purpose.left) < set(before):
+            raise RunError(f"candidates {list(purpose.left)} cannot go on: {list(before)} race here.")
+        own = narrowed(race, [before.index(k) for k in purpose.left])
+        self._take_up(purpose)
+        if self.side.keeps:
+            self.side.states = {tag: own(state) for tag, state in states.items()}
+
+    def _side(self, purpose: Purpose) -> ClientSide:
+        """What answers requests of a purpose."""
+        if purpose.name == "run":
+            if purpose != self.purpose:
+                self._narrow(purpose)
+            return self.side
+        if purpose not in self.sides:
+            self.sides = {each: side for each, side in self.sides.items() if each.left == purpose.left}
+            self.sides[purpose] = self._made(purpose)
+        return self.sides[purpose]
 
     def answer(self, payload: bytes, message: Answer) -> tuple[dict, bytes]:
         """Answer a request."""
@@ -240,7 +262,7 @@ class _Inside:
         from ..messaging.client_side import Methods
 
         before, request = compiling(), message.request(payload)
-        side = self.side if request.place < self._exchanges else self.beside()
+        side = self._side(request.purpose)
         numbers = side.answer(request)
         if side.keeps:
             self._save()
@@ -251,8 +273,10 @@ class _Inside:
         from ...problem import strong
         from ...protocol.wire import decode
 
-        x, y = decode(self.variables, payload, (True, True))
-        self.side.restart(strong(self.app.algorithm.client_init(x, y)))
+        x, y = decode(self.agreed.variables, payload, (True, True))
+        if message.purpose != self.purpose:
+            self._take_up(message.purpose)
+        self.side.restart(strong(self.agreed.running(self.purpose.left).client_init(x, y)))
         if self.side.keeps:
             self._save()
         return {}, b""
@@ -295,18 +319,21 @@ class _Inside:
     def _save(self) -> None:
         from ...arrays import write_leaves
 
-        beside = self._file.with_suffix(".new")
+        beside, held = self._file.with_suffix(".new"), {"left": self.purpose.left, "tags": list(self.side.states)}
         with beside.open("wb") as file:
-            file.write((json.dumps(list(self.side.states)) + "\n").encode())
+            file.write((json.dumps(held) + "\n").encode())
             write_leaves(file, list(self.side.states.values()))
         os.replace(beside, self._file)
 
     def _load(self) -> None:
         from ...arrays import leaves_of, read_leaves, restore
-        from ..messaging.transport import START, as_tag
+        from ..messaging.transport import START, Purpose, as_tag
 
-        like = self.side.states[START]
         with self._file.open("rb") as file:
-            tags = [as_tag(tag) for tag in json.loads(file.readline())]
+            held = json.loads(file.readline())
+            purpose = Purpose("run", tuple(held["left"]))
+            if purpose != self.purpose:
+                self._take_up(purpose)
+            like, tags = self.side.states[START], [as_tag(tag) for tag in held["tags"]]
             states = restore([like] * len(tags), read_leaves(file, len(leaves_of(like)) * len(tags)))
         self.side.states = dict(zip(tags, states, strict=True))
