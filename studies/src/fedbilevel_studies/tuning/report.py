@@ -120,10 +120,10 @@ def figure(best: pandas.DataFrame, path: Path) -> Path:
     tasks = list(best["task"].unique())
     shape = (max(4.2 * len(tasks), 5.6), 7.2)
     picture, axes = common.panels(2, len(tasks), shape)
-    labels = list(best["contender"].unique())
+    looks = _looks(list(best["contender"].unique()))
     for column, task in enumerate(tasks):
         for label, own in _curves(best, task).items():
-            look = {**common.style(labels.index(label)), "marker": "", "label": label}
+            look = {**looks[label], "marker": "", "label": label}
             for row, spent, unit in ((0, "rounds", 1.0), (1, "bytes", MB)):
                 _draw(axes[row, column], own, spent, unit, look)
         for axis in axes[:, column]:
@@ -134,6 +134,16 @@ def figure(best: pandas.DataFrame, path: Path) -> Path:
         axes[row, 0].set_ylabel("$\\Phi$ at the returned x")
     common.legend(picture, 4)
     return common.save(picture, path)
+
+
+def _looks(labels: list[str]) -> dict[str, Look]:
+    """Of each contender; what nobody tunes is grey, so that the others have a colour each."""
+    known = [label for label in labels if label != UNTUNED]
+    grey: Look = {**common.style(0), "color": "0.6", "linestyle": "-"}
+    looks = {label: grey if label == UNTUNED else common.style(known.index(label)) for label in labels}
+    if TUNE in looks:
+        looks[TUNE] = {**looks[TUNE], "linestyle": "-", "linewidth": 2.0}
+    return looks
 
 
 def _window(own: pandas.DataFrame) -> tuple[float, float]:
