@@ -163,6 +163,16 @@ class TracedFederation(Federation):
         self._restore(ledger)
         return carry
 
+    def rarely(self, times: Index, body: Body, carry: PyTree, most: int = 1) -> PyTree:
+        """A loop under a condition: what its turns have in common XLA computes before a loop, also where it has no turn."""
+        path = self.loop(times, most)
+        times = check_times(times, most)
+        run = self._body(path, body)
+        turns = lambda both: jax.lax.fori_loop(0, times, run, both)
+        both = jax.lax.cond(jnp.asarray(times) > 0, turns, lambda both: both, (self._ledger(), carry))
+        self._restore(both[0])
+        return both[1]
+
     def until(self, condition: Callable[[PyTree], Flag], body: Body, carry: PyTree, most: int) -> PyTree:
         path = self._scopes.advance()
         check_times(most, most)

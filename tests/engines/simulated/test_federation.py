@@ -31,17 +31,22 @@ class Remembering(fb.Algorithm):
         return fb.Reply(x - client.state, x * jnp.sum(client.rows[0].all().examples))
 
 
+def compiled(bound, algorithm, state, data):
+    """The text of the program of many iterations."""
+    carry = bound.start(algorithm, state)
+    own = lambda states, *rest: chunk(bound.problem, as_leaves(algorithm), bound._static(), data, states, *rest)
+    first, limit, dropout = np.int32(0), np.asarray(1e9), np.float32(0)
+    lowered = jax.jit(own).lower((carry.state, carry.client_state), jax.random.key(0), first, first, limit, dropout)
+    return lowered.compile().as_text()
+
+
 def copies():
     """The loops' copies of all clients' states, and how often the compiled program has them at all."""
     rows = np.ones((CLIENTS, 2))
     data = fb.FederatedData.stack(rows, rows)
     problem, algorithm, x = fb.Problem(lambda x, y, e: e * y**2, lambda x, y, e: e * y**2), Remembering(), jnp.ones(3)
     bound = fb.Simulation(cohort=5).bind(problem, data, algorithm, algorithm.init(x, x[0]), jax.random.key(0))
-    carry = bound.start(algorithm, algorithm.init(x, x[0]))
-    own = lambda states, *rest: chunk(bound.problem, as_leaves(algorithm), bound._static(), data, states, *rest)
-    first, limit, dropout = np.int32(0), np.asarray(1e9), np.float32(0)
-    lowered = jax.jit(own).lower((carry.state, carry.client_state), jax.random.key(0), first, first, limit, dropout)
-    text = lowered.compile().as_text()
+    text = compiled(bound, algorithm, algorithm.init(x, x[0]), data)
     loops, entry = text.split("\nENTRY ")
     copied = rf"f\d+\[{CLIENTS},3\]\S* copy\("
     return len(re.findall(copied, loops)), len(re.findall(copied, entry))
@@ -52,6 +57,40 @@ def test_clients_states_are_written_in_place(monkeypatch):
     assert loops == 0 and entry == 1
     monkeypatch.setattr(SimulatedFederation, "_after", lambda self, new, all, index: new)
     assert copies()[0] > 0  # what it is there for: the day this fails, XLA has found out by itself
+
+
+class Rare(fb.Algorithm):
+    """Something costly, at a point that the loop leaves as it is; never, in fact."""
+
+    def step(self, fed, state):
+        turn = lambda t, _: fed.average(self.costly, state.x, beside=False)
+        measured = fed.rarely(jnp.where(state.x[0] > 1e6, 1, 0), turn, jnp.zeros(()))
+        return fb.State(state.x * 0.5 + measured, state.y), {}
+
+    def costly(self, client, x):
+        return jnp.linalg.eigvalsh(jnp.outer(x, x) + jnp.diag(client.rows[0].all().examples.sum(0)))[0]
+
+
+def in_every_iteration():
+    """How often the loop of iterations computes eigenvalues, which it should not unless it has to."""
+    rows = np.ones((4, 2, 3))
+    data = fb.FederatedData.stack(list(rows), list(rows))
+    problem, algorithm, x = fb.Problem(lambda x, y, e: e[0] * y**2, lambda x, y, e: e[0] * y**2), Rare(), jnp.ones(3)
+    state = algorithm.init(x, x[0])
+    bound = fb.Simulation().bind(problem, data, algorithm, state, jax.random.key(0))
+    text = compiled(bound, algorithm, state, data)
+    parts = re.split(r"\n(?=(?:ENTRY )?%\S+ \(.*\{\n)", text)
+    named = {match[1]: part for part in parts if (match := re.match(r"(?:ENTRY )?(%\S+) ", part))}
+    entry = next(part for part in parts if part.startswith("ENTRY"))
+    loop = named[re.search(r" while\(.*body=(%[^\s,]+)", entry)[1]]
+    assert "syevd" in text
+    return loop.count("syevd")
+
+
+def test_what_happens_rarely_costs_nothing_else(monkeypatch):
+    assert in_every_iteration() == 0
+    monkeypatch.setattr(SimulatedFederation, "rarely", fb.Federation.rarely)
+    assert in_every_iteration() > 0  # what it is there for: the day this fails, XLA leaves the work in its loop
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
