@@ -84,7 +84,7 @@ def line(grid: Grid, found: list[Outcome]) -> str:
     """A line of the table."""
     best, fastest, seeds = grid.best(), grid.fastest(), grid.seeds
     middle = lambda values: float(np.median(list(values)))
-    at = lambda curve, seed: arrival(curve, grid.end(best, seed), grid.gain(seed))
+    at = lambda curve, seed: arrival(curve, grid.goal(seed), grid.gain(seed))
     of = lambda point: middle(at(grid.curves(seed, [point])[point], seed) for seed in seeds)
     start = {seed: float(grid.curves(seed, [best])[best].values[0]) for seed in seeds}
     ours = middle(at(each.curve, seed) for seed, each in zip(seeds, found, strict=True))

@@ -39,7 +39,7 @@ def draw(found: Mapping[tuple[str, str], tuple[Grid, Sequence[Outcome]]], file: 
 
 def _left(grid: Grid, seed: int, curve: Curve) -> Curve:
     """What is left to gain, in G."""
-    return Curve(curve.rounds, (curve.values - grid.end(grid.best(), seed)) / grid.gain(seed))
+    return Curve(curve.rounds, (curve.values - grid.goal(seed)) / grid.gain(seed))
 
 
 def _several(axis, curves: Sequence[Curve], colour: str, label: str) -> None:

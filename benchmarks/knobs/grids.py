@@ -136,21 +136,26 @@ class Grid:
         By medians over seeds. Where many points end at the solution the best one is best by a rounding error,
         and may be slow: this is the harder rival.
         """
-        best = self.best()
+        best, goals = self.best(), {seed: self.goal(seed) for seed in self.seeds}
+        gains = {seed: self.gain(seed) for seed in self.seeds}
         whole = {point for point, _ in self.found} & {p for p, seed in self.found if seed == self.seeds[-1]}
-        gap = lambda point, seed: (self.end(point, seed) - self.end(best, seed)) / self.gain(seed)
+        gap = lambda point, seed: (self.end(point, seed) - goals[seed]) / gains[seed]
         equals = [p for p in whole if np.median([gap(p, seed) for seed in self.seeds]) <= EQUAL]
         if self.case.heavy:  # a look takes long there
             equals = sorted(equals, key=lambda p: (np.median([gap(p, seed) for seed in self.seeds]), p))[:LOOKED_AT]
         curves = {seed: self.curves(seed, equals) for seed in self.seeds}
-        late = lambda p: np.median(
-            [arrival(curves[seed][p], self.end(best, seed), self.gain(seed)) for seed in self.seeds]
-        )
+        late = lambda p: np.median([arrival(curves[seed][p], goals[seed], gains[seed]) for seed in self.seeds])
         return min(equals, key=lambda p: (late(p), p != best, p))
 
     def gain(self, seed: int) -> float:
-        """From the start, y trained, to the best point's end."""
-        return float(self.found[self.best(), seed].values[0]) - self.end(self.best(), seed)
+        """From the start, y trained, to the goal."""
+        start = next(curve for (_, own), curve in self.found.items() if own == seed and curve is not None).values[0]
+        return float(start) - self.goal(seed)
+
+    def goal(self, seed: int) -> float:
+        """The best point's end; on a seed on which that one blows up, the lowest of all."""
+        best = self.end(self.best(), seed)
+        return best if np.isfinite(best) else min(self.end(point, own) for point, own in self.found if own == seed)
 
     def curves(self, seed: int, points: list[Point]) -> dict[Point, Curve]:
         """The whole curves of points, of which the grid knows start and end only."""
