@@ -191,6 +191,10 @@ class Algorithm(Checked):
         """The state before the first iteration; it must have the fields `x` and `y`."""
         return State(x, y)
 
+    def begun_again(self, state: PyTree) -> PyTree:
+        """The state from which a run goes on where clients have lost theirs, and have what `client_init` gives."""
+        return self.init(state.x, state.y)
+
     def client_init(self, x: PyTree, y: PyTree) -> PyTree:
         """The state every client starts with and keeps between exchanges (control variates, say); None if it keeps none."""
         return None

@@ -402,10 +402,15 @@ class Run:
         if heats is None or not heats.racing:
             return
         if not any(np.any(np.asarray(alive)) for alive in self.carry.state.alive):
+            before = heats.saved(execution.way)
             heats.alone(self.rounds)
             running = heats.algorithm()
             begun = self._begun(running)
-            start = begun.begin_again(running, first_state(running, self._x, self._y))
+            try:
+                start = begun.begin_again(running, first_state(running, self._x, self._y))
+            except BaseException:  # a checkpoint is then of the race that it holds
+                heats.restore(before)
+                raise
             self._become(running, begun, dataclasses.replace(start, iteration=self.iteration))
             self._prepare()
         elif heats.due(self.iteration):

@@ -124,6 +124,21 @@ def test_a_setting_that_blows_up_is_out_and_harms_nobody():
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(race.state))
 
 
+def test_where_clients_lose_their_states_each_begins_again_where_it_is():
+    """And who has blown up stays out."""
+    race = Race((family("lockstep"), family("simfbo")))
+    state = solve(race, 8).state
+    state = dataclasses.replace(state, alive=(jnp.array([True, False]), state.alive[1]))
+    again = race.begun_again(state)
+    assert [np.asarray(alive).tolist() for alive in again.alive] == [[True, False], [True, True]]
+    for before, after in zip(state.members, again.members, strict=True):
+        assert fb.testing.distance((before.x, before.y), (after.x, after.y)) == 0
+    assert not np.any(np.asarray(again.members[0].memory.iteration))  # all else is anew
+    own = Race((family("lockstep"),)).families[0]
+    fresh = own.one(0).init(lane(state.members[0], 0).x, lane(state.members[0], 0).y)
+    assert fb.testing.distance(lane(again.members[0], 0), fresh) == 0
+
+
 def test_a_race_of_some_is_ordered_as_they_are():
     race = Race((family("lockstep"), family("simfbo")))
     assert [race.place(k) for k in range(race.size)] == [(0, 0), (0, 1), (1, 0), (1, 1)]

@@ -71,6 +71,18 @@ def test_all_rounds_and_bytes_are_told(tuned):
     assert list(tuned.table.columns) == ["name", "algorithm", "tempo", "score", "round", "why"]
 
 
+def test_a_metric_that_fails_when_candidates_are_judged_loses_nothing():
+    def fails(x, y):
+        raise ValueError("no such thing")
+
+    def later(x, y):  # fine at the start
+        return 0.0 if fb.testing.distance(x, Q.x) == 0 else fails(x, y)
+
+    with pytest.raises(fb.RunError, match="no such thing") as failure:
+        tune(metrics={"later": later}, metric="later", direction="min", evaluate_every=1000)
+    assert failure.value.result.iteration > 0
+
+
 def test_the_algorithm_is_told_with_its_numbers(tuned):
     assert type(tuned.algorithm) in (fb.Lockstep, fb.SimFBO)
     last = tuned.history[-1]

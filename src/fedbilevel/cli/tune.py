@@ -23,7 +23,7 @@ from ..given import JSON
 from ..metrics import STOPPED, Metric, validation_loss
 from ..race.heats import Candidate
 from ..result import History
-from ..results.folder import OUTCOME, clear
+from ..results.folder import HISTORY, OUTCOME, clear
 from ..results.kept import figures_of
 from ..sampled import Sampled
 from ..tune.entrants import MOST
@@ -96,6 +96,7 @@ def tune(
         precision=precision, no_check=no_check, compile=compile, client_state=client_state, keep=keep,
     )  # fmt: skip
     if engine == _NETWORK:
+        _check_counts(candidates, batch_size, max_bytes)
         for word, usual in (("compile", compile == "auto"), ("client-state", client_state == "memory")):
             check(usual, f"--{word} is for --engine simulation; the engine is {engine}.")
     plan = dataclasses.replace(plan, engine=engine)
@@ -134,11 +135,17 @@ def told_of(
     if wanted is not None and wanted.metric not in metrics:
         check(metrics, f"{file} has no metrics: leave --metric out, and the outer loss is judged.")
         raise unknown_name("metric", wanted.metric, metrics)
-    for name, most in (("candidates", MOST), ("batch_size", None), ("max_bytes", None)):
-        value, word = given[name], f"--{name.replace('_', '-')}"
-        good = value is None or (value >= 1 and (most is None or value <= most))
-        check(good, f"{word} is a whole number of at least 1{f' and at most {most}' if most else ''}; got {value}.")
+    _check_counts(candidates, batch_size, max_bytes)
     return {**given, "metric": None if wanted is None else str(wanted)}
+
+
+def _check_counts(candidates: int | None, batch_size: int | None, max_bytes: int | None) -> None:
+    """Refuse what no race can have, before anything is started."""
+    for word, value, most in (
+        ("candidates", candidates, MOST), ("batch-size", batch_size, None), ("max-bytes", max_bytes, None)
+    ):  # fmt: skip
+        good = value is None or (value >= 1 and (most is None or value <= most))
+        check(good, f"--{word} is a whole number of at least 1{f' and at most {most}' if most else ''}; got {value}.")
 
 
 def _goal(metric: str | None) -> Goal | None:
@@ -189,7 +196,7 @@ def _ran(tuning: Tuning, folder: Path | None, resume: bool) -> Outcome:
         alone = lambda: tuning.run(callbacks=[Racing(tuning.name)])
         found = alone() if folder is None else keep_tuned(tuning, folder, resume=resume)
     except InputError:
-        if folder is not None and not resume:
+        if folder is not None and not resume and not (folder / HISTORY).is_file():
             clear(folder)  # nothing ran: leave nothing that the corrected command would stumble over
         raise
     except RunError as failure:
@@ -235,7 +242,7 @@ def _over_network(
     try:
         run(file, source.app, folder, sites, how, poc=poc, resume=resume, tuning=words)
     except InputError:
-        if not resume:
+        if not resume and not (folder / HISTORY).is_file():
             clear(folder)  # nothing ran
         raise
     finally:

@@ -25,7 +25,7 @@ from ..algorithm import Algorithm
 from ..callbacks.checkpoint import FILE, read
 from ..data import FederatedData
 from ..engines.base import Carry, Execution
-from ..errors import check
+from ..errors import InputError, RunError, check
 from ..pace.automatic import Auto
 from .family import Family, taken
 from .racing import Race, Standing
@@ -172,7 +172,10 @@ class Heats:
         if self._judge is None:
             return scores
         lane = lambda tree, k: jax.tree.map(lambda leaf: leaf[k], tree)
-        return np.array([self._judge.value(*whole(lane(xs, k), lane(ys, k))) for k in range(len(scores))])
+        try:
+            return np.array([self._judge.value(*whole(lane(xs, k), lane(ys, k))) for k in range(len(scores))])
+        except InputError as error:  # in the middle of a run, which keeps what there is
+            raise RunError(str(error)) from error
 
     def _order(self, scores: np.ndarray, alive: np.ndarray) -> list[int]:
         """Places in the race, the best first; equals in their order."""

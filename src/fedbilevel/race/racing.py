@@ -96,6 +96,12 @@ class Race(Algorithm):
         largest = [jnp.max(jnp.abs(leaf), initial=1.0) for leaf in jax.tree.leaves((x, y))]
         return Standing(x, y, members, alive, _FAR * jnp.max(jnp.stack([size.astype(float) for size in largest])))
 
+    def begun_again(self, state: Standing) -> Standing:
+        """Each from where it is; who has blown up stays out."""
+        again = lambda algorithm, member: algorithm.begun_again(member)
+        members = tuple(family.each(again, member) for family, member in zip(self.families, state.members, strict=True))
+        return dataclasses.replace(state, members=members)
+
     def client_init(self, x: PyTree, y: PyTree) -> PyTree:
         states = tuple(family.each(lambda algorithm: algorithm.client_init(x, y)) for family in self.families)
         return states if jax.tree.leaves(states) else None

@@ -170,8 +170,9 @@ FIRST = (-1, 0, 0)
 class Raced(Asked):
     """A worker of a race; the app's own algorithm is another Lockstep."""
 
-    def __init__(self, file, folder, resume=False):
-        self.racing = read(RACING, Racing, ValueError, "racing")
+    def __init__(self, file, folder, resume=False, many=3):
+        self.words = {**RACING, "many": many}
+        self.racing = read(self.words, Racing, ValueError, "racing")
         super().__init__(file, folder, resume)
 
     def derive(self, data):
@@ -179,7 +180,7 @@ class Raced(Asked):
         return self.agreed.means(self.agreed.first).protocol
 
     def prepare(self, **setup):
-        return self.ask("prepare", **setup, racing=RACING)
+        return self.ask("prepare", **setup, racing=self.words)
 
     def answers(self, tag, counted, left, name="run", turns=0, kept=FIRST):
         """Numbers of the reply to a message of ones, at the first exchange that is no measurement."""
@@ -232,8 +233,51 @@ def test_candidates_that_are_left_go_on_with_their_own_states(raced):
     again = raced(resume=True)
     found = again.answers((1, 0, 0), (0, 0, 0), every[2])
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found), last, strict=True))
-    with pytest.raises(WorkerSaid, match=r"candidates \[0, 1, 2\] cannot go on: \[2\] race here"):
+    with pytest.raises(WorkerSaid, match=r"has no state of candidates \[0, 1, 2\]: \[2\] race there") as lost:
         again.answers((2, 0, 0), (1, 0, 0), every[0])
+    assert lost.value.kind == "lost"  # so that all can begin anew
+
+
+def test_those_who_are_left_may_come_in_another_order(raced):
+    one = raced()
+    before = one.answers((0, 0, 0), FIRST, (0, 1, 2))
+    after = one.answers((0, 0, 0), FIRST, (2, 0, 1))
+    assert sorted(str(leaf.shape) for leaf in jax.tree.leaves(after)) == sorted(
+        str(leaf.shape) for leaf in jax.tree.leaves(before)
+    )
+
+
+def test_one_candidate_is_no_race(raced):
+    one = raced(many=1)
+    assert one.agreed.first.left == ()
+    assert jax.tree.leaves(one.answers((0, 0, 0), FIRST, ()))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"left": [5], "tags": [[0, 0, 0]]}', '{"left": [], "tags": [[0, 0, 0]]}', "[[0, 0, 0]]"]
+)
+def test_states_of_another_run_are_none_of_this_one(raced, tmp_path, text):
+    one = raced()
+    one.answers((0, 0, 0), FIRST, (0, 1, 2))
+    one.worker.end()
+    file = tmp_path / "state" / "state.eqx"
+    file.write_bytes(text.encode() + b"\n" + file.read_bytes().split(b"\n", 1)[1])
+    again = raced(resume=True)
+    with pytest.raises(WorkerSaid, match="has no state of exchange") as lost:
+        again.answers((1, 0, 0), (0, 0, 0), (0, 1, 2))
+    assert lost.value.kind == "lost"
+    again.answers((0, 0, 0), FIRST, (0, 1, 2))
+
+
+def test_states_of_an_earlier_version_are_read(asked, tmp_path):
+    one = asked()
+    one.moves((0, 0, 0), (-1, 0, 0))
+    expected = one.moves((1, 0, 0), (0, 0, 0))[1]
+    one.worker.end()
+    file = tmp_path / "state" / "state.eqx"
+    head, rest = file.read_bytes().split(b"\n", 1)
+    file.write_bytes(json.dumps(json.loads(head)["tags"]).encode() + b"\n" + rest)
+    assert asked(resume=True).moves((1, 0, 0), (0, 0, 0))[1] == expected
 
 
 def test_who_is_scored_races(raced):

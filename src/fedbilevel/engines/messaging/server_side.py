@@ -133,7 +133,7 @@ class Messaging(Execution):
         state = carry.state
         self.transport.restart(state.x, state.y, self.purpose)
         self.kept = self.first_tags()
-        return Carry(strong(algorithm.init(state.x, state.y)), self.kept, carry.iteration)
+        return Carry(strong(algorithm.begun_again(state)), self.kept, carry.iteration)
 
 
 class MessageFederation(Federation):

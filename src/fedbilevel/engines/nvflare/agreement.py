@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from ...algorithm import Algorithm, State
+from ...algorithm import Algorithm
 from ...app import App, apart, placeholder
 from ...bundle import Bundle, Told
 from ...data import FederatedData
@@ -88,8 +88,7 @@ class Agreement:
             named = None if racing.entries is None else list(candidates(racing.entries, app.algorithm).values())
             those = entrants(data, cohort, named, racing.many, racing.batch_size)
             self._running, _ = starting(those, self.variables[0])
-        many = 0 if racing is None else racing.many
-        self.first = Purpose("run", tuple(range(many)))
+        self.first = Purpose("run", tuple(range(self._running.size)) if isinstance(self._running, Race) else ())
 
     def running(self, left: Sequence[int]) -> Algorithm:
         """What runs with those who are left of a race; nobody: there is none.
@@ -101,7 +100,7 @@ class Agreement:
         if not set(left) <= set(several) or len(set(left)) != len(left) or bool(left) != bool(several):
             raise RunError(f"{list(left)} are no candidates of a race of {len(several)}.")
         race = self._running
-        if isinstance(race, Race) and len(left) < race.size:
+        if isinstance(race, Race) and tuple(left) != self.first.left:
             race = race.only([race.place(k) for k in left])
         return ready(race, self.variables[0])
 
@@ -112,11 +111,9 @@ class Agreement:
             RunError: there is none of that purpose.
         """
         x, y = self.variables
-        running = self.running(purpose.left)
+        running = Validation() if purpose.name == "validation" else self.running(purpose.left)
         state = running.init(x, y)
-        if purpose.name == "validation":
-            running, state = Validation(), State(x, y)
-        elif purpose.name == "scoring":
+        if purpose.name == "scoring":
             if not isinstance(running, Race) or purpose.turns not in (0, TURNS):
                 raise RunError("candidates are scored while they race.")
             running, state = (

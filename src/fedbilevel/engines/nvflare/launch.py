@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,17 @@ def run(
     name = loaded.name if tuning is None else f"tune {loaded.name}"
     for left in reversed(range(_STARTS)):
         (out / "outcome.json").unlink(missing_ok=True)
-        if _once(told, loaded, out, name) or poc or not left:
+        if not _loses_a_site(told, loaded, out, name):
             break
-        warn("nvflare's simulator lost a site before the run had begun: it is started again.")
+        lost = "nvflare's simulator lost a site before the run had begun"
+        if not left:
+            raise RunError(f"{lost}, {_STARTS} times: see {out / 'nvflare.log'}.")
+        warn(f"{lost}: it is started again.")
     conclude(out)
 
 
-def _once(told: Mapping[str, Any], loaded: App, out: Path, name: str) -> bool:
-    """Start it, and wait until it ends; False if nvflare lost a site before the run had begun.
+def _loses_a_site(told: Mapping[str, Any], loaded: App, out: Path, name: str) -> bool:
+    """Start it, and wait until it ends; whether nvflare lost a site before the run had begun, and it was ended here.
 
     The simulator takes a port for each site, lets go of it, and has the site's process take it seconds later: if it is
     another's by then, that process ends, and the server waits for the site (nvflare 2.9).
@@ -78,8 +81,8 @@ def _once(told: Mapping[str, Any], loaded: App, out: Path, name: str) -> bool:
                 _show(meter, out, loaded, news)
                 if not told["poc"] and not _begun(out) and watch.lost():
                     _end(process, out)
-                    return False
-        return _begun(out)
+                    return True
+        return False
     finally:
         if process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -102,21 +105,33 @@ class _Sites:
 
     def __init__(self, simulator: int, sites: int):
         self._simulator, self._sites = simulator, sites
-        self._seen, self._first = set[int](), math.inf  # when there was one
+        self._seen: dict[int, psutil.Process] = {}
+        self._first = math.inf  # when there was one
 
     def lost(self) -> bool:
         """Whether one that was there has ended, or has not come when others have."""
-        now = set(self._there())
-        gone, self._seen = self._seen - now, self._seen | now
-        self._first = min(self._first, time.monotonic() if now else math.inf)
-        return bool(gone) or (len(now) < self._sites and time.monotonic() - self._first > _TOGETHER)
+        with contextlib.suppress(psutil.Error):  # the simulator is gone, or something changed while it was looked at
+            self._look()
+        if self._seen:
+            self._first = min(self._first, time.monotonic())
+        ended = any(not _runs(process) for process in self._seen.values())
+        return ended or (len(self._seen) < self._sites and time.monotonic() - self._first > _TOGETHER)
 
-    def _there(self) -> Iterator[int]:
-        with contextlib.suppress(psutil.Error):
-            for process in psutil.Process(self._simulator).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if _SITE in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
-                        yield process.pid
+    def _look(self) -> None:
+        """Take note of those that are there; what a site's process has forked is for a moment called as it is."""
+        there: dict[int, psutil.Process] = {}
+        for process in psutil.Process(self._simulator).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if _SITE in process.cmdline() and _runs(process):
+                    there[process.pid] = process
+        self._seen |= {number: each for number, each in there.items() if each.ppid() not in there | self._seen}
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def conclude(out: Path) -> None:

@@ -83,6 +83,10 @@ class Asked(Struct, frozen=True, forbid_unknown_fields=True):
     max_bytes: Annotated[int, Meta(ge=1)] | None = None
     entries: Annotated[tuple[Entry, ...], Meta(min_length=1, max_length=MOST)] | None = None
 
+    sentences: ClassVar[Mapping[str, str]] = {
+        "": f"tuning says how many race (1 to {MOST}), who, by which metric, with how many rows, for how many bytes"
+    }
+
 
 class Setup(Struct, frozen=True, forbid_unknown_fields=True):
     """What all sites are to prepare for: their order, and what their outer rows' weights sum to, if not one."""

@@ -271,10 +271,10 @@ class OverNetwork(Messaging):
         made, write = super().another(algorithm, state, data, key), self.engine.ledger.write
         assert isinstance(made, OverNetwork)
         if isinstance(algorithm, Scoring):
-            made.purpose = Purpose("scoring", self.purpose.left, algorithm.turns)
+            made.purpose, made.roster = Purpose("scoring", self.purpose.left, algorithm.turns), self.roster
         else:
             assert isinstance(algorithm, Validation)
-            made.purpose = Purpose("validation", self.purpose.left)
+            made.purpose = Purpose("validation")
         made.watch = lambda r: write(dataclasses.replace(r, iteration=r.iteration - 1))  # what it comes after
         return made
 

@@ -30,13 +30,14 @@ class CollabTransport(Transport):
         self.workers: dict[str, int | None] = {}  # by site, its worker's process number
         self.compiling = 0.0  # seconds that rounds took because a site compiled
         self._seen: set[tuple[int, Purpose, int]] = set()
+        self._late: set[int] = set()  # who did not answer when they were asked last: nobody waits longer for them
 
     def ask(self, requests: dict[int, Request], deadline: float | None) -> Answers:
         answers, began = Answers(), time.perf_counter()
         if not requests:
             return answers
         one = next(iter(requests.values()))
-        new = any((client, one.purpose, one.place) not in self._seen for client in requests)
+        new = any((client, one.purpose, one.place) not in self._seen for client in requests if client not in self._late)
         seconds = _FIRST if new or deadline is None else deadline
         states = {self.names[client]: (request.counted, request.kept) for client, request in requests.items()}
         header = plain(Header(one.place, one.tag, one.sent, one.wanted, states, float(seconds), one.purpose))
@@ -58,6 +59,7 @@ class CollabTransport(Transport):
             else:
                 answers.replies[client] = said["numbers"]
                 self._seen.add((client, one.purpose, one.place))
+                self._late.discard(client)
                 for sentence in warnings_in(said):
                     warn(f"{name}: {sentence}")
                 if isinstance(said.get("traced"), dict):
@@ -67,6 +69,7 @@ class CollabTransport(Transport):
                     answers.restarted.add(client)
         for name, error in results.failures.items():
             answers.failures[number[name]] = error
+            self._late.add(number[name])
         return answers
 
     def there(self, client: int) -> bool:

@@ -233,13 +233,15 @@ class _Inside:
 
     def _narrow(self, purpose: Purpose) -> None:
         """Go on with those who are left, and let go of what was kept for the others."""
-        from ...errors import RunError
         from ...race.heats import narrowed
         from ...race.racing import Race
+        from ..faults import StateLost
 
         before, race, states = self.purpose.left, self.agreed.running(self.purpose.left), self.side.states
-        if not isinstance(race, Race) or not set(purpose.left) < set(before):
-            raise RunError(f"candidates {list(purpose.left)} cannot go on: {list(before)} race here.")
+        if not isinstance(race, Race) or not set(purpose.left) <= set(before):
+            raise StateLost(
+                f"site {self.site} has no state of candidates {list(purpose.left)}: {list(before)} race there."
+            )
         own = narrowed(race, [before.index(k) for k in purpose.left])
         self._take_up(purpose)
         if self.side.keeps:
@@ -252,7 +254,7 @@ class _Inside:
                 self._narrow(purpose)
             return self.side
         if purpose not in self.sides:
-            self.sides = {each: side for each, side in self.sides.items() if each.left == purpose.left}
+            self.sides = {each: side for each, side in self.sides.items() if each.left in ((), purpose.left)}
             self.sides[purpose] = self._made(purpose)
         return self.sides[purpose]
 
@@ -327,13 +329,19 @@ class _Inside:
 
     def _load(self) -> None:
         from ...arrays import leaves_of, read_leaves, restore
+        from ...errors import InputError, RunError
         from ..messaging.transport import START, Purpose, as_tag
 
+        first = self.purpose
         with self._file.open("rb") as file:
             held = json.loads(file.readline())
-            purpose = Purpose("run", tuple(held["left"]))
-            if purpose != self.purpose:
-                self._take_up(purpose)
-            like, tags = self.side.states[START], [as_tag(tag) for tag in held["tags"]]
-            states = restore([like] * len(tags), read_leaves(file, len(leaves_of(like)) * len(tags)))
+            held = held if isinstance(held, dict) else {"left": [], "tags": held}  # as it was before there were races
+            try:
+                self._take_up(Purpose("run", tuple(held["left"])))
+                like, tags = self.side.states[START], [as_tag(tag) for tag in held["tags"]]
+                states = restore([like] * len(tags), read_leaves(file, len(leaves_of(like)) * len(tags)))
+            except (RunError, InputError, ValueError):  # of another run: its states are none of this one's
+                self._take_up(first)
+                self._save()
+                return
         self.side.states = dict(zip(tags, states, strict=True))
