@@ -20,7 +20,7 @@ from fedbilevel import arrays, clock
 from fedbilevel.callbacks import CSV, Callback, Checkpoint
 from fedbilevel.callbacks.checkpoint import FILE
 from fedbilevel.compare import Plan, Shipped, gather
-from fedbilevel.engines.messaging.transport import START
+from fedbilevel.engines.messaging.transport import RUN, START
 from fedbilevel.engines.nvflare.worker import _Inside
 from fedbilevel.result import save_variables
 from fedbilevel.results import report
@@ -140,7 +140,7 @@ def test_a_site_finds_its_half_precision_state_again(tmp_path):
 
     def inside(states):
         worker = _Inside("app.py", "site-1", tmp_path)
-        worker.side = types.SimpleNamespace(keeps=True, states=states)
+        worker.purpose, worker.side = RUN, types.SimpleNamespace(keeps=True, states=states)
         return worker
 
     inside(dict(zip(tags, jax.tree.map(jnp.asarray, states), strict=True)))._save()

@@ -337,11 +337,13 @@ class _Inside:
             held = json.loads(file.readline())
             held = held if isinstance(held, dict) else {"left": [], "tags": held}  # as it was before there were races
             try:
-                self._take_up(Purpose("run", tuple(held["left"])))
+                if (purpose := Purpose("run", tuple(held["left"]))) != first:
+                    self._take_up(purpose)
                 like, tags = self.side.states[START], [as_tag(tag) for tag in held["tags"]]
                 states = restore([like] * len(tags), read_leaves(file, len(leaves_of(like)) * len(tags)))
             except (RunError, InputError, ValueError):  # of another run: its states are none of this one's
-                self._take_up(first)
+                if self.purpose != first:
+                    self._take_up(first)
                 self._save()
                 return
         self.side.states = dict(zip(tags, states, strict=True))
