@@ -29,6 +29,7 @@ from ..sampled import Sampled
 from ..tune.entrants import MOST
 from ..tune.kept import NAME, Racing, Tuning, chosen, keep_tuned, raced, rows
 from ..tune.tuning import Tuned
+from .apps import chosen as given_of
 from .apps import need_nvflare
 from .execute import said, say_best, say_compiled, say_stopped
 from .options import (
@@ -238,9 +239,8 @@ def _over_network(
     assert isinstance(source, Sampled)  # an application's plan
     words = tuning.told(source.app.algorithm)
     folder = tuning.open(out or f"{source.name}-results", resume, overwrite)
-    sites, how = len(source.sites), {name: value for name, value in settings.items() if value is not None}
     try:
-        run(file, source.app, folder, sites, how, poc=poc, resume=resume, tuning=words)
+        run(file, source.app, folder, len(source.sites), given_of(settings), poc=poc, resume=resume, tuning=words)
     except InputError:
         if not resume and not (folder / HISTORY).is_file():
             clear(folder)  # nothing ran

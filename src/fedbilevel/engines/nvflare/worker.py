@@ -137,11 +137,13 @@ class _Inside:
     Attributes:
         app: the application, once its rows are loaded.
         side: what answers requests of the run, once it is prepared; of a race with those who are left of it, `purpose`.
+        sides: what answers those of other purposes, made when one comes.
     """
 
     app: App
     side: ClientSide
     purpose: Purpose
+    sides: dict[Purpose, ClientSide]
 
     def __init__(self, app: str, site: str, folder: Path):
         self.file, self.site, self.folder = app, site, folder
@@ -190,8 +192,6 @@ class _Inside:
         from ...app import schema
         from ...errors import check as expect
         from ...sanity import told
-        from ..messaging.client_side import ClientSide
-        from ..messaging.transport import Purpose
         from .agreement import Agreement, fingerprint, placeholder_data
 
         app, scale = self.app, message.scale
@@ -206,7 +206,7 @@ class _Inside:
         inner, outer = self.own.inner.alone(0), self.own.outer.alone(0)
         if scale is not None:
             outer = eqx.tree_at(lambda rows: rows.scale, outer, jnp.asarray(scale, outer.scale.dtype))
-        self.mine, self.sides = (inner, outer), dict[Purpose, ClientSide]()
+        self.mine, self.sides = (inner, outer), {}
         self._take_up(first)
         self._store(message.resume)
         problem = self.agreed.problem
