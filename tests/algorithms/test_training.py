@@ -140,18 +140,57 @@ def test_a_round_that_would_throw_y_away_moves_nothing(local_steps, batch_size):
     assert size(later.state.y) < size(q.y)
 
 
-@pytest.mark.parametrize("local_steps", [1, 4])
-def test_the_curvature_of_a_path(local_steps):
-    """Of an eigenvector's it is the eigenvalue; where rounding makes it, there is none."""
-    along = lambda s: lambda z: {"w": 3.0 * z["w"]}
-    descend = lambda w: watched_descent(
-        along, {"w": w}, {"w": 3 * w}, {"w": 0 * w}, jnp.asarray(0.1), local_steps, True
-    )
-    end, steepest = descend(jnp.asarray([1.0, -2.0]))
-    np.testing.assert_allclose(end["w"], 0.7**local_steps * np.asarray([1.0, -2.0]), rtol=1e-14)
+def path(w, lr, local_steps, gradient=lambda w: 3.0 * w):
+    """(The end of local steps from w, the steepest curvature on the way)."""
+    along = lambda s: lambda z: {"w": gradient(z["w"])}
+    begin = along(0)({"w": w}), {"w": jnp.zeros_like(w)}
+    end, steepest = watched_descent(along, {"w": w}, *begin, jnp.asarray(lr), local_steps, True)
+    return end["w"], steepest
+
+
+@pytest.mark.parametrize(("local_steps", "lr"), [(1, 1.5), (4, 0.8)])
+def test_the_curvature_of_a_path(local_steps, lr):
+    """Of an eigenvector's it is the eigenvalue, where steps are too long; where rounding makes it, there is none."""
+    end, steepest = path(jnp.asarray([1.0, -2.0]), lr, local_steps)
+    np.testing.assert_allclose(end, (1 - 3 * lr) ** local_steps * np.asarray([1.0, -2.0]), rtol=1e-13)
     np.testing.assert_allclose(steepest, 3.0, rtol=1e-10)
-    assert descend(jnp.zeros(2))[1] == 0
-    assert not np.isfinite(descend(jnp.full(2, np.nan))[1])
+    assert path(jnp.asarray([1.0, -2.0]), 0.2, local_steps)[1] == 0  # nothing grows
+    assert path(jnp.zeros(2), lr, local_steps)[1] == 0
+    assert not np.isfinite(path(jnp.full(2, np.nan), lr, local_steps)[1])
+
+
+@pytest.mark.parametrize("length", [1e-2, 1e-6])
+def test_a_kink_is_no_curvature(length):
+    """The gradient jumps by more than its own length, however short the step across."""
+    valley = lambda w: jnp.where(w > 0, jnp.asarray([1.0, 1.0]), jnp.asarray([1.0, -0.5]))
+    end, steepest = path(jnp.asarray([1.0, length / 2]), length, 4, valley)  # across, and two steps back
+    np.testing.assert_allclose(end, [1 - 4 * length, -length / 2], atol=1e-12)
+    assert steepest == 0
+
+
+@pytest.mark.parametrize("company", [{}, {"cohort": 2}], ids=["everyone", "cohort"])
+def test_a_network_with_kinks_is_trained_to_its_end(company):
+    """Few rows at a client, so that one row's kink counts: steps once fell to 1e-12 on the way."""
+    draw = np.random.default_rng(3)
+    centres = draw.normal(size=(4, 6))
+    rows = [
+        {"a": centres[i] + draw.normal(size=(n, 6)), "label": np.where(draw.random(n) < 0.8, i, draw.integers(0, 4, n))}
+        for i, n in enumerate((6, 14, 9, 20))
+    ]
+
+    def inner(x, y, row):
+        logits = jax.nn.relu(row["a"] @ y["in"]) @ y["out"]
+        return jax.nn.logsumexp(logits) - logits[row["label"]] + 5e-4 * sum(jnp.sum(leaf**2) for leaf in y.values())
+
+    y = {"in": jnp.asarray(draw.normal(size=(6, 24))) / 2, "out": jnp.asarray(draw.normal(size=(24, 4))) / 4}
+    problem, data = fb.Problem(inner, lambda x, y, row: jnp.sum(x**2)), fb.FederatedData.stack(rows, rows)
+    loss = lambda x, y: fb.reference.inner_value(problem, data, x, y)
+    given = {"rounds": 300, "key": jax.random.key(0), "engine": fb.Simulation(**company), "metrics": {"g": loss}}
+    found = fb.train(problem, data, jnp.zeros(1), y, evaluate_every=50, **given)
+    g, lr = (found.history.column(name)[1:] for name in ("g", "inner_lr"))
+    assert lr.min() > 0.3 * lr.max() and (np.diff(g) < 0).all()
+    by_hand = fb.train(problem, data, jnp.zeros(1), y, inner_lr=float(lr.mean()), evaluate_every=300, **given)
+    assert g[-1] < 1.1 * by_hand.history[-1]["g"]
 
 
 @pytest.mark.slow

@@ -20,10 +20,14 @@ as at the last measurement. L falls to no less than .6 of what it was, .9 where 
 sampled.
 
 In between every round tells, with one more number up, the steepest curvature along any client's own
-path: |gradient's change| / |step|, which local steps that grow make the largest there is. It raises
-L; and where it is beyond 1.8 L (a client that was not there to be measured, rows that are rare, a
-loss that curves more elsewhere) the round moves nothing. Where a run that blows up all the same goes
-on is said in `curvature`.
+path, |gradient's change| / |step|, of those steps that left the corrected gradient longer than twice
+what the path began with (the gradient, or the corrected one): steps that are too long make it grow
+without end. It raises L; and where it is beyond 1.8 L (a client that was not there to be measured,
+rows that are rare, a loss that curves more elsewhere) the round moves nothing. That the gradient
+grows is asked for because of kinks, such as a ReLU's: there it jumps by the same however short the
+step, and the shorter the steps, the steeper they would look; but it jumps once, and descent that
+slides along a kink does no harm. Where a run that blows up all the same goes on is said in
+`curvature`.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ _KEPT = 0.6  # of an earlier, larger curvature, at least: some may drop out at a
 _KEPT_SAMPLED = 0.9  # where clients or rows are sampled
 _RISK = 1.5  # of the step's product with the curvature of a path, in units of b
 _UNSEEN = 4.0  # how much larger a curvature is taken to be where a path left the range of numbers
+_LONGER = 2.0  # than at the start of a path: a gradient that grows so much is no kink's
 _ROUNDING = 100.0  # units in the last place, within which a gradient's change or a step says nothing
 
 
@@ -104,7 +109,7 @@ def watched_descent(
     Where every step has rows of its own, or there is but one, the first one's gradient is taken
     again at its end.
     """
-    slope = _secant(start, first)
+    slope = _secant(start, first, correction)
     after = descend(start, lr, optax.tree.add(first, correction))
     if steps == 1 or not same_rows:
         steepest = slope(start, after, first, gradient(0)(after))
@@ -122,17 +127,19 @@ def watched_descent(
     return end, steepest
 
 
-def _secant(start: PyTree, first: PyTree) -> Callable[..., Float[Array, ""]]:
+def _secant(start: PyTree, first: PyTree, correction: PyTree) -> Callable[..., Float[Array, ""]]:
     """(before, after, gradient before, gradient after) -> |its change| / |the step|.
 
-    Zero where it is rounding, which is judged by the start of the path.
+    Zero where the gradient did not grow, and where it is rounding; both are judged by the start of the path.
     """
     finest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(start))
     shortest, faintest = (_ROUNDING * finest * norm(each) for each in (start, first))
+    longest = _LONGER * jnp.maximum(norm(first), norm(optax.tree.add(first, correction)))
 
     def slope(before: PyTree, after: PyTree, last: PyTree, now: PyTree) -> Float[Array, ""]:
         length, change = norm(optax.tree.sub(after, before)), norm(optax.tree.sub(now, last))
         found = (change - faintest) / jnp.where(length > 0, length, jnp.ones_like(length))
-        return jnp.where((length <= shortest) | (found <= 0), jnp.zeros_like(found), found)
+        nothing = (norm(optax.tree.add(now, correction)) <= longest) | (length <= shortest) | (found <= 0)
+        return jnp.where(nothing, jnp.zeros_like(found), found)
 
     return slope
