@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import re
+import sys
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
@@ -68,12 +69,15 @@ class Canonical(NamedTuple):
         objects: the Python functions that it calls while it runs (`jax.pure_callback`), which a digest cannot see into.
         rules: whether it has derivatives of the user's own (`jax.custom_jvp`): they are no part of the digest.
         helpers: whether it went through loops or branches, or nested `jit`s, whose functions JAX traces once for all.
+        holds: whether arrays stand in it, at any depth, or a number that is somebody's numpy array: JAX keeps numpy's
+            arrays as they are, and what is traced reads them again whenever it is lowered.
     """
 
     digest: str
     objects: tuple[Callable, ...]
     rules: bool
     helpers: bool
+    holds: bool
 
 
 def canonical(traced: Iterable[ClosedJaxpr]) -> Canonical:
@@ -81,7 +85,7 @@ def canonical(traced: Iterable[ClosedJaxpr]) -> Canonical:
     writer = _Writer()
     for jaxpr in traced:
         writer.value(jaxpr)
-    return Canonical(writer.digest(), tuple(writer.objects), writer.rules, writer.helpers)
+    return Canonical(writer.digest(), tuple(writer.objects), writer.rules, writer.helpers, writer.holds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +116,7 @@ class _Writer:
         self._within: list[int] = []
         self._written: dict[int, int] = {}
         self.objects: list[Callable] = []
-        self.rules = self.helpers = False
+        self.rules = self.helpers = self.holds = False
 
     def digest(self) -> str:
         return self._hash.hexdigest()
@@ -137,6 +141,7 @@ class _Writer:
     def atom(self, atom: Var | Literal) -> None:
         if isinstance(atom, Literal):
             self.word("literal", atom.aval.str_short(), getattr(atom.aval, "weak_type", False))
+            self.holds |= _held_elsewhere(atom)
             self.value(np.asarray(atom.val))
             return
         known = atom in self._numbers
@@ -169,6 +174,7 @@ class _Writer:
     def _value(self, value: Any) -> None:
         if isinstance(value, ClosedJaxpr):
             self.program(value.jaxpr)
+            self.holds |= bool(value.consts)
             self.value(list(value.consts))
         elif isinstance(value, Jaxpr):
             self.program(value)
@@ -240,6 +246,16 @@ class _Writer:
             self.value((value.__code__, value.__defaults__, value.__kwdefaults__))
             self.value([_content(cell) for cell in value.__closure__ or ()])
             self.value({name: value.__globals__[name] for name in _read(value) if name in value.__globals__})
+
+
+def _held_elsewhere(literal: Literal) -> bool:
+    """Whether a number of a program is a numpy array () that somebody else has hold of, and so may change.
+
+    JAX keeps a view of it (0.10), as it does of an array that it has made of a Python number: that one is the view's alone.
+    """
+    base = getattr(literal.val, "base", None)
+    alone = 3  # the view, the name above, the argument below
+    return isinstance(base, np.ndarray) and sys.getrefcount(base) > alone
 
 
 def _unchecked(value: PyTree) -> PyTree:

@@ -59,14 +59,24 @@ def run(
 def traced(function: Callable[..., PyTree], problem: Problem, algorithm: PyTree, *args: PyTree) -> PyTree:
     """As `run`, as a part of a program that is being traced: traced once for all programs that hold it at these shapes.
 
+    Traced anew where the losses hold arrays (`Program.holds`): what is kept would have numpy's as they are later.
+
     Arguments that are one array stay one, so that what is known by its very arrays (features by their x) stays known.
     """
+    if not sharable(problem):
+        return function(problem, algorithm, *args)
     leaves, structure = jax.tree.flatten(args)
     arrays, static = _apart(leaves)
     number: dict[int, int] = {}
     places = tuple(number.setdefault(id(array), len(number)) for array in arrays)
     apart = list({id(array): array for array in arrays}.values())
     return Bound(function, problem, algorithm, (), _TRACED).at(_Static(static, structure, places), apart)
+
+
+def sharable(problem: Problem) -> bool:
+    """Whether it is known what the losses compute, and they hold no arrays."""
+    program = program_of(problem)
+    return program is not None and not program.holds
 
 
 class Bound:

@@ -9,9 +9,8 @@ import inspect
 from jaxtyping import PyTree
 
 from .blocks import Window
-from .compiled import traced
+from .compiled import sharable, traced
 from .problem import ORACLES, Problem, blocks_of, in_blocks
-from .program import program_of
 
 _NAMES = (*ORACLES, "row_features")
 _LOSSES = ("inner", "outer", "features")
@@ -22,18 +21,12 @@ def traced_once(problem: Problem) -> Problem:
 
     An iteration asks the same oracle at several places: in loops, in rounds, and in the programs that it is part of.
     """
-    if not _sharable(problem):
+    if not sharable(problem):
         return problem
     shared = copy.copy(problem)
     for name in _NAMES:
         object.__setattr__(shared, name, functools.partial(_asked, problem, name))
     return shared
-
-
-def _sharable(problem: Problem) -> bool:
-    """Whether it is known what the losses compute, and they hold no arrays."""
-    program = program_of(problem)
-    return program is not None and not program.holds
 
 
 def _asked(problem: Problem, name: str, *args: PyTree, **named: PyTree) -> PyTree:
@@ -48,7 +41,7 @@ def _oracle(problem: Problem, _: None, name: str, windows: tuple[Window | None, 
 
 def losses_traced_once(problem: Problem) -> Problem:
     """The same problem, each loss of which is traced once: batches and derivatives of it are made of that trace."""
-    if not _sharable(problem):
+    if not sharable(problem):
         return problem
     shared = copy.copy(problem)
     for name in _LOSSES:

@@ -119,8 +119,7 @@ def _program(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> Pro
     structures = jax.tree.structure((x, y))
     objects = tuple(_Same(each) for each in found.objects)
     text = digest_of((found.digest, derivatives, problem.batched))
-    holds = any(each.jaxpr.consts for each in traced)
-    return Program(text, (text, structures, objects, _own(problem)), found.helpers, holds)
+    return Program(text, (text, structures, objects, _own(problem)), found.helpers, found.holds)
 
 
 class _Drawn(NamedTuple):
