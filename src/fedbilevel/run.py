@@ -24,6 +24,7 @@ from .callbacks.listeners import Listeners
 from .component import title_of
 from .data import FederatedData
 from .diagnosis import LEAST, diagnose, largest
+from .diagnosis.still import tell_still
 from .diagnosis.swing import Trail
 from .diagnosis.swinging import tell
 from .engines.base import Carry, Engine, Execution, Record
@@ -308,6 +309,7 @@ class Run:
         swing = None if self.candidates > 1 else self._trail.swing()
         if swing is not None and self._last is not None:
             tell(self._execution, self._running, self.carry, swing, self._last)
+        tell_still(self._running, self.carry)
         return self._result()
 
     def _iterate(self) -> None:

@@ -1,0 +1,30 @@
+"""What to say at the end of a run in which `outer_lr="auto"` has not let x go."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..algorithm import Algorithm
+from ..component import title_of
+from ..engines.base import Carry
+from ..errors import warn
+from ..pace.automatic import Paced, found_in, numbered
+
+_LEAST = 30  # iterations from which on it is said: a short run is one that somebody tries
+
+
+def tell_still(algorithm: Algorithm, carry: Carry) -> None:
+    """Warn, in a sentence, where x has never moved since the run began or last went back."""
+    state = carry.state
+    if "outer_lr" not in found_in(algorithm) or not isinstance(state, Paced) or state.pace is None:
+        return
+    if carry.iteration < _LEAST or int(np.asarray(state.pace.moves)) > 0:
+        return
+    back, local = int(np.asarray(state.memory.halvings)), getattr(numbered(algorithm), "local_steps", None)
+    times = "once" if back == 1 else f"{back} times"
+    why = f"; the run has gone back {times} and takes shorter steps since" if back else ""
+    more = "more rounds" if local is None else f"more rounds or local_steps (now {local})"
+    warn(
+        f'x is where it started, after {carry.iteration} iterations of {title_of(algorithm)}: with outer_lr="auto" it '
+        f"waits until y has settled, and y has not{why}. Give {more}, or outer_lr a number."
+    )
