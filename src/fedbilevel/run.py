@@ -306,10 +306,10 @@ class Run:
             error.result = self._result()
         if error is not None:
             raise error
-        swing = None if self.candidates > 1 else self._trail.swing()
-        if swing is not None and self._last is not None:
-            tell(self._execution, self._running, self.carry, swing, self._last)
-        tell_still(self._running, self.carry)
+        if self.candidates == 1 and self._last is not None:
+            if (swing := self._trail.swing()) is not None:
+                tell(self._execution, self._running, self.carry, swing, self._last)
+            tell_still(self._running, self.carry, self._last)
         return self._result()
 
     def _iterate(self) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import fedbilevel as fb
 from fedbilevel.diagnosis.still import tell_still
-from fedbilevel.engines.base import Carry
+from fedbilevel.engines.base import Carry, Record
 from fedbilevel.pace.automatic import ready
 
 FLAT = jnp.asarray([1.0, 1e-4])  # y lags in the direction of x for thousands of rounds
@@ -43,8 +45,14 @@ def test_that_the_run_went_back_is_told_too():
     state = auto.init(X, Y)
     gone_back = dataclasses.replace(state.memory, halvings=jnp.asarray(2, jnp.int32))
     with pytest.warns(fb.errors.FedbilevelWarning, match="has gone back 2 times and takes shorter steps"):
-        tell_still(auto, Carry(dataclasses.replace(state, memory=gone_back), None, 40))
+        tell_still(auto, Carry(dataclasses.replace(state, memory=gone_back), None, 40), last(0.5))
     moved = dataclasses.replace(state.pace, moves=jnp.asarray(1, jnp.int32))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tell_still(auto, Carry(dataclasses.replace(state, pace=moved), None, 40))
+        tell_still(auto, Carry(dataclasses.replace(state, pace=moved), None, 40), last(0.5))
+        tell_still(auto, Carry(state, None, 40), last(0.0))  # x has nowhere to go
+
+
+def last(length):
+    """The record of an iteration that found a hypergradient of this length."""
+    return Record(1, [1], [0], [0], SimpleNamespace(hypergradient_norm=np.asarray([length])), True, 0.0)

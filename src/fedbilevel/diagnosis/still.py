@@ -6,19 +6,22 @@ import numpy as np
 
 from ..algorithm import Algorithm
 from ..component import title_of
-from ..engines.base import Carry
+from ..engines.base import Carry, Record
 from ..errors import warn
 from ..pace.automatic import Paced, found_in, numbered
 
 _LEAST = 30  # iterations from which on it is said: a short run is one that somebody tries
 
 
-def tell_still(algorithm: Algorithm, carry: Carry) -> None:
-    """Warn, in a sentence, where x has never moved since the run began or last went back."""
+def tell_still(algorithm: Algorithm, carry: Carry, last: Record) -> None:
+    """Warn, in a sentence, where x has never moved since the run began or last went back, though it has a way to go."""
     state = carry.state
     if "outer_lr" not in found_in(algorithm) or not isinstance(state, Paced) or state.pace is None:
         return
     if carry.iteration < _LEAST or int(np.asarray(state.pace.moves)) > 0:
+        return
+    length = getattr(last.info, "hypergradient_norm", None)
+    if length is not None and not np.asarray(length)[-1] > 0:
         return
     back, local = int(np.asarray(state.memory.halvings)), getattr(numbered(algorithm), "local_steps", None)
     times = "once" if back == 1 else f"{back} times"
