@@ -5,7 +5,7 @@
 Eight tasks: quadratic, ridge, scaled, bank, regularisation, cleaning, loss-tuning (everyone, all rows), and
 hyper-representation (cohort 5 of 20, minibatches of 32). Lockstep and SimFBO with 300 rounds, AggITD and FedNest (N = 5, all
 terms) with 1,300; 5 local steps; 64 bits. Phi(x) = f(x, y*(x)) at every fifth round (every iteration, where that is more);
-for the two networks f after 100 rounds of `fb.train` of y at x.
+for the two networks f after 100 rounds of `fb.train` of y at x (`knobs/quality.py`).
 
 The grid (`knobs/grids.py`) knows the largest curvature L of the clients and five powers of ten for outer_lr, from a coarse
 search. Its best point has the lowest median of Phi at the end; "fastest" is the point that arrives first among those that
