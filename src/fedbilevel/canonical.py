@@ -82,7 +82,7 @@ class Canonical(NamedTuple):
 
 def canonical(traced: Iterable[ClosedJaxpr]) -> Canonical:
     """The canonical form of programs, in this order."""
-    writer = _Writer()
+    writer = Writer()
     for jaxpr in traced:
         writer.value(jaxpr)
     return Canonical(writer.digest(), tuple(writer.objects), writer.rules, writer.helpers, writer.holds)
@@ -104,12 +104,21 @@ class Pieces:
 
 def digest_of(value: PyTree) -> str:
     """A digest of numbers, words, functions and containers of them: equal in every process for equal ones."""
-    writer = _Writer()
+    writer = Writer()
     writer.value(value)
     return writer.digest()
 
 
-class _Writer:
+class Writer:
+    """Writes values into a digest.
+
+    Attributes:
+        libraries: folders of which functions are known by their names.
+        objects, rules, helpers, holds: as those of `Canonical`.
+    """
+
+    libraries: tuple[str, ...] = _LIBRARIES
+
     def __init__(self):
         self._hash = hashlib.sha256()
         self._numbers: dict[Var, int] = {}
@@ -202,6 +211,11 @@ class _Writer:
         else:
             self.other(value)
 
+    def counts(self, value: Any) -> bool:
+        """Whether a global counts: not modules, classes and what libraries made."""
+        numbers = (bool, int, float, complex, str, bytes, tuple, list, dict, np.ndarray, np.generic, jax.Array)
+        return isinstance(value, (*numbers, types.FunctionType))
+
     def array(self, array: np.ndarray) -> None:
         self.word("array", array.dtype, array.shape)
         if array.dtype == object:
@@ -235,7 +249,7 @@ class _Writer:
             self.value((value.func, value.args, value.keywords))
         elif isinstance(value, types.MethodType):
             self.value((value.__func__, value.__self__))
-        elif value.__code__.co_filename.startswith(_LIBRARIES):
+        elif value.__code__.co_filename.startswith(self.libraries):
             self.word("function", value.__module__, value.__qualname__)
             self.value([_content(cell) for cell in value.__closure__ or ()])
         elif id(value) in self._written:
@@ -245,7 +259,7 @@ class _Writer:
             self.objects.append(value)  # and so alive: no other takes its place in memory
             self.value((value.__code__, value.__defaults__, value.__kwdefaults__))
             self.value([_content(cell) for cell in value.__closure__ or ()])
-            self.value({name: value.__globals__[name] for name in _read(value) if name in value.__globals__})
+            self.value({name: value.__globals__[name] for name in _read(value, self.counts)})
 
 
 def _held_elsewhere(literal: Literal) -> bool:
@@ -268,7 +282,7 @@ def _unchecked(value: PyTree) -> PyTree:
 
 def digest_of_class(kind: type) -> str:
     """A digest of the functions of a class and of its bases, but for libraries' and this package's own."""
-    writer = _Writer()
+    writer = Writer()
     for each in kind.__mro__:
         functions = {
             name: _unchecked(value) for name, value in vars(each).items() if isinstance(value, types.FunctionType)
@@ -277,19 +291,14 @@ def digest_of_class(kind: type) -> str:
     return writer.digest()
 
 
-def _read(function: types.FunctionType) -> list[str]:
-    """The globals that a function and those within it may read, but for modules, classes and what libraries made."""
+def _read(function: types.FunctionType, counts: Callable[[Any], bool]) -> list[str]:
+    """The globals that a function and those within it may read, of those that count."""
     codes, names = [function.__code__], set()
     while codes:
         code = codes.pop()
         names |= set(code.co_names)
         codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    return sorted(name for name in names if _plain(function.__globals__.get(name)))
-
-
-def _plain(value: Any) -> bool:
-    numbers = (bool, int, float, complex, str, bytes, tuple, list, dict, np.ndarray, np.generic, jax.Array)
-    return isinstance(value, (*numbers, types.FunctionType))
+    return sorted(name for name in names if name in function.__globals__ and counts(function.__globals__[name]))
 
 
 def _content(cell: types.CellType) -> Any:

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from . import cache
 from .arrays import Concrete, Structure
-from .problem import Problem, told_of_reverse_rules
+from .problem import Problem, told_by, told_of_reverse_rules
 from .processes import whole_over
 from .program import Program, class_of, compiled_as, helpers_of, known_as, program_of
 
@@ -130,7 +130,11 @@ class Bound:
     def at(self, static: _Static, arrays: list[Concrete], spent: list[Concrete] | None = None) -> PyTree:
         """The value at these arrays, and others after them whose memory it may take."""
         with helpers_of(self._problem), told_of_reverse_rules():  # JAX may find such a rule after the oracle's end only
-            return self._compiled(self._now, static, self._own, self._algorithm, arrays, spent or [])
+            if not self._problem.on_host:
+                return self._compiled(self._now, static, self._own, self._algorithm, arrays, spent or [])
+            with told_by(self._problem):  # and so what it raises has to come up here
+                out = self._compiled(self._now, static, self._own, self._algorithm, arrays, spent or [])
+                return jax.block_until_ready(out)
 
 
 def _apart(leaves: list[PyTree]) -> tuple[list[Concrete], Static]:

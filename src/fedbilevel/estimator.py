@@ -14,6 +14,7 @@ from .engines.base import Carry, Engine
 from .engines.simulation import Simulation
 from .errors import Diverged, check
 from .federation import Federation
+from .foreign import as_given
 from .jaxprs import Tracer
 from .keys import KeyLike, one_key, threefry
 from .pace.automatic import Auto, measure, ready, with_numbers
@@ -64,6 +65,7 @@ class Estimator:
         x, x_rest = trainable(x, "x")
         y, y_rest = trainable(y, "y")
         engine, bound, state = engine or Simulation(), bind(problem, x_rest, y_rest), State(x, y)
+        self._marks = x_rest, y_rest
         self.algorithm = _measured(ready(algorithm, x), engine, bound, data, state)
         self._execution = engine.bind(bound, data, self.algorithm, state, jax.random.key(0), estimate)
         self.protocol = self._execution.protocol
@@ -96,7 +98,7 @@ class Estimator:
         after, finite = self._once(state, key)
         if not isinstance(finite, Tracer) and not finite:
             self._fail(state, after, key)
-        return after.x, self._y.join(after.y, rest)
+        return as_given(after.x, self._marks[0]), as_given(self._y.join(after.y, rest), self._marks[1])
 
     def _check_outside(self, state: State, key: Key[Array, ""]) -> None:
         """Refuse to run within a program that JAX is tracing."""

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 from .blocks import Window, summed
 from .canonical import Traced, trace
 from .errors import InputError, check
+from .foreign import without_marks
 
 _MANY, _LONG = 64, 1000  # arrays and characters that a message spells out
 
@@ -147,6 +148,8 @@ class Problem(eqx.Module):
     like y (values: a scalar). The lower-level loss should be strongly convex in y for the hypergradient to exist.
     """
 
+    on_host: ClassVar[bool] = False  # whether its oracles are Python's, called by compiled programs
+
     inner: Loss
     outer: Loss
     batched: bool = eqx.field(static=True, default=False)
@@ -158,6 +161,37 @@ class Problem(eqx.Module):
             check(callable(loss), f"Problem({level}=...) takes a function (x, y, example) -> scalar, not {loss!r}.")
         phi = self.features
         check(phi is None or callable(phi), f"Problem(features=...) takes a function (x, example), not {phi!r}.")
+
+    # What a problem of another framework does in its own way -------------------------------------------------------
+
+    def over(self, x_rest: PyTree, y_rest: PyTree) -> Problem:
+        """The same problem over the trainable parts of x and y alone, given the rest of them."""
+        return dataclasses.replace(
+            self,
+            inner=_Completed(self.inner, x_rest, y_rest),
+            outer=_Completed(self.outer, x_rest, y_rest),
+            features=None if self.features is None else _CompletedFeatures(self.features, x_rest),
+        )
+
+    def holding(self, data: PyTree) -> tuple[Problem, PyTree]:
+        """(The same problem, data) as an engine runs them: its oracles may hold the rows, and data stand for them."""
+        return self, data
+
+    def settled(self, x: PyTree, y: PyTree, data: PyTree) -> Problem:
+        """The same problem, which knows what its losses compute now.
+
+        Raises:
+            InputError: they cannot be used.
+        """
+        return self
+
+    def depends(self, level: str, variable: str) -> list[bool] | None:
+        """Of each leaf of x (or y), whether a loss depends on it; None where traced programs say so."""
+        return None
+
+    def told(self) -> Exception | None:
+        """What an oracle raised while a compiled program ran."""
+        return None
 
     # The oracles ----------------------------------------------------------------------------------------------------
 
@@ -275,14 +309,20 @@ def is_complex(leaf: PyTree) -> bool:
 
 def bind(problem: Problem, x_rest: PyTree, y_rest: PyTree) -> Problem:
     """The same problem over the trainable parts of x and y alone."""
-    if not jax.tree.leaves((x_rest, y_rest)):
-        return problem
-    return dataclasses.replace(
-        problem,
-        inner=_Completed(problem.inner, x_rest, y_rest),
-        outer=_Completed(problem.outer, x_rest, y_rest),
-        features=None if problem.features is None else _CompletedFeatures(problem.features, x_rest),
-    )
+    x_rest, y_rest = without_marks(x_rest), without_marks(y_rest)
+    return problem.over(x_rest, y_rest) if jax.tree.leaves((x_rest, y_rest)) else problem
+
+
+@contextlib.contextmanager
+def told_by(problem: Problem) -> Iterator[None]:
+    """Within it, what an oracle raises in a compiled program is raised as it was, not as XLA tells it."""
+    try:
+        yield
+    except Exception:
+        error = problem.told()
+        if error is None:
+            raise
+        raise error from error.__cause__
 
 
 def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Rows) -> dict[str, Traced]:

@@ -66,6 +66,7 @@ def freeze(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> Probl
     """
     if program_of(problem) is not None:
         return problem
+    problem = problem.settled(x, y, data)
     return known_as(problem, _program(problem, x, y, data))
 
 

@@ -30,6 +30,7 @@ from .diagnosis.swinging import tell
 from .engines.base import Carry, Engine, Execution, Record
 from .engines.simulation import Simulation
 from .errors import Diverged, InputError, RunError, check
+from .foreign import as_given
 from .given import JSON, Whole, whole_number
 from .identity import Identity
 from .keys import KeyLike, as_key, threefry
@@ -246,12 +247,12 @@ class Run:
     @property
     def x(self) -> PyTree:
         """The upper variable as it stands, structured like the start."""
-        return self.variables()[0]
+        return self.given()[0]
 
     @property
     def y(self) -> PyTree:
         """The lower variable as it stands, structured like the start; None where it stays with the clients."""
-        return self.variables()[1]
+        return self.given()[1]
 
     def stop(self, reason: str) -> None:
         """End well, where the run has come to; the first reason counts."""
@@ -417,7 +418,7 @@ class Run:
             self._prepare()
         elif heats.due(self.iteration):
             assert isinstance(race, Race)
-            whole = lambda x, y: (eqx.combine(x, self._x_rest), eqx.combine(y, self._y_rest))
+            whole = lambda x, y: self._given(eqx.combine(x, self._x_rest), eqx.combine(y, self._y_rest))
             judged = heats.best(execution, race, self.carry, self._data, execution.key, whole)
             self._spend(*judged.spent)
             heats.drop(judged, self.rounds)
@@ -579,7 +580,7 @@ class Run:
         row = {"iteration": self.iteration if iteration is None else iteration, **self._figures()}
         row["seconds"] = round(row["seconds"], 6)
         if self.metrics:
-            x, y = self.variables()
+            x, y = self.given()
             y = Away() if self.lower.away else y
             found, refused = self.processes.said(lambda: self._measured(x, y, loss))
             row, self._refused = row | found, self._refused or refused
@@ -619,14 +620,24 @@ class Run:
         return {name: value for name, value in last.items() if value is not EMPTY} if last and here else {}
 
     def variables(self) -> tuple[PyTree, PyTree]:
-        """(x, y) as they stand, structured like the start; y is None where it stays with the clients."""
+        """(x, y) as they stand, arrays of JAX structured like the start; y is None where it stays with the clients."""
         return eqx.combine(self.carry.state.x, self._x_rest), self.lower.one(self.carry)
 
+    def given(self) -> tuple[PyTree, PyTree]:
+        """`variables`, with arrays of another library where the start had them."""
+        return self._given(*self.variables())
+
+    def _given(self, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        return as_given(x, self._x_rest), as_given(y, self._y_rest)
+
     def _result(self) -> Result:
-        x, y = self.variables()
-        own = self.lower.everybody(self.carry)
+        both = self.variables()
+        x, y = self._given(*both)
+        own = as_given(self.lower.everybody(self.carry), self._y_rest)
         state, stopped = self.carry.state, self.history.stopped
-        how, kept = self._execution.way, None if self.kept is None else self.kept.result((x, y))
+        how, kept = self._execution.way, None if self.kept is None else self.kept.result(both)
+        if kept is not None:
+            kept = kept._replace(**dict(zip("xy", self._given(kept.x, kept.y), strict=True)))
         return Result(x, y, self.history, self.protocol, state, self.iteration, own, stopped, how, kept)
 
 

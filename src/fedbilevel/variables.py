@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .errors import InputError, check
+from .foreign import Came, library_of
 from .jaxprs import Tracer
 from .problem import describe, is_complex, strong
 from .rows.narrow import WIDER, held
@@ -18,6 +19,9 @@ from .rows.values import shown
 def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
     """Split x or y into its floating-point arrays and the rest; Python and numpy numbers become arrays.
 
+    Arrays of a library that is known (`foreign`) become JAX's; the rest has a mark there, so that results may be given
+    back as they came (`as_given`).
+
     Raises:
         InputError: no leaf is a floating-point array, or one is complex, masked, no array of numbers, not finite, or
             does not survive in the 32 bits that JAX holds without `jax_enable_x64`.
@@ -26,6 +30,10 @@ def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
         (f"{name}{jax.tree_util.keystr(path)}", leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(variable)[0]
     ]
+    marks = [None if (library := library_of(leaf)) is None else Came(library) for _, leaf in named]
+    if any(marks):
+        own = zip(named, marks, strict=True)
+        named = [(w, leaf if mark is None else mark.library.variable(leaf, w)) for (w, leaf), mark in own]
     for where, leaf in named:
         _check_real(leaf, where)
     leaves = [_as_array(leaf, where) for where, leaf in named]
@@ -45,6 +53,8 @@ def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
             bool(np.isfinite(np.asarray(leaf)).all()),
             f"the start point {name}{jax.tree_util.keystr(path)} holds NaN or infinite values: start from finite numbers.",
         )
+    if any(marks):
+        rest = eqx.combine(jax.tree.unflatten(jax.tree.structure(variable), marks), rest)
     return arrays, rest
 
 

@@ -71,6 +71,7 @@ class Loopback(Engine):
     ) -> _Looped:
         check_whole(data, "Loopback()")
         cohort = check_cohort(self.cohort, data.clients)
+        problem, data = problem.holding(data)
         problem = freeze(problem, state.x, state.y, data)
         protocol = plan(self, problem, data, algorithm, state, cohort, program)
         return _Looped(
@@ -94,6 +95,8 @@ class _Looped(Messaging):
     @functools.cached_property
     def rows(self) -> list[tuple[ClientRows, ClientRows]]:
         """Each client's own."""
+        if self.problem.on_host:  # their numbers alone: windows of one shape, so that one program does for all
+            return [(self.data.inner.client(i), self.data.outer.client(i)) for i in range(self.data.clients)]
         return [(self.data.inner.alone(i), self.data.outer.alone(i)) for i in range(self.data.clients)]
 
     def start(self, algorithm: Algorithm, state: PyTree) -> Carry:

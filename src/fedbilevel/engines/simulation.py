@@ -116,6 +116,7 @@ class Simulation(Engine):
         program: Program = iteration,
     ) -> _Simulated:
         cohort = check_cohort(self.cohort, data.clients)
+        problem, data = problem.holding(data)
         problem = freeze(problem, state.x, state.y, data)
         protocol = plan(self, problem, data, algorithm, state, cohort, program)
         if self.mesh is not None:

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, PyTree
 from ..compiled import Kept, run
 from ..data import FederatedData, check_whole
 from ..errors import check, unknown_name, warn
+from ..foreign import as_given
 from ..influence import Level, influence, named
 from ..problem import Problem, bind
 from ..program import compiled_as, freeze
@@ -82,7 +83,7 @@ def solution(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> PyT
             curvature is more than 1e5 times the smallest, for rounding errors then are 1 % of y*.
     """
     like, rest = trainable(y, "y")
-    return eqx.combine(narrowed(_solution(*_enter(problem, data, x, y)), like, "y*"), rest)
+    return as_given(eqx.combine(narrowed(_solution(*_enter(problem, data, x, y)), like, "y*"), rest), rest)
 
 
 def stationarity(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> Scalar:
@@ -130,9 +131,9 @@ def hypergradient(
     check(series or terms is step is None, f"terms= and step= belong to 'neumann' and 'unrolled', not to {method!r}.")
     check(terms is None or (isinstance(terms, int) and terms > 0), f"terms= is a positive whole number; got {terms!r}.")
     check(step is None or 0 < step < math.inf, f"step= is a positive number, below 2 / L; got {step!r}.")
-    like = trainable(x, "x")[0]
+    like, rest = trainable(x, "x")
     h = _hypergradient(*_enter(problem, data, x, y), method, terms, step, solve_inner)
-    return narrowed(h, like, "the hypergradient")
+    return as_given(narrowed(h, like, "the hypergradient"), rest)
 
 
 def _hypergradient(

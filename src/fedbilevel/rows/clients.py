@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..errors import InputError, check
+from ..foreign import is_data_set, library_of, native
 from .one import is_table
 from .values import conversion, shown
 
@@ -72,6 +73,11 @@ def listed(clients: Clients, what: str) -> list[PyTree]:
     Raises:
         InputError: it is one data set, or could be.
     """
+    clients = clients if is_data_set(clients) else native(clients) if library_of(clients) else clients
+    check(
+        not is_data_set(clients),
+        lambda: f"{what}= is one {type(clients).__name__}: pass a list with one for each client, or {{name: rows}}.",
+    )
     hint = conversion(clients)
     check(hint is None, f"{what}= is a {type(clients).__name__}: {hint}, one for each client in a list.")
     if isinstance(clients, Mapping):
@@ -135,7 +141,7 @@ def _is_name(value: PyTree) -> bool:
 
 def _data_set(rows: PyTree) -> bool:
     """Whether it can only be a whole data set: a mapping, tuple, table or module, no array and no list of anything."""
-    if isinstance(rows, Mapping) or (is_table(rows) and rows.ndim > 1):
+    if isinstance(rows, Mapping) or (is_table(rows) and rows.ndim > 1) or is_data_set(rows):
         return True
     return rows is not None and not isinstance(rows, list) and not jax.tree_util.all_leaves([rows])
 

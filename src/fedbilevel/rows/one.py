@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from ..arrays import Structure
 from ..errors import InputError
+from ..foreign import native
 from ..jaxprs import Tracer
 from ..problem import describe
 from .values import Columns, Whose, conversion, numbers, shown, spot
@@ -66,6 +67,7 @@ def read(rows: PyTree, name: str, level: str = "") -> Read:
         InputError: values that are no numbers, hidden or missing ones, arrays of unequal length, lists, or objects of
             another library.
     """
+    rows = native(rows)
     whose = Whose(name, f"{level} rows" if level else "rows")
     _no_lists(rows, whose, "")
     leaves, structure = jax.tree.flatten(rows)

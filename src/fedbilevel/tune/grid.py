@@ -20,6 +20,7 @@ from ..data import FederatedData
 from ..engines.base import Carry
 from ..engines.simulation import Simulation
 from ..errors import check
+from ..foreign import as_given
 from ..metrics import Metric
 from ..own_lower import Lower
 from ..pace.automatic import ready
@@ -96,7 +97,7 @@ def sweep(
     start, lower = execution.start(algorithm, state), Lower(execution, algorithm, state, y_rest)
     limit = _BLOWN_UP * max([1.0, *(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves((inner_x, inner_y)))])
     evaluate = lambda x, y: {
-        name: float(np.asarray(fn(eqx.combine(x, x_rest), eqx.combine(y, y_rest)))) for name, fn in metrics.items()
+        name: float(np.asarray(fn(as_given(eqx.combine(x, x_rest), x_rest), as_given(eqx.combine(y, y_rest), y_rest)))) for name, fn in metrics.items()
     }
     end = math.inf
     for part in _groups(grid, size):

@@ -1,0 +1,259 @@
+"""Where a compiled program comes for what torch computes: the losses and the rows, by a number.
+
+A program knows a problem by a number alone, which is an argument of it: other rows, or losses that compute the same, run
+what is compiled already. One call answers for all clients of an exchange, one after the other, each on its own rows
+without padding. On processors that is as fast as one call over padded rows (`torch.vmap`), or faster where there are
+convolutions, and keeps what rows a loss sees out of the question.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import equinox as eqx
+import jax
+import numpy as np
+import torch
+from jaxtyping import Array, Int, PyTree
+
+from ..arrays import Structure
+from ..compiled import Kept
+from ..data import FederatedData, Level
+from ..errors import InputError, RunError, check
+from ..jaxprs import Tracer
+from .derivatives import WAYS, At, Leaves, Loss, Way, gradient, product, value
+from .digest import digest
+from .look import depends, look, way_of
+from .tensors import rows_of, tensor_of
+
+Name: TypeAlias = Literal[
+    "inner_value", "outer_value", "inner_gradient", "inner_gradient_x", "outer_gradients", "hessian_vector", "cross_vector"
+]
+_ORACLES: dict[str, Callable[..., list[torch.Tensor]]] = {
+    "inner_value": lambda at, v, way: value(at),
+    "outer_value": lambda at, v, way: value(at),
+    "inner_gradient": lambda at, v, way: gradient(at, "y"),
+    "inner_gradient_x": lambda at, v, way: gradient(at, "x"),
+    "outer_gradients": lambda at, v, way: gradient(at, "xy"),
+    "hessian_vector": lambda at, v, way: product(at, v, "y", way),
+    "cross_vector": lambda at, v, way: product(at, v, "x", way),
+}
+_SECOND = ("hessian_vector", "cross_vector")
+_FEW = 4  # rows that losses are looked at on
+_LOOKS: Kept[Known] = Kept(64)
+_LIVE: weakref.WeakValueDictionary[int, Host] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+_ONE = threading.Lock()  # XLA calls from several threads, and `functional_call` changes the module while it runs
+
+
+class Numbers(eqx.Module):
+    """Stands for rows of a problem that is bound to them: their numbers, those of the outer level after the inner ones."""
+
+    number: Int[Array, " rows"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """An oracle, as a compiled program calls it.
+
+    Attributes:
+        name: of the oracle.
+        says: the digest of what the losses compute; "" where it was not asked.
+        x, y: the structures of the variables.
+        rows: that of the rows; None where their numbers are given.
+    """
+
+    name: Name
+    says: str
+    x: Structure
+    y: Structure
+    rows: Structure | None
+
+    def __call__(self, batch: tuple[int, ...], number: np.ndarray, *args: np.ndarray) -> list[np.ndarray]:
+        return _LIVE[int(number.reshape(-1)[0])].answer(self, batch, args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The rows of a level.
+
+    Attributes:
+        first: the number of the first row.
+        leaves, structure: all clients', rows first.
+    """
+
+    first: int
+    leaves: list[torch.Tensor]
+    structure: Structure
+
+    @classmethod
+    def of(cls, level: Level, first: int) -> Stored:
+        """The rows of a level, in the memory where they lie."""
+        leaves, structure = jax.tree.flatten(level.rows)
+        return cls(first, [rows_of(np.asarray(leaf)) for leaf in leaves], structure)
+
+    def batch(self, numbers: np.ndarray) -> PyTree:
+        """Some rows: where they lie side by side, without a copy."""
+        begin = int(numbers[0]) - self.first
+        if len(numbers) == 1 or (np.diff(numbers) == 1).all():
+            return self.structure.unflatten([leaf[begin : begin + len(numbers)] for leaf in self.leaves])
+        place = torch.from_numpy(numbers.astype(np.int64) - self.first)
+        return self.structure.unflatten([leaf[place] for leaf in self.leaves])
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What a look at the losses has shown.
+
+    Attributes:
+        way: how second derivatives of the inner loss are taken.
+        without: why it has none, in torch's words; "" where it has.
+        depends: of each leaf of a variable, whether a loss depends on it, by (level, variable).
+    """
+
+    way: Way = WAYS[0]
+    without: str = ""
+    depends: dict[tuple[str, str], list[bool]] = dataclasses.field(default_factory=dict)
+
+
+class Host:
+    """The losses of a problem, and the rows that it is bound to.
+
+    Attributes:
+        number: by which programs know it, for as long as somebody holds it.
+        known: what a look at the losses has shown.
+        says: a digest of what they compute, and how they are differentiated; "" before they were looked at.
+        failure: what a loss raised within a compiled program.
+    """
+
+    def __init__(self, inner: Loss, outer: Loss, levels: Sequence[Stored] = (), known: Known | None = None, says: str = ""):
+        self.inner, self.outer, self.known, self.says = inner, outer, known or Known(), says
+        self.failure: Exception | None = None
+        self._levels = levels
+        self.number = next(_numbers)
+        _LIVE[self.number] = self
+
+    def bound(self, data: FederatedData) -> Host:
+        """The same losses, bound to rows."""
+        inside = Stored.of(data.inner, 0)
+        return Host(self.inner, self.outer, [inside, Stored.of(data.outer, len(inside.leaves[0]))], self.known, self.says)
+
+    def looked_at(self, x: PyTree, y: PyTree, data: FederatedData) -> Host:
+        """The same, of which it is known what the losses compute now.
+
+        Raises:
+            InputError: they cannot mean what they say (`look`).
+        """
+        says = digest(self.inner, self.outer)
+        leaves, structure = jax.tree.flatten((x, y, data.inner.rows, data.outer.rows))
+        if not all(isinstance(leaf, (np.ndarray, jax.Array)) and not isinstance(leaf, Tracer) for leaf in leaves):
+            return Host(self.inner, self.outer, self._levels, self.known, says)
+        shapes = tuple((leaf.shape[1:], str(leaf.dtype)) for leaf in leaves)
+        rows = [self._few(level) for level in (data.inner, data.outer)]
+        kinds = tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(rows))
+        known = _LOOKS.get((says, structure, shapes, kinds), lambda: self._look(x, y, *rows))
+        return Host(self.inner, self.outer, self._levels, known, f"{says} {known.way}")
+
+    def _look(self, x: PyTree, y: PyTree, inner: PyTree, outer: PyTree) -> Known:
+        (x, like_x), (y, like_y) = jax.tree.flatten(x), jax.tree.flatten(y)
+        x, y = ([tensor_of(np.array(leaf)) for leaf in leaves] for leaves in (x, y))
+        found: dict[tuple[str, str], list[bool]] = {}
+        ats = []
+        for level, loss, rows in (("inner", self.inner, inner), ("outer", self.outer, outer)):
+            count = len(jax.tree.leaves(rows)[0])
+            weights = torch.arange(1, count + 1, dtype=y[0].dtype)
+            ats.append(At(loss, like_x, like_y, x, y, rows, weights / weights.sum()))
+            look(level, ats[-1])
+            found[level, "x"], found[level, "y"] = depends(ats[-1])
+        return Known(*way_of(ats[0]), found)
+
+    def _few(self, level: Level) -> PyTree:
+        """Some rows of the first client, in memory of their own."""
+        begin, count = int(level.offsets[0]), int(level.counts[0])
+        some = slice(begin, begin + min(count, _FEW))
+        leaves, structure = jax.tree.flatten(level.rows)
+        if isinstance(level.rows, Numbers):
+            first = np.asarray(level.rows.number)[some]
+            return jax.tree.map(lambda leaf: leaf.clone(), self._stored(first).batch(first))
+        return structure.unflatten([rows_of(np.array(np.asarray(leaf)[some])) for leaf in leaves])
+
+    def _stored(self, numbers: np.ndarray) -> Stored:
+        """The level of which rows are, by their numbers."""
+        return next(level for level in reversed(self._levels) if level.first <= numbers[0])
+
+    def check_second(self, name: Name) -> None:
+        """Refuse a product with second derivatives that do not exist.
+
+        Raises:
+            InputError: with the operation that has none, in torch's words.
+        """
+        check(
+            name not in _SECOND or not self.known.without,
+            f"the inner loss has no second derivatives in torch {torch.__version__}, neither by double backward nor by "
+            f"forward over reverse ({self.known.without}): use another operation, or an algorithm that needs first "
+            "derivatives only, such as MemFBO or FedF2SA.",
+        )
+
+    def answer(self, asked: Asked, batch: tuple[int, ...], args: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """What an oracle says, of each: arrays with `batch` as their first axes.
+
+        Args:
+            args: leaves of x, y, perhaps v, and rows, the rows' weights and how many are no padding; each with as many
+                axes first as `batch` has, of its lengths or of 1.
+        """
+        with _ONE:
+            return self._answer(asked, batch, args)
+
+    def _answer(self, asked: Asked, batch: tuple[int, ...], args: Sequence[np.ndarray]) -> list[np.ndarray]:
+        try:
+            lanes = list(zip(*(_lanes(arg, batch) for arg in args), strict=True))
+            found = [self._one(asked, lane) for lane in lanes]
+            return [torch.stack(leaf).numpy().reshape((*batch, *leaf[0].shape)) for leaf in zip(*found, strict=True)]
+        except Exception as error:  # whatever the user's loss raises; XLA would tell it as a text of its own
+            self.failure = error
+            raise
+
+    def _one(self, asked: Asked, lane: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        sizes = [asked.x.num_leaves, asked.y.num_leaves]
+        if asked.name in _SECOND:
+            sizes.append(asked.y.num_leaves)
+        ends = list(itertools.accumulate(sizes))
+        x, y, *v = ([tensor_of(leaf) for leaf in lane[end - size : end]] for end, size in zip(ends, sizes, strict=True))
+        *rows, weights, count = lane[ends[-1] :]
+        at = self._at(asked, x, y, rows, weights, int(count))
+        return _ORACLES[asked.name](at, v[0] if v else [], self.known.way)
+
+    def _at(
+        self, asked: Asked, x: Leaves, y: Leaves, rows: Sequence[np.ndarray], weights: np.ndarray, count: int
+    ) -> At:
+        if asked.rows is None:
+            numbers = rows[0][:count]
+            batch = self._stored(numbers).batch(numbers)
+        else:
+            batch = asked.rows.unflatten([rows_of(leaf[:count]) for leaf in rows])
+        loss = self.outer if asked.name.startswith("outer") else self.inner
+        return At(loss, asked.x, asked.y, x, y, batch, tensor_of(weights[:count]).to(y[0].dtype))
+
+    def told(self) -> Exception | None:
+        """What a loss raised since this was asked last, in the library's words."""
+        error, self.failure = self.failure, None
+        if error is None or isinstance(error, (InputError, RunError)):
+            return error
+        text = (str(error).strip().splitlines() or [""])[0]
+        told = RunError(f"a loss failed in torch: {type(error).__name__}: {text}")
+        told.__cause__ = error
+        return told
+
+
+def _lanes(arg: np.ndarray, batch: tuple[int, ...]) -> Sequence[np.ndarray]:
+    """One array for each: those with a length of 1 are shared."""
+    lead, core = arg.shape[: len(batch)], arg.shape[len(batch) :]
+    flat = arg.reshape((math.prod(lead), *core))
+    place = np.broadcast_to(np.arange(len(flat)).reshape(lead), batch).reshape(-1)
+    return [flat[k, ...] for k in place]

@@ -1,0 +1,58 @@
+"""Every algorithm on a problem in torch does what it does on the same problem in JAX: the same draws, the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import fedbilevel as fb
+from fedbilevel.algorithms import ALGORITHMS
+from twins import WEIGHTS, twins
+
+STEPS = {"inner_lr": 0.1, "outer_lr": 0.05, "hessian_lr": 0.1, "inner_rounds": 2, "local_steps": 2, "neumann_terms": 2}
+CLOSE = {64: 1e-10, 32: 1e-4}
+
+
+def algorithm(name: str, batch: int | None) -> fb.Algorithm:
+    kind = ALGORITHMS[name]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    given = STEPS | {"batch_size": batch}
+    return kind(**{setting: value for setting, value in given.items() if setting in fields})
+
+
+def ran(twin, name: str, batch: int | None, engine: fb.engines.Engine) -> fb.Result:
+    return fb.solve(
+        twin.problem, twin.data, algorithm(name, batch), twin.x, twin.y, 5, key=jax.random.key(3), engine=engine, check=False
+    )
+
+
+def apart(ours: fb.Result, theirs: fb.Result) -> float:
+    """The largest difference, of the largest number."""
+    pairs = [(np.asarray(tree[name]), np.asarray(other[name])) for tree, other in
+             ((ours.x, theirs.x), (ours.y, theirs.y)) for name in other]  # fmt: skip
+    return max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(b).max() for _, b in pairs)
+
+
+@pytest.mark.parametrize("bits", [64, 32])
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_as_in_jax(name: str, model: str, bits: int):
+    """The MLP with weights, everyone and all rows; the CNN with a cohort and minibatches; both with dropout of clients."""
+    with jax.enable_x64(bits == 64), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        weights, cohort, batch = (WEIGHTS, None, None) if model == "mlp" else (None, 2, 3)
+        ours, twin = twins(model, bits, weights)
+        theirs = ran(twin, name, batch, fb.Simulation(cohort=cohort, dropout=0.2))
+        for engine in (fb.Simulation(cohort=cohort, dropout=0.2), fb.Loopback(cohort=cohort, dropout=0.2)):
+            found = ran(ours, name, batch, engine)
+            assert all(isinstance(leaf, torch.Tensor) for leaf in (*found.x.values(), *found.y.values()))
+            assert {leaf.dtype for leaf in found.x.values()} == {getattr(torch, f"float{bits}")}
+            assert apart(found, theirs) < CLOSE[bits]
+            books = lambda run: [(row["rounds"], row["bytes_down"], row["bytes_up"]) for row in run.history]
+            assert books(found) == books(theirs)
+        start = np.concatenate([leaf.numpy().ravel() for leaf in ours.x.values()])
+        end = np.concatenate([leaf.numpy().ravel() for leaf in found.x.values()])
+        assert np.abs(end - start).max() > 1e-6
