@@ -8,7 +8,7 @@ BENCHMARKS ?= $(filter-out benchmarks/fednest_settings.py benchmarks/no_knobs.py
 # More words for pytest, as in: make test ARGS="-k aggitd"
 ARGS ?=
 
-GOALS := help demo test test-slow test-network lint types docs bench clean
+GOALS := help demo test test-slow test-network test-torch lint types docs bench clean
 .PHONY: $(GOALS)
 .DEFAULT_GOAL := help
 
@@ -48,20 +48,23 @@ demo: .venv/core ## AggITD against FedNest on handwritten digits, three seeds: t
 	$(BIN)/$(DEMO)
 
 test: .venv/core .venv/test ## the tests, but for the slow ones
-	$(CHEAPER) $(TESTS) -m "not slow and not network" $(ARGS)
+	$(CHEAPER) $(TESTS) -m "not slow and not network and not torch" $(ARGS)
 
 test-slow: .venv/core .venv/test .venv/docs .venv/dev ## the slow tests
-	$(CHEAPER) $(TESTS) -m "slow and not network" $(ARGS)
+	$(CHEAPER) $(TESTS) -m "slow and not network and not torch" $(ARGS)
 
 test-network: .venv/core .venv/test ## the tests of a provisioned deployment on this machine
-	$(CHEAPER) $(subst .venv/xla,.venv/xla-network,$(TESTS)) -n 0 -m network $(ARGS)
+	$(CHEAPER) $(subst .venv/xla,.venv/xla-network,$(TESTS)) -n 0 -m "network and not torch" $(ARGS)
+
+test-torch: .venv/core .venv/test .venv/torch ## the tests that need PyTorch, which it installs
+	$(CHEAPER) $(TESTS) -m torch $(ARGS)
 
 lint: .venv/dev ## ruff: the rules and the format; the contract of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=src:studies/src $(BIN)/lint-imports --no-cache
 
-types: .venv/core .venv/test .venv/dev ## pyright
+types: .venv/core .venv/test .venv/torch .venv/dev ## pyright
 	$(BIN)/pyright
 
 docs: .venv/core .venv/docs ## the documentation, as pages in site/
@@ -95,7 +98,7 @@ clean: ## remove what was built and kept, but for .venv
 	@$(PIP) --editable . --editable studies
 	@touch $@
 
-.venv/test .venv/docs .venv/dev: .venv/%: .venv/made pyproject.toml
+.venv/test .venv/torch .venv/docs .venv/dev: .venv/%: .venv/made pyproject.toml
 	@echo "Installing the $* tools into .venv, this once"
 	@$(PIP) --group $*
 	@touch $@

@@ -164,3 +164,40 @@ def test_a_number_gives_way_as_python_s_do():
     with jax.numpy_dtype_promotion("strict"):
         for run in (scaled, jax.jit(scaled)):
             assert run(jnp.asarray(2.0, jnp.float32)).dtype == jnp.float16
+
+
+def _each(batch, one, other):
+    """Sums, each of its own; in numpy, of numbers that lie where JAX's do."""
+    lead = len(batch)
+    assert type(one) is type(other) is np.ndarray and (one.ndim, other.ndim) == (lead + 1, lead)
+    total = one.sum(axis=-1) + other
+    return [np.broadcast_to(total, batch).copy(), np.broadcast_to(np.ones((), np.float32), batch).copy()]
+
+
+LIKE = [jax.ShapeDtypeStruct((), jnp.float64), jax.ShapeDtypeStruct((), jnp.float32)]
+
+
+def test_a_call_for_each():
+    """Once under however many vmaps, in loops, outside of programs; shared arguments have an axis of one."""
+    ask = lambda one, other: jaxprs.each_on_host(_each, LIKE, one, other)
+    one, other = jnp.arange(6.0).reshape(2, 3), jnp.arange(4.0)
+    total, ones = jax.jit(jax.vmap(jax.vmap(ask, (None, 0)), (0, None)))(one, other)
+    assert total.dtype == jnp.float64 and ones.dtype == jnp.float32
+    np.testing.assert_array_equal(total, np.asarray(one).sum(1)[:, None] + np.asarray(other))
+    np.testing.assert_array_equal(ones, np.ones((2, 4)))
+    assert float(ask(one[0], other[1])[0]) == 4.0
+    looped = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: ask(one[0], x)[0], x))
+    assert float(looped(other[0])) == 9.0
+
+
+def test_a_call_keeps_64_bits_where_they_are_on_within_a_context_alone():
+    """JAX looks at what Python returns in another thread, where the context does not hold."""
+    with jax.enable_x64(False), jax.enable_x64(True):
+        third = jnp.asarray([1.0, 1.0], jnp.float64) / 3
+        ask = jax.jit(lambda x: jax.lax.fori_loop(0, 2, lambda _, x: jaxprs.each_on_host(_same, [x], x)[0], x))
+        assert ask(third).dtype == jnp.float64
+        np.testing.assert_array_equal(ask(third), np.ones(2) / 3)
+
+
+def _same(_, x):
+    return [x]

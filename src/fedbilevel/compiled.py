@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -14,7 +15,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from . import cache
-from .arrays import Concrete, Structure
+from .arrays import Concrete, Structure, on_device
+from .jaxprs import Tracer
 from .problem import Problem, told_by, told_of_reverse_rules
 from .processes import whole_over
 from .program import Program, class_of, compiled_as, helpers_of, known_as, program_of
@@ -31,6 +33,8 @@ CHEAPLY: Options = (
     ("xla_cpu_use_fusion_emitters", False),
     ("xla_cpu_parallel_codegen_split_count", 1),
 )  # for what runs once or a few times: compiling is what it costs
+
+ONE_THREAD: dict[str, str | bool] = {"xla_cpu_multi_thread_eigen": False}  # where what takes the time is computed elsewhere
 
 Static: TypeAlias = tuple[Hashable, ...]  # leaves, or what stands in the place of arrays
 Thing = TypeVar("Thing")
@@ -133,8 +137,12 @@ class Bound:
             if not self._problem.on_host:
                 return self._compiled(self._now, static, self._own, self._algorithm, arrays, spent or [])
             with told_by(self._problem):  # and so what it raises has to come up here
-                out = self._compiled(self._now, static, self._own, self._algorithm, arrays, spent or [])
-                return jax.block_until_ready(out)
+                program = self._compiled.ready(self._now, static, self._own, self._algorithm, arrays, spent or [])
+                return (
+                    self._problem.serving(program)
+                    if program is not None
+                    else self._compiled(self._now, static, self._own, self._algorithm, arrays, spent or [])
+                )
 
 
 def _apart(leaves: list[PyTree]) -> tuple[list[Concrete], Static]:
@@ -158,6 +166,7 @@ class _Compiled:
 
     def __init__(self, function: Callable[..., PyTree], options: Options):
         self._call = _Call()
+        self._ahead: dict[Hashable, Callable[..., PyTree]] = {}  # compiled before they are called
         named = functools.partial(_traced, function, self._call)
         functools.update_wrapper(named, function)  # what JAX calls it in its log and in profiles
         # over several processes, all results lie whole in each: so that each can read them
@@ -170,6 +179,37 @@ class _Compiled:
                 out_shardings=place,
             )
         )
+
+    def ready(
+        self,
+        now: _Now,
+        static: _Static,
+        own: list[Concrete],
+        algorithm: list[Concrete],
+        arrays: list[Concrete],
+        spent: list[Concrete],
+    ) -> Callable[[], PyTree] | None:
+        """The call, compiled: it may be made in another thread. None within a program that is being traced."""
+        everything = (own, algorithm, arrays, spent)
+        there = jax.lax.add(np.float32(0), np.float32(0))  # a tracer wherever JAX traces
+        if any(isinstance(leaf, Tracer) for leaf in (there, *itertools.chain(*everything))):
+            return None
+        given = [
+            [leaf if isinstance(leaf, jax.Array) else on_device(np.asarray(leaf)) for leaf in part]
+            for part in everything
+        ]
+        kinds = tuple(
+            tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in part) for part in given
+        )
+        place = whole_over(given[2])
+        if (static, kinds, place) not in self._ahead:
+            before, self._call.now = self._call.now, now
+            try:
+                self._ahead[static, kinds, place] = self._jitted(place).lower(static, *given).compile(ONE_THREAD)
+            finally:
+                self._call.now = before
+        compiled = self._ahead[static, kinds, place]
+        return lambda: jax.block_until_ready(compiled(*given))
 
     def __call__(
         self,

@@ -156,10 +156,10 @@ batching.primitive_batchers[_each_on_host] = _each_of_many
 
 
 def _each_lowered(context, *args, function, shapes, batch):
+    call = lambda *given: _as_words(function(batch, *given), shapes)
     results, _, _ = emit_python_callback(
-        context, lambda *given: _as_words(function(batch, *given), shapes), None, list(args), context.avals_in, context.avals_out,
-        has_side_effect=False, returns_token=False,
-    )  # fmt: skip
+        context, call, None, list(args), context.avals_in, context.avals_out, has_side_effect=False, returns_token=False
+    )
     return results
 
 

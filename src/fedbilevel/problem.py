@@ -189,6 +189,10 @@ class Problem(eqx.Module):
         """Of each leaf of x (or y), whether a loss depends on it; None where traced programs say so."""
         return None
 
+    def serving(self, program: Callable[[], PyTree]) -> PyTree:
+        """What a compiled program returns, while its oracles are answered: for a problem that is `on_host`."""
+        return program()
+
     def told(self) -> Exception | None:
         """What an oracle raised while a compiled program ran."""
         return None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+from twins import WEIGHTS, twins
 
 import fedbilevel as fb
 from fedbilevel.algorithms import ALGORITHMS
-from twins import WEIGHTS, twins
 
 STEPS = {"inner_lr": 0.1, "outer_lr": 0.05, "hessian_lr": 0.1, "inner_rounds": 2, "local_steps": 2, "neumann_terms": 2}
 CLOSE = {64: 1e-10, 32: 1e-4}
@@ -26,7 +27,15 @@ def algorithm(name: str, batch: int | None) -> fb.Algorithm:
 
 def ran(twin, name: str, batch: int | None, engine: fb.engines.Engine) -> fb.Result:
     return fb.solve(
-        twin.problem, twin.data, algorithm(name, batch), twin.x, twin.y, 5, key=jax.random.key(3), engine=engine, check=False
+        twin.problem,
+        twin.data,
+        algorithm(name, batch),
+        twin.x,
+        twin.y,
+        5,
+        key=jax.random.key(3),
+        engine=engine,
+        check=False,
     )
 
 
@@ -37,6 +46,16 @@ def apart(ours: fb.Result, theirs: fb.Result) -> float:
     return max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(b).max() for _, b in pairs)
 
 
+@pytest.fixture
+def unchecked():
+    """Annotations are not checked, which would take half of the time: the same calls are made elsewhere."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("bits", [64, 32])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -94,7 +94,9 @@ def _mlp(bits: int, weights):
 def _cnn(bits: int, weights):
     torch.manual_seed(2)
     kind = getattr(torch, f"float{bits}")
-    body = ft.Model(nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()).to(kind))
+    body = ft.Model(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()).to(kind)
+    )
     head = ft.Model(nn.Linear(16, CLASSES).to(kind))
 
     def loss(x, y, batch, weights):

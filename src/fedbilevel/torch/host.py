@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -23,17 +22,24 @@ import torch
 from jaxtyping import Array, Int, PyTree
 
 from ..arrays import Structure
+from ..beside import Served, alone
 from ..compiled import Kept
 from ..data import FederatedData, Level
 from ..errors import InputError, RunError, check
 from ..jaxprs import Tracer
 from .derivatives import WAYS, At, Leaves, Loss, Way, gradient, product, value
 from .digest import digest
-from .look import depends, look, way_of
+from .look import depends, look, way_of, work
 from .tensors import rows_of, tensor_of
 
 Name: TypeAlias = Literal[
-    "inner_value", "outer_value", "inner_gradient", "inner_gradient_x", "outer_gradients", "hessian_vector", "cross_vector"
+    "inner_value",
+    "outer_value",
+    "inner_gradient",
+    "inner_gradient_x",
+    "outer_gradients",
+    "hessian_vector",
+    "cross_vector",
 ]
 _ORACLES: dict[str, Callable[..., list[torch.Tensor]]] = {
     "inner_value": lambda at, v, way: value(at),
@@ -45,11 +51,11 @@ _ORACLES: dict[str, Callable[..., list[torch.Tensor]]] = {
     "cross_vector": lambda at, v, way: product(at, v, "x", way),
 }
 _SECOND = ("hessian_vector", "cross_vector")
+LITTLE = 2.0**24  # operations of a batch, up to which several threads take longer to meet than they save
 _FEW = 4  # rows that losses are looked at on
 _LOOKS: Kept[Known] = Kept(64)
 _LIVE: weakref.WeakValueDictionary[int, Host] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
-_ONE = threading.Lock()  # XLA calls from several threads, and `functional_call` changes the module while it runs
 
 
 class Numbers(eqx.Module):
@@ -101,7 +107,7 @@ class Stored:
     def batch(self, numbers: np.ndarray) -> PyTree:
         """Some rows: where they lie side by side, without a copy."""
         begin = int(numbers[0]) - self.first
-        if len(numbers) == 1 or (np.diff(numbers) == 1).all():
+        if len(numbers) == 1 or (numbers[1:] - numbers[:-1] == 1).all():
             return self.structure.unflatten([leaf[begin : begin + len(numbers)] for leaf in self.leaves])
         place = torch.from_numpy(numbers.astype(np.int64) - self.first)
         return self.structure.unflatten([leaf[place] for leaf in self.leaves])
@@ -114,11 +120,13 @@ class Known:
     Attributes:
         way: how second derivatives of the inner loss are taken.
         without: why it has none, in torch's words; "" where it has.
+        work: floating-point operations of the losses for a row.
         depends: of each leaf of a variable, whether a loss depends on it, by (level, variable).
     """
 
     way: Way = WAYS[0]
     without: str = ""
+    work: float = 0.0
     depends: dict[tuple[str, str], list[bool]] = dataclasses.field(default_factory=dict)
 
 
@@ -130,11 +138,15 @@ class Host:
         known: what a look at the losses has shown.
         says: a digest of what they compute, and how they are differentiated; "" before they were looked at.
         failure: what a loss raised within a compiled program.
+        served: the program that runs, where a thread serves it.
     """
 
-    def __init__(self, inner: Loss, outer: Loss, levels: Sequence[Stored] = (), known: Known | None = None, says: str = ""):
+    def __init__(
+        self, inner: Loss, outer: Loss, levels: Sequence[Stored] = (), known: Known | None = None, says: str = ""
+    ):
         self.inner, self.outer, self.known, self.says = inner, outer, known or Known(), says
         self.failure: Exception | None = None
+        self.served: Served | None = None
         self._levels = levels
         self.number = next(_numbers)
         _LIVE[self.number] = self
@@ -142,7 +154,9 @@ class Host:
     def bound(self, data: FederatedData) -> Host:
         """The same losses, bound to rows."""
         inside = Stored.of(data.inner, 0)
-        return Host(self.inner, self.outer, [inside, Stored.of(data.outer, len(inside.leaves[0]))], self.known, self.says)
+        return Host(
+            self.inner, self.outer, [inside, Stored.of(data.outer, len(inside.leaves[0]))], self.known, self.says
+        )
 
     def looked_at(self, x: PyTree, y: PyTree, data: FederatedData) -> Host:
         """The same, of which it is known what the losses compute now.
@@ -171,7 +185,7 @@ class Host:
             ats.append(At(loss, like_x, like_y, x, y, rows, weights / weights.sum()))
             look(level, ats[-1])
             found[level, "x"], found[level, "y"] = depends(ats[-1])
-        return Known(*way_of(ats[0]), found)
+        return Known(*way_of(ats[0]), max(map(work, ats)), found)
 
     def _few(self, level: Level) -> PyTree:
         """Some rows of the first client, in memory of their own."""
@@ -207,38 +221,38 @@ class Host:
             args: leaves of x, y, perhaps v, and rows, the rows' weights and how many are no padding; each with as many
                 axes first as `batch` has, of its lengths or of 1.
         """
-        with _ONE:
-            return self._answer(asked, batch, args)
+        if self.known.work * args[-2].shape[-1] < LITTLE:
+            return alone(_in_one_thread, self._answer, asked, batch, args)
+        return (alone if self.served is None else self.served.ask)(self._answer, asked, batch, args)
 
     def _answer(self, asked: Asked, batch: tuple[int, ...], args: Sequence[np.ndarray]) -> list[np.ndarray]:
         try:
-            lanes = list(zip(*(_lanes(arg, batch) for arg in args), strict=True))
-            found = [self._one(asked, lane) for lane in lanes]
+            variables = asked.x.num_leaves + asked.y.num_leaves * (2 if asked.name in _SECOND else 1)
+            tensors = [_lanes(tensor_of(_flat(arg, batch)).unbind(), arg, batch) for arg in args[:variables]]
+            *rows, weights, count = [_lanes(_flat(arg, batch), arg, batch) for arg in args[variables:]]
+            found = [
+                self._one(asked, [leaf[k] for leaf in tensors], [leaf[k] for leaf in rows], weights[k], int(count[k]))
+                for k in range(math.prod(batch))
+            ]
             return [torch.stack(leaf).numpy().reshape((*batch, *leaf[0].shape)) for leaf in zip(*found, strict=True)]
         except Exception as error:  # whatever the user's loss raises; XLA would tell it as a text of its own
             self.failure = error
             raise
 
-    def _one(self, asked: Asked, lane: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        sizes = [asked.x.num_leaves, asked.y.num_leaves]
-        if asked.name in _SECOND:
-            sizes.append(asked.y.num_leaves)
-        ends = list(itertools.accumulate(sizes))
-        x, y, *v = ([tensor_of(leaf) for leaf in lane[end - size : end]] for end, size in zip(ends, sizes, strict=True))
-        *rows, weights, count = lane[ends[-1] :]
-        at = self._at(asked, x, y, rows, weights, int(count))
-        return _ORACLES[asked.name](at, v[0] if v else [], self.known.way)
-
-    def _at(
-        self, asked: Asked, x: Leaves, y: Leaves, rows: Sequence[np.ndarray], weights: np.ndarray, count: int
-    ) -> At:
+    def _one(
+        self, asked: Asked, variables: Leaves, rows: Sequence[np.ndarray], weights: np.ndarray, count: int
+    ) -> list[torch.Tensor]:
+        """What an oracle says of one client."""
+        first, second = asked.x.num_leaves, asked.x.num_leaves + asked.y.num_leaves
+        x, y, v = variables[:first], variables[first:second], variables[second:]
         if asked.rows is None:
             numbers = rows[0][:count]
             batch = self._stored(numbers).batch(numbers)
         else:
             batch = asked.rows.unflatten([rows_of(leaf[:count]) for leaf in rows])
         loss = self.outer if asked.name.startswith("outer") else self.inner
-        return At(loss, asked.x, asked.y, x, y, batch, tensor_of(weights[:count]).to(y[0].dtype))
+        at = At(loss, asked.x, asked.y, x, y, batch, tensor_of(weights[:count]).to(y[0].dtype))
+        return _ORACLES[asked.name](at, v, self.known.way)
 
     def told(self) -> Exception | None:
         """What a loss raised since this was asked last, in the library's words."""
@@ -251,9 +265,27 @@ class Host:
         return told
 
 
-def _lanes(arg: np.ndarray, batch: tuple[int, ...]) -> Sequence[np.ndarray]:
-    """One array for each: those with a length of 1 are shared."""
-    lead, core = arg.shape[: len(batch)], arg.shape[len(batch) :]
-    flat = arg.reshape((math.prod(lead), *core))
+def _in_one_thread(function: Callable[..., list[np.ndarray]], *args: Any) -> list[np.ndarray]:
+    """`function(*args)`, whatever the number of torch's threads."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return function(*args)
+    torch.set_num_threads(1)
+    try:
+        return function(*args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _flat(arg: np.ndarray, batch: tuple[int, ...]) -> np.ndarray:
+    """With one axis in place of those of `batch`, of as many as there are."""
+    return arg.reshape((math.prod(arg.shape[: len(batch)]), *arg.shape[len(batch) :]))
+
+
+def _lanes(flat: Any, arg: np.ndarray, batch: tuple[int, ...]) -> Any:
+    """One for each: those with a length of 1 are shared."""
+    lead = arg.shape[: len(batch)]
+    if lead == batch:
+        return flat
     place = np.broadcast_to(np.arange(len(flat)).reshape(lead), batch).reshape(-1)
-    return [flat[k, ...] for k in place]
+    return [flat[k] for k in place.tolist()]

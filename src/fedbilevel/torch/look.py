@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import torch
-from jaxtyping import PyTree
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError, check
 from ..problem import describe
@@ -121,7 +121,9 @@ def look(level: str, at: At) -> None:
         changed = [(m, name) for m, name, buffer, was in seen.buffers if not torch.equal(buffer, was)]
     _check_modules(level, seen, drew, changed)
     _check_value(level, out)
-    same = [torch.equal(a, b) for a, b in zip((*rows, *(leaf.detach() for leaf in (*x, *y))), (*before, *held), strict=True)]
+    same = [
+        torch.equal(a, b) for a, b in zip((*rows, *(leaf.detach() for leaf in (*x, *y))), (*before, *held), strict=True)
+    ]
     check(all(same), f"the {level} loss changes its rows or variables in place: let it work on a copy, tensor.clone().")
     _check_elsewhere(level, out, [*x, *y])
     again = at.value(x, y)
@@ -191,7 +193,7 @@ def _leaves(out: torch.Tensor) -> Iterator[torch.Tensor]:
             continue
         met.add(node)
         if hasattr(node, "variable"):
-            yield node.variable
+            yield node.variable  # pyright: ignore[reportAttributeAccessIssue]
         nodes += [follower for follower, _ in node.next_functions if follower is not None]
 
 
@@ -218,3 +220,10 @@ def depends(at: At) -> tuple[list[bool], list[bool]]:
     found = torch.autograd.grad(out, [*x, *y], allow_unused=True)
     used = [slope is not None for slope in found]
     return used[: len(x)], used[len(x) :]
+
+
+def work(at: At) -> float:
+    """Floating-point operations of the loss for a row: of products and convolutions, which are nearly all."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        at.value(at.x, at.y)
+    return counter.get_total_flops() / len(jax.tree.leaves(at.batch)[0])

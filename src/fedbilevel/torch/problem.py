@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .. import problem as base
 from ..arrays import on_device
+from ..beside import Served
 from ..data import FederatedData
 from ..errors import InputError, check
 from ..jaxprs import each_on_host
@@ -79,6 +81,15 @@ class Problem(base.Problem):
 
     def depends(self, level: str, variable: str) -> list[bool] | None:
         return self.host.known.depends.get((level, variable))
+
+    def serving(self, program: Callable[[], PyTree]) -> PyTree:
+        if torch.get_num_threads() == 1:  # then there are no threads to stand in each other's way
+            return program()
+        before, self.host.served = self.host.served, (served := Served())
+        try:
+            return served.run(program)
+        finally:
+            self.host.served = before
 
     def told(self) -> Exception | None:
         return self.host.told()

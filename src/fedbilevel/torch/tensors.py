@@ -69,9 +69,9 @@ class Tensors(Foreign):
 
 def tensor_of(array: np.ndarray) -> torch.Tensor:
     """An array as a tensor, in the array's memory."""
-    if array.dtype.name == "bfloat16":  # of which torch's numpy knows nothing
+    if array.dtype.kind == "V":  # bfloat16, of which torch's numpy knows nothing
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array) if array.ndim else torch.from_numpy(array.reshape(1)).reshape(())
+    return torch.from_numpy(array)
 
 
 def rows_of(array: np.ndarray) -> torch.Tensor:

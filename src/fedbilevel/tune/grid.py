@@ -97,7 +97,8 @@ def sweep(
     start, lower = execution.start(algorithm, state), Lower(execution, algorithm, state, y_rest)
     limit = _BLOWN_UP * max([1.0, *(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves((inner_x, inner_y)))])
     evaluate = lambda x, y: {
-        name: float(np.asarray(fn(as_given(eqx.combine(x, x_rest), x_rest), as_given(eqx.combine(y, y_rest), y_rest)))) for name, fn in metrics.items()
+        name: float(np.asarray(fn(as_given(eqx.combine(x, x_rest), x_rest), as_given(eqx.combine(y, y_rest), y_rest))))
+        for name, fn in metrics.items()
     }
     end = math.inf
     for part in _groups(grid, size):
