@@ -32,6 +32,7 @@ from .description import Description
 from .engines.base import Engine
 from .engines.faults import Faults
 from .errors import InputError, check
+from .foreign import native
 from .given import JSON, Whole, whole_number
 from .metrics import checked_metrics
 from .problem import Problem
@@ -146,7 +147,7 @@ class App:
         check(
             good, f"load({site!r}) of the app must return (inner rows, outer rows); it returned {type(both).__name__}."
         )
-        return both
+        return native(both[0]), native(both[1])
 
     def data(self, sites: list[str]) -> FederatedData:
         """All sites' rows side by side: for a simulation, on sample data."""
@@ -211,6 +212,11 @@ def load_app(path: str | os.PathLike[str]) -> App:
         module = modules.load(file)
     except InputError:
         raise
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{file} needs the module {error.name}, which is not here: install it, as the others have it, or lay its file "
+            "beside."
+        ) from error
     except Exception as error:  # whatever the user's file raises
         raise InputError(f"{file} failed: {type(error).__name__}: {error}") from error
     app = getattr(module, "app", None)

@@ -116,6 +116,11 @@ class Simulation(Engine):
         program: Program = iteration,
     ) -> _Simulated:
         cohort = check_cohort(self.cohort, data.clients)
+        check(
+            not problem.on_host or self.mesh is None or self.mesh.size == 1,
+            f"a {type(problem).__module__.rpartition('.')[0]}.{type(problem).__name__} is computed by this process, not on "
+            "the devices of a mesh: leave mesh= out.",
+        )
         problem, data = problem.holding(data)
         problem = freeze(problem, state.x, state.y, data)
         protocol = plan(self, problem, data, algorithm, state, cohort, program)

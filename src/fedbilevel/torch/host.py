@@ -211,7 +211,7 @@ class Host:
             name not in _SECOND or not self.known.without,
             f"the inner loss has no second derivatives in torch {torch.__version__}, neither by double backward nor by "
             f"forward over reverse ({self.known.without}): use another operation, or an algorithm that needs first "
-            "derivatives only, such as MemFBO or FedF2SA.",
+            "derivatives only, such as MemFBO or FedF2SA, with numbers for its step sizes.",
         )
 
     def answer(self, asked: Asked, batch: tuple[int, ...], args: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -203,7 +203,8 @@ class _Inside:
             fingerprint(self.agreed.means(first).protocol) == message.protocol,
             f"site {self.site} derives another protocol than the server: both need the same app, fedbilevel and jax.",
         )
-        inner, outer = self.own.inner.alone(0), self.own.outer.alone(0)
+        self.problem, self.held = self.agreed.problem.holding(self.own)
+        inner, outer = self.held.inner.alone(0), self.held.outer.alone(0)
         if scale is not None:
             outer = eqx.tree_at(lambda rows: rows.scale, outer, jnp.asarray(scale, outer.scale.dtype))
         self.mine, self.sides = (inner, outer), {}
@@ -220,7 +221,7 @@ class _Inside:
         from .agreement import client_key
 
         algorithm, state, protocol = self.agreed.means(purpose)
-        problem = freeze(self.agreed.problem, *self.agreed.variables, self.own)
+        problem = freeze(self.problem, *self.agreed.variables, self.held)
         first = client_state(algorithm, state) if purpose.name == "run" else None
         return ClientSide(
             problem, self.mine, as_leaves(algorithm), protocol, client_key(self.asked.seed, purpose),
