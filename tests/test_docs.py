@@ -111,8 +111,9 @@ def fresh():
 
 
 def speed(page: Path) -> list[pytest.MarkDecorator]:
-    """The pages of the API are many: slow tests."""
-    return [pytest.mark.slow] if "api" in page.relative_to(ROOT).parts else []
+    """The pages of the API are many: slow tests. Those of models in PyTorch need it."""
+    slow = "api" in page.relative_to(ROOT).parts
+    return [pytest.mark.slow] * slow + [pytest.mark.torch] * ("\nimport torch\n" in page.read_text())
 
 
 @pytest.mark.parametrize(

@@ -214,8 +214,7 @@ def load_app(path: str | os.PathLike[str]) -> App:
         raise
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{file} needs the module {error.name}, which is not here: install it, as the others have it, or lay its file "
-            "beside."
+            f"{file} failed: ModuleNotFoundError: {error}. Install it, as the others have it, or lay its file beside."
         ) from error
     except Exception as error:  # whatever the user's file raises
         raise InputError(f"{file} failed: {type(error).__name__}: {error}") from error

@@ -92,4 +92,4 @@ if multiprocessing.current_process().name.endswith("site-2"):
 """
     file = written(tmp_path, "lockstep", lacking)
     told = call("run", file, "--engine", "nvflare", "--clients", 3, "--out", tmp_path / "out", code=2)
-    assert re.search(r"site-2: .*app.py needs the module torch, which is not here", told)
+    assert re.search(r"site-2: .*app.py failed: .*torch.*Install it", told)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import PyTree
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..arrays import Structure
 
@@ -62,7 +63,8 @@ def gradient(at: At, of: Literal["x", "y", "xy"]) -> list[torch.Tensor]:
 
 def product(at: At, v: Leaves, of: Literal["x", "y"], way: Way) -> list[torch.Tensor]:
     """d2_yy g v (of="y"), or d2_xy g v (of="x")."""
-    return (_twice_backward if way == "double backward" else _forward_over_reverse)(at, v, of)
+    with sdpa_kernel(SDPBackend.MATH):  # attention's faster kernels have first derivatives alone
+        return (_twice_backward if way == "double backward" else _forward_over_reverse)(at, v, of)
 
 
 def _variables(leaves: Leaves) -> list[torch.Tensor]:

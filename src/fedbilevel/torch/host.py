@@ -184,7 +184,7 @@ class Host:
             weights = torch.arange(1, count + 1, dtype=y[0].dtype)
             ats.append(At(loss, like_x, like_y, x, y, rows, weights / weights.sum()))
             look(level, ats[-1])
-            found[level, "x"], found[level, "y"] = depends(ats[-1])
+            found[level, "x"], found[level, "y"] = depends(level, ats[-1])
         return Known(*way_of(ats[0]), max(map(work, ats)), found)
 
     def _few(self, level: Level) -> PyTree:

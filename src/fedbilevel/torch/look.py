@@ -211,13 +211,18 @@ def way_of(at: At) -> tuple[Way, str]:
     return WAYS[0], why
 
 
-def depends(at: At) -> tuple[list[bool], list[bool]]:
+def depends(level: str, at: At) -> tuple[list[bool], list[bool]]:
     """Of each leaf of x, and of y, whether the loss depends on it there."""
     x, y = ([leaf.detach().requires_grad_() for leaf in leaves] for leaves in (at.x, at.y))
     out = at.value(x, y)
     if not out.requires_grad:
         return [False] * len(x), [False] * len(y)
-    found = torch.autograd.grad(out, [*x, *y], allow_unused=True)
+    try:
+        found = torch.autograd.grad(out, [*x, *y], allow_unused=True)
+    except RuntimeError as error:  # an operation without a derivative, or that forbids this way to it
+        raise InputError(
+            f"the {level} loss has no derivative in torch: {str(error).strip().splitlines()[0]}"
+        ) from error
     used = [slope is not None for slope in found]
     return used[: len(x)], used[len(x) :]
 
