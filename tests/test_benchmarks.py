@@ -15,7 +15,11 @@ SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
 @pytest.mark.slow  # each compiles, in a process of its own
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(script, marks=[pytest.mark.torch] * script.stem.startswith("torch")) for script in SCRIPTS],
+    ids=lambda script: script.stem,
+)
 def test_a_benchmark_runs(script, tmp_path):
     if script.stem == "network":
         pytest.importorskip("nvflare")
