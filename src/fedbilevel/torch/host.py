@@ -30,7 +30,7 @@ from ..jaxprs import Tracer
 from .derivatives import WAYS, At, Leaves, Loss, Way, gradient, product, value
 from .digest import digest
 from .look import depends, look, way_of, work
-from .tensors import rows_of, tensor_of
+from .tensors import numbers, rows_of, tensor_of
 
 Name: TypeAlias = Literal[
     "inner_value",
@@ -104,12 +104,12 @@ class Stored:
         leaves, structure = jax.tree.flatten(level.rows)
         return cls(first, [rows_of(np.asarray(leaf)) for leaf in leaves], structure)
 
-    def batch(self, numbers: np.ndarray) -> PyTree:
-        """Some rows: where they lie side by side, without a copy."""
-        begin = int(numbers[0]) - self.first
-        if len(numbers) == 1 or (numbers[1:] - numbers[:-1] == 1).all():
-            return self.structure.unflatten([leaf[begin : begin + len(numbers)] for leaf in self.leaves])
-        place = torch.from_numpy(numbers.astype(np.int64) - self.first)
+    def batch(self, rows: np.ndarray) -> PyTree:
+        """Some rows, by their numbers: where they lie side by side, without a copy."""
+        begin = int(rows[0]) - self.first
+        if len(rows) == 1 or (rows[1:] - rows[:-1] == 1).all():
+            return self.structure.unflatten([leaf[begin : begin + len(rows)] for leaf in self.leaves])
+        place = torch.from_numpy(rows.astype(np.int64) - self.first)
         return self.structure.unflatten([leaf[place] for leaf in self.leaves])
 
 
@@ -197,9 +197,9 @@ class Host:
             return jax.tree.map(lambda leaf: leaf.clone(), self._stored(first).batch(first))
         return structure.unflatten([rows_of(np.array(np.asarray(leaf)[some])) for leaf in leaves])
 
-    def _stored(self, numbers: np.ndarray) -> Stored:
+    def _stored(self, rows: np.ndarray) -> Stored:
         """The level of which rows are, by their numbers."""
-        return next(level for level in reversed(self._levels) if level.first <= numbers[0])
+        return next(level for level in reversed(self._levels) if level.first <= rows[0])
 
     def check_second(self, name: Name) -> None:
         """Refuse a product with second derivatives that do not exist.
@@ -234,7 +234,7 @@ class Host:
                 self._one(asked, [leaf[k] for leaf in tensors], [leaf[k] for leaf in rows], weights[k], int(count[k]))
                 for k in range(math.prod(batch))
             ]
-            return [torch.stack(leaf).numpy().reshape((*batch, *leaf[0].shape)) for leaf in zip(*found, strict=True)]
+            return [numbers(torch.stack(leaf)).reshape((*batch, *leaf[0].shape)) for leaf in zip(*found, strict=True)]
         except Exception as error:  # whatever the user's loss raises; XLA would tell it as a text of its own
             self.failure = error
             raise
@@ -246,8 +246,8 @@ class Host:
         first, second = asked.x.num_leaves, asked.x.num_leaves + asked.y.num_leaves
         x, y, v = variables[:first], variables[first:second], variables[second:]
         if asked.rows is None:
-            numbers = rows[0][:count]
-            batch = self._stored(numbers).batch(numbers)
+            chosen = rows[0][:count]
+            batch = self._stored(chosen).batch(chosen)
         else:
             batch = asked.rows.unflatten([rows_of(leaf[:count]) for leaf in rows])
         loss = self.outer if asked.name.startswith("outer") else self.inner

@@ -72,7 +72,7 @@ def measured(layer: Layer) -> Found:
         found.append("right" if gap <= CLOSE[layer.kind] else "wrong")
         if symmetric == "" and found[-1] == "right":
             symmetric = "yes" if even else "no"
-    return Found(layer.name, *found, symmetric)
+    return Found(layer.name, found[0], found[1], symmetric)
 
 
 def _dot(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> float:
