@@ -10,7 +10,7 @@
 #
 # Why it matters here: a compiled program asks for several oracles at a time, from threads of its own, for one module and
 # several clients' parameters. Five of 72 runs differed from JAX's by a percent, without a word. So all that torch computes
-# is computed one call after the other (fedbilevel.beside; tests/torch/test_equal.py).
+# is computed one call after the other (fedbilevel.beside; tests/torch/test_problem.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

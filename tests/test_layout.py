@@ -43,6 +43,7 @@ LIBRARY = Tree(
         "engines": "dropout_weights same_cohort several",
         "protocol": "nested",
         "tasks": "saddle_and_composition",
+        "torch": "network",
     },
 )
 STUDIES = Tree(ROOT / "studies" / "tests", ROOT / "studies" / "src" / "fedbilevel_studies", {".": "public_names store"})

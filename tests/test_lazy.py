@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -111,3 +112,16 @@ def test_only_imports_below_the_line_are_offered(tmp_path):
         "sub": ("own.sub", None), "One": ("own.kinds.one", "One"), "second": ("own.kinds.two", "two"),
     }  # fmt: skip
     assert inspect.getsource(fb).count("if TYPE_CHECKING:") == 1
+
+
+def test_torch_is_imported_in_its_room_alone():
+    """The library does without it; the room says what to install where it is not there."""
+    source = ROOT / "src" / "fedbilevel"
+    files = [file for file in source.rglob("*.py") if "torch" not in file.relative_to(source).parts]
+    importing = re.compile(r"^\s*(import torch\b|from torch\b)", re.M)
+    assert len(files) > 200 and not [file for file in files if importing.search(file.read_text())]
+    lacking = (
+        "import sys; sys.modules['torch'] = None; import fedbilevel.solve, fedbilevel.app; import fedbilevel.torch"
+    )
+    done = subprocess.run([sys.executable, "-c", lacking], capture_output=True, text=True, timeout=120)
+    assert 'fedbilevel.torch needs PyTorch: pip install "fedbilevel[torch]".' in done.stderr.splitlines()[-1]

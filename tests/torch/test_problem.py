@@ -9,10 +9,10 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from twins import WEIGHTS, twins
 
 import fedbilevel as fb
 from fedbilevel.algorithms import ALGORITHMS
+from helpers.twins import WEIGHTS, twins
 
 STEPS = {"inner_lr": 0.1, "outer_lr": 0.05, "hessian_lr": 0.1, "inner_rounds": 2, "local_steps": 2, "neumann_terms": 2}
 CLOSE = {64: 1e-10, 32: 1e-4}
