@@ -54,10 +54,10 @@ test-slow: .venv/core .venv/test .venv/docs .venv/dev ## the slow tests
 	$(CHEAPER) $(TESTS) -m "slow and not network and not torch" $(ARGS)
 
 test-network: .venv/core .venv/test ## the tests of a provisioned deployment on this machine
-	$(CHEAPER) $(subst .venv/xla,.venv/xla-network,$(TESTS)) -n 0 -m "network and not torch" $(ARGS)
+	$(CHEAPER) $(subst .venv/xla,.venv/xla-network,$(TESTS)) -n 0 -m network $(ARGS)
 
-test-torch: .venv/core .venv/test .venv/torch ## the tests that need PyTorch, which it installs
-	$(CHEAPER) $(TESTS) -m torch $(ARGS)
+test-torch: .venv/core .venv/test .venv/torch ## the tests that need PyTorch, which it installs; test-network has more
+	$(CHEAPER) $(TESTS) -m "torch and not network" $(ARGS)
 
 lint: .venv/dev ## ruff: the rules and the format; the contract of imports
 	$(BIN)/ruff check .

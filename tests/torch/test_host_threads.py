@@ -28,12 +28,12 @@ SCRIPT = """
     outer = lambda x, y, batch, weights: each(y, batch, weights)
     x, y = {"p": torch.tensor(-1.0)}, {"w": torch.zeros(LARGE)}
     algorithm = fb.SimFBO(inner_lr=0.1, hessian_lr=0.1, outer_lr=0.1, local_steps=2)
-    result = fb.solve(ft.Problem(inner, outer), data, algorithm, x, y, 3, key=jax.random.key(0), check=False)
+    result = fb.solve(ft.Problem(inner, outer), data, algorithm, x, y, 2, key=jax.random.key(0), check=False)
     print("x", float(result.x["p"]), float(result.y["w"].sum()))
 """
 
 
-@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("cores", "threads"), [(1, 2), (2, 2)])
 def test_arrays_of_32_mb(cores: int, threads: int):
     if cores > (os.cpu_count() or 1):
         pytest.skip("there are not so many cores")

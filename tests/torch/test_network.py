@@ -55,6 +55,7 @@ app = fb.App(
     start=lambda: ({{"weights": torch.zeros(3), "penalty": torch.tensor(-3.0)}}, model.parameters()), {settings},
 )
 """
+pytestmark = pytest.mark.network
 STEPS = "inner_lr=0.1, outer_lr=0.1"
 ALGORITHMS = {
     "lockstep": "fb.Lockstep(batch_size=4)",
