@@ -4,7 +4,7 @@
 PYTHON ?= python3.13 python3.12 python3.11 python3
 DEMO ?= fedbilevel compare hyper-representation --dataset digits --partition shards --clients 20 \
 	--algorithms aggitd,fednest --seeds 3 --rounds 200 --overwrite --out demo
-BENCHMARKS ?= $(filter-out benchmarks/fednest_settings.py benchmarks/no_knobs.py, $(wildcard benchmarks/*.py))
+BENCHMARKS ?= $(filter-out benchmarks/fednest_settings.py benchmarks/no_knobs.py benchmarks/torch_rounds.py, $(wildcard benchmarks/*.py))
 # More words for pytest, as in: make test ARGS="-k aggitd"
 ARGS ?=
 
