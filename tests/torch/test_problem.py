@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jaxtyping
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 import fedbilevel as fb
+import fedbilevel.torch as ft
 from fedbilevel.algorithms import ALGORITHMS
+from fedbilevel.problem import ORACLES
 from helpers.twins import WEIGHTS, twins
 
 STEPS = {"inner_lr": 0.1, "outer_lr": 0.05, "hessian_lr": 0.1, "inner_rounds": 2, "local_steps": 2, "neumann_terms": 2}
@@ -75,3 +78,46 @@ def test_as_in_jax(name: str, model: str, bits: int):
         start = np.concatenate([leaf.numpy().ravel() for leaf in ours.x.values()])
         end = np.concatenate([leaf.numpy().ravel() for leaf in found.x.values()])
         assert np.abs(end - start).max() > 1e-6
+
+
+def test_a_run_is_gone_on_with(tmp_path):
+    """With its best and its states; by the same losses alone: what they hold counts."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        ours, _ = twins("mlp", 64)
+        how = {"key": jax.random.key(0), "keep": "validation_loss:min", "check": False}
+        given = ours.data, fb.Lockstep(batch_size=3), ours.x, ours.y
+        fb.solve(ours.problem, *given, 4, callbacks=[fb.callbacks.Checkpoint(tmp_path, every=2)], **how)
+        whole, more = (fb.solve(ours.problem, *given, 7, resume=resume, **how) for resume in (None, tmp_path))
+        for name, leaf in whole.x.items():
+            torch.testing.assert_close(more.x[name], leaf, rtol=0, atol=1e-14)
+        assert more.best().iteration == whole.best().iteration
+        assert isinstance(more.best().y["0.weight"], torch.Tensor)
+
+        inner, factor = ours.problem.inner, torch.tensor(1.5, dtype=torch.float64)
+        other = ft.Problem(lambda *args: factor * inner(*args), ours.problem.outer)
+        with pytest.raises(fb.InputError, match="loss"):
+            fb.solve(other, *given, 7, resume=tmp_path, **how)
+
+
+def asked(twin, name: str, vectors: int, v) -> Callable:
+    """An oracle of a client, by its number."""
+    level = getattr(twin.data, "outer" if name.startswith("outer") else "inner")
+    x, y = ({key: np.asarray(leaf) for key, leaf in tree.items()} for tree in (twin.x, twin.y))
+    return lambda i: getattr(twin.problem, name)(x, y, *[v] * vectors, level.client(i).all())
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_oracles_by_themselves_and_within_transformations(name):
+    """As those of the same losses in JAX: outside of programs, within jit and vmap, with padding."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        both = twins("mlp", 64)
+        v = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.5, both[1].y)
+        one, other = (asked(twin, name, ORACLES[name], v) for twin in both)
+        every = np.arange(4)
+        for found, exact in (
+            (one(1), other(1)),
+            (jax.jit(one)(1), other(1)),
+            (jax.vmap(one)(every), jax.vmap(other)(every)),
+        ):
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
