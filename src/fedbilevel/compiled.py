@@ -34,9 +34,8 @@ CHEAPLY: Options = (
     ("xla_cpu_parallel_codegen_split_count", 1),
 )  # for what runs once or a few times: compiling is what it costs
 
-ONE_THREAD: dict[str, str | bool] = {
-    "xla_cpu_multi_thread_eigen": False
-}  # where what takes the time is computed elsewhere
+# of programs whose time goes elsewhere: XLA's own threads would only stand in the way
+ONE_THREAD: dict[str, str | bool] = {"xla_cpu_multi_thread_eigen": False}
 
 Static: TypeAlias = tuple[Hashable, ...]  # leaves, or what stands in the place of arrays
 Thing = TypeVar("Thing")
