@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import equinox as eqx
@@ -135,15 +136,12 @@ class Bound:
     def at(self, static: _Static, arrays: list[Concrete], spent: list[Concrete] | None = None) -> PyTree:
         """The value at these arrays, and others after them whose memory it may take."""
         with helpers_of(self._problem), told_of_reverse_rules():  # JAX may find such a rule after the oracle's end only
+            given = _Given(self._now, static, self._own, self._algorithm, arrays, spent or [])
             if not self._problem.on_host:
-                return self._compiled(self._now, static, self._own, self._algorithm, arrays, spent or [])
+                return self._compiled(given)
             with told_by(self._problem):  # and so what it raises has to come up here
-                program = self._compiled.ready(self._now, static, self._own, self._algorithm, arrays, spent or [])
-                return (
-                    self._problem.serving(program)
-                    if program is not None
-                    else self._compiled(self._now, static, self._own, self._algorithm, arrays, spent or [])
-                )
+                program = self._compiled.ready(given)
+                return self._compiled(given) if program is None else self._problem.serving(program)
 
 
 def _apart(leaves: list[PyTree]) -> tuple[list[Concrete], Static]:
@@ -181,51 +179,27 @@ class _Compiled:
             )
         )
 
-    def ready(
-        self,
-        now: _Now,
-        static: _Static,
-        own: list[Concrete],
-        algorithm: list[Concrete],
-        arrays: list[Concrete],
-        spent: list[Concrete],
-    ) -> Callable[[], PyTree] | None:
+    def ready(self, given: _Given) -> Callable[[], PyTree] | None:
         """The call, compiled: it may be made in another thread. None within a program that is being traced."""
-        everything = (own, algorithm, arrays, spent)
+        now, static, *parts = given
         there = jax.lax.add(np.float32(0), np.float32(0))  # a tracer wherever JAX traces
-        if any(isinstance(leaf, Tracer) for leaf in (there, *itertools.chain(*everything))):
+        if any(isinstance(leaf, Tracer) for leaf in (there, *itertools.chain(*parts))):
             return None
-        given = [
-            [leaf if isinstance(leaf, jax.Array) else on_device(np.asarray(leaf)) for leaf in part]
-            for part in everything
-        ]
-        kinds = tuple(
-            tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in part) for part in given
-        )
-        place = whole_over(given[2])
-        if (static, kinds, place) not in self._ahead:
-            before, self._call.now = self._call.now, now
-            try:
-                self._ahead[static, kinds, place] = self._jitted(place).lower(static, *given).compile(ONE_THREAD)
-            finally:
-                self._call.now = before
-        compiled = self._ahead[static, kinds, place]
-        return lambda: jax.block_until_ready(compiled(*given))
+        on_it = lambda leaf: leaf if isinstance(leaf, jax.Array) else on_device(np.asarray(leaf))
+        held = [[on_it(leaf) for leaf in part] for part in parts]
+        kind = lambda leaf: (leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False))
+        place = whole_over(given.arrays)
+        key = static, tuple(tuple(map(kind, part)) for part in held), place
+        if key not in self._ahead:
+            with self._call.being(now):
+                self._ahead[key] = self._jitted(place).lower(static, *held).compile(ONE_THREAD)
+        compiled = self._ahead[key]
+        return lambda: jax.block_until_ready(compiled(*held))
 
-    def __call__(
-        self,
-        now: _Now,
-        static: _Static,
-        own: list[Concrete],
-        algorithm: list[Concrete],
-        arrays: list[Concrete],
-        spent: list[Concrete],
-    ) -> PyTree:
-        before, self._call.now = self._call.now, now
-        try:
-            return self._jitted(whole_over(arrays))(static, own, algorithm, arrays, spent)
-        finally:
-            self._call.now = before
+    def __call__(self, given: _Given) -> PyTree:
+        now, static, *parts = given
+        with self._call.being(now):
+            return self._jitted(whole_over(given.arrays))(static, *parts)
 
 
 class _Now(NamedTuple):
@@ -244,11 +218,36 @@ class _Now(NamedTuple):
     whole: Structure
 
 
+class _Given(NamedTuple):
+    """What a call is made with.
+
+    Attributes:
+        own, algorithm, arrays, spent: arrays: the problem's, the algorithm's, of the arguments, and of those whose memory
+            it may take.
+    """
+
+    now: _Now
+    static: _Static
+    own: list[Concrete]
+    algorithm: list[Concrete]
+    arrays: list[Concrete]
+    spent: list[Concrete]
+
+
 class _Call:
     """The call that is being made."""
 
     def __init__(self):
         self.now: _Now | None = None
+
+    @contextlib.contextmanager
+    def being(self, now: _Now) -> Iterator[None]:
+        """Within it, it is this one."""
+        before, self.now = self.now, now
+        try:
+            yield
+        finally:
+            self.now = before
 
 
 def _traced(

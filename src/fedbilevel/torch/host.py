@@ -55,7 +55,7 @@ LITTLE = 2.0**24  # operations of a batch, up to which several threads take long
 _FEW = 4  # rows that losses are looked at on
 _LOOKS: Kept[Known] = Kept(64)
 _LIVE: weakref.WeakValueDictionary[int, Host] = weakref.WeakValueDictionary()
-_numbers = itertools.count(1)
+_count = itertools.count(1)
 
 
 class Numbers(eqx.Module):
@@ -148,7 +148,7 @@ class Host:
         self.failure: Exception | None = None
         self.served: Served | None = None
         self._levels = levels
-        self.number = next(_numbers)
+        self.number = next(_count)
         _LIVE[self.number] = self
 
     def bound(self, data: FederatedData) -> Host:
