@@ -111,8 +111,8 @@ def fresh():
 
 
 def speed(page: Path) -> list[pytest.MarkDecorator]:
-    """The pages of the API are many: slow tests. Those of models in PyTorch need it."""
-    slow = "api" in page.relative_to(ROOT).parts
+    """The pages of the API are many, networks compile for long: slow tests. Those of models in PyTorch need it."""
+    slow = "api" in page.relative_to(ROOT).parts or page.stem == "equinox-and-flax"
     return [pytest.mark.slow] * slow + [pytest.mark.torch] * ("\nimport torch\n" in page.read_text())
 
 

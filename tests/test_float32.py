@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import jax
@@ -13,19 +12,13 @@ import pytest
 import fedbilevel as fb
 from fedbilevel.algorithms import ALGORITHMS
 from helpers.quadratic import flat, inner, outer, quadratic
+from helpers.users import as_users_do
 
 FAST = ("fedbio",)  # the others take their time to compile
 EACH = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ALGORITHMS]
 Q0 = quadratic(seed=3, clients=4)
 SMALL = {"inner_lr": 0.02, "outer_lr": 0.01, "hessian_lr": 0.02, "inner_rounds": 2, "local_steps": 2, "neumann_terms": 2,
          "batch_size": 2, "outer_optimizer": "adam:0.01"}  # fmt: skip
-
-
-@contextlib.contextmanager
-def as_users_do(bits: int):
-    promote = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-    with jax.enable_x64(bits == 64), promote[0], promote[1]:
-        yield
 
 
 def run(name: str, bits: int) -> fb.Result:

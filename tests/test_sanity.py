@@ -333,3 +333,33 @@ def test_sites_look_before_the_run_begins(tmp_path):
     assert said.count("fedbilevel: warning: the inner loss curves downwards in y along some directions") == 1
     told = json.loads((tmp_path / "out" / "outcome.json").read_text())["warnings"]
     assert len(told) == 1 and told[0] in said
+
+
+# Padding of batches -----------------------------------------------------------------------------------------------------
+
+
+def normalised(a):
+    return (a - a.mean(0, keepdims=True)) / (a.std(0, keepdims=True) + 0.1)
+
+
+def of_batch(prepare, level="inner"):
+    one = lambda x, y, rows, w: w @ (rows["a"] @ y - rows["b"]) ** 2 + jnp.exp(x) * y @ y / 10
+    other = lambda x, y, rows, w: one(x, y, {**rows, "a": prepare(rows["a"])}, w)
+    return fb.Problem(*((other, one) if level == "inner" else (one, other)), batched=True)
+
+
+def sites(*counts):
+    draw = np.random.default_rng(0)
+    return [{"a": draw.normal(size=(n, 3)), "b": draw.normal(size=n)} for n in counts]
+
+
+@pytest.mark.parametrize("level", ["inner", "outer"])
+def test_padding_that_counts_in_a_batched_loss_is_refused_where_there_is_padding(level):
+    ragged, even = (fb.FederatedData.stack(*[sites(*counts)] * 2) for counts in ((5, 9, 2), (4, 4, 4)))
+    given = fb.Lockstep(inner_lr=0.1, hessian_lr=0.1, outer_lr=0.1), jnp.array(0.0), jnp.ones(3), 2
+    run = lambda problem, data, **more: fb.solve(problem, data, *given, key=jax.random.key(0), **more)
+    with pytest.raises(fb.InputError, match=f"rows of weight zero count in the {level} loss of a batch: 4 rows give"):
+        run(of_batch(normalised, level), ragged)
+    run(of_batch(normalised, level), ragged, check=False)
+    run(of_batch(normalised, level), even)
+    run(of_batch(lambda a: a, level), ragged)

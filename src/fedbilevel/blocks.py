@@ -30,7 +30,8 @@ _EACH = 16  # what a block costs beside its rows, in rows
 _SIZES = tuple(2**k for k in range(8))
 _ROOM = 32  # a buffer of features may have so many times the rows that are expected
 
-Part: TypeAlias = Callable[..., PyTree]  # (args, examples, weights, features) -> the weighted mean over these rows
+# (args, examples, weights, features, which of the client's they are) -> the weighted mean over these rows
+Part: TypeAlias = Callable[..., PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +122,10 @@ class Window(eqx.Module):
         """How many blocks."""
         return -(-self.count // self.cut.size)
 
-    def block(self, number: Int[Array, ""]) -> tuple[PyTree, Float[Array, " rows"], Float[Array, ""], PyTree]:
-        """(Examples, their weights, which part of all rows they are, features); padding repeats a real row."""
+    def block(
+        self, number: Int[Array, ""]
+    ) -> tuple[PyTree, Float[Array, " rows"], Float[Array, ""], PyTree, Int[Array, " rows"]]:
+        """(Examples, weights, the share of all rows that they are, features, place); padding repeats a real row."""
         first = number * self.cut.size
         place = first + jnp.arange(self.cut.size, dtype=jnp.int32)
         inside = jnp.minimum(place, self.count - 1)
@@ -131,11 +134,11 @@ class Window(eqx.Module):
         take = lambda start: lambda leaf: entry(leaf, start + inside)
         features = None if self.features is None else jax.tree.map(take(self.base), self.features)
         examples = jax.tree.map(take(self.offset), self.rows)
-        return examples, weights, here / self.count.astype(here.dtype), features
+        return examples, weights, here / self.count.astype(here.dtype), features, inside
 
 
 def summed(part: Part, args: PyTree, window: Window) -> PyTree:
-    """The weighted mean over a client's rows: `part(args, examples, weights, features)` over its blocks.
+    """The weighted mean over a client's rows: `part(args, examples, weights, features, place)` over its blocks.
 
     Args:
         part: its result is the weighted mean over the rows it is given, with weights that sum to the same for any.
@@ -239,9 +242,9 @@ def _turn(part: Part, batched: PyTree) -> Callable[..., tuple[Int[Array, " block
     @jax.jit  # traced once, for the shapes and for the loop
     def turn(pairs: _Pairs, args: PyTree, k: Int[Array, ""]) -> tuple[Int[Array, " blocks"], PyTree]:
         def one(pair: Int[Array, ""]) -> tuple[Int[Array, ""], PyTree]:
-            slot, real, own, (examples, weights, share, features) = pairs.pick(pair, args, batched)
+            slot, real, own, (examples, weights, share, features, place) = pairs.pick(pair, args, batched)
             share = jnp.where(real, share, 0.0)
-            found = part(own, examples, weights, features)
+            found = part(own, examples, weights, features, place)
             return slot, jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), found)
 
         return jax.vmap(one)(_numbers(pairs.window.cut, k))
@@ -257,7 +260,7 @@ def _fill(part: Part, args: PyTree, batched: PyTree, window: Window) -> tuple[Py
     @jax.jit
     def turn(pairs: _Pairs, args: PyTree, k: Int[Array, ""]) -> PyTree:
         def one(pair: Int[Array, ""]) -> PyTree:
-            _, _, own, (examples, _, _, _) = pairs.pick(pair, args, batched)
+            _, _, own, (examples, *_) = pairs.pick(pair, args, batched)
             return part(own, examples)
 
         found = jax.vmap(one)(_numbers(cut, k))

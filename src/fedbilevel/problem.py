@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
+from . import norms
 from .blocks import Window, summed
 from .canonical import Traced, trace
 from .errors import InputError, check
@@ -39,9 +40,10 @@ class Rows(eqx.Module):
         weights: (rows,) the weight of each row; they sum to one (times the client's outer weight, where that is not
             its inner one), and are zero on padding.
         count: () int32, how many of the rows are real.
-        key: the random key of this draw, minibatch or all rows, for a loss that is random itself (dropout): oracles of
-            its own may use it. None for rows that no exchange drew.
+        key: the random key of this draw, minibatch or all rows, for a loss that is random itself (dropout): see
+            `Problem(random=True)`; oracles of its own may use it. None for rows that no exchange drew.
         features, at: `Problem.features` of each row and the x they were computed at, or None where they were not.
+        place: (rows,) int32, which of the draw's rows these are; None: all of them, in order.
     """
 
     examples: PyTree[Shaped[Array, "rows ..."]]
@@ -50,6 +52,14 @@ class Rows(eqx.Module):
     key: Key[Array, ""] | None = None
     features: PyTree = None
     at: PyTree = None
+    place: Int[Array, " rows"] | None = None
+
+    def keys(self) -> Key[Array, " rows"] | None:
+        """A random key of each row, `fold_in(key, its place in the draw)`; None where no exchange drew them."""
+        if self.key is None:
+            return None
+        place = jnp.arange(self.weights.shape[0], dtype=jnp.int32) if self.place is None else self.place
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self.key, place)
 
     def computed_at(self, x: PyTree) -> bool:
         """Whether `features` are those at x: the very same arrays, so that a derivative in x never takes them for constants.
@@ -108,26 +118,31 @@ def _by_blocks(oracle: Oracle) -> Oracle:
 def _summed(oracle: Callable, problem: Problem, at: tuple[PyTree, ...], rows: Rows, window: Window) -> PyTree:
     arrays, rest = eqx.partition(problem, eqx.is_array)
     known = rows.computed_at(at[0])
-    padded = Rows(rows.examples, rows.weights, rows.count)
+    # a key as numbers: what is made of several clients' blocks takes arrays alone
+    secret = None if rows.key is None or not problem.random else jax.random.key_data(rows.key)
+    keyed = lambda secret: None if secret is None else jax.random.wrap_key_data(secret, impl="threefry2x32")
+    padded = Rows(rows.examples, rows.weights, rows.count, keyed(secret))
     window = window if known else dataclasses.replace(window, features=None, base=None)
 
-    def part(given: PyTree, examples: PyTree, weights: Float[Array, " rows"], features: PyTree) -> PyTree:
-        arrays, at = given
+    def part(
+        given: PyTree, examples: PyTree, weights: Float[Array, " rows"], features: PyTree, place: Int[Array, " rows"]
+    ) -> PyTree:
+        arrays, at, secret = given
         count = jnp.asarray(weights.shape[0], jnp.int32)
-        block = Rows(examples, weights, count, None, features, at[0] if known else None)
+        block = Rows(examples, weights, count, keyed(secret), features, at[0] if known else None, place)
         return oracle(eqx.combine(arrays, rest), *at, block)
 
     # a derivative of the sum is that of the oracle on padded rows: of the loop there is none in reverse
     @jax.custom_jvp
-    def over_blocks(arrays: PyTree, at: PyTree, window: Window, padded: Rows) -> PyTree:
-        return summed(part, (arrays, at), window)
+    def over_blocks(arrays: PyTree, at: PyTree, window: Window, padded: Rows, secret: PyTree) -> PyTree:
+        return summed(part, (arrays, at, secret), window)
 
     @over_blocks.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
-        plain = lambda arrays, at, _, padded: oracle(eqx.combine(arrays, rest), *at, padded)
+        plain = lambda arrays, at, _, padded, __: oracle(eqx.combine(arrays, rest), *at, padded)
         return jax.jvp(plain, primals, tangents)
 
-    return over_blocks(arrays, at, window, padded)
+    return over_blocks(arrays, at, window, padded, secret)
 
 
 class Problem(eqx.Module):
@@ -142,6 +157,11 @@ class Problem(eqx.Module):
             inner loss is then g(x, y, example, phi(x, example)), or batched g(x, y, examples, weights, features) with
             features = phi(x, examples), rows first. Local steps on y compute phi once per row instead of at every step;
             derivatives in x go through it. The outer loss stays f(x, y, example).
+        random: the inner loss is random (dropout), and takes a key after everything else: g(x, y, example, key), or of a
+            batch g(x, y, examples, weights, keys) with one key a row. The key is fold_in(the draw's key, the row's place in
+            the draw): one draw, one mask, whatever is computed of it, and the same on every engine. It is None where the
+            loss is to be deterministic: in `reference`, in scores, and where the problem is looked at. The outer loss
+            judges, and draws nothing.
 
     x, y and an example are pytrees of arrays (equinox modules too). The library takes the weighted means over rows
     and clients, so clients of different sizes are exact. Every oracle takes `rows: Rows` and returns a pytree like x or
@@ -154,6 +174,7 @@ class Problem(eqx.Module):
     outer: Loss
     batched: bool = eqx.field(static=True, default=False)
     features: Callable[..., PyTree] | None = None
+    random: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         for level in ("inner", "outer"):
@@ -202,10 +223,12 @@ class Problem(eqx.Module):
     @_by_blocks
     def inner_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
         """g(x, y): the weighted mean of the inner loss over the rows."""
-        if self.features is None:
-            return self._mean(self.inner, x, y, rows)
-        phi = rows.features if rows.computed_at(x) else self.row_features(x, rows.examples)
-        return self._mean(self.inner, x, y, rows, phi)
+        more = ()
+        if self.features is not None:
+            more = (rows.features if rows.computed_at(x) else self.row_features(x, rows.examples),)
+        if self.random:
+            more = (*more, rows.keys())
+        return self._mean(self.inner, x, y, rows, *more)
 
     def row_features(self, x: PyTree, examples: PyTree) -> PyTree:
         """phi(x, example) of each row, leaves (rows, ...); None for a problem without features."""
@@ -249,10 +272,10 @@ class Problem(eqx.Module):
         """(d_x f, d_y f) at (x, y), like x and like y."""
         return jax.grad(self.outer_value, argnums=(0, 1))(x, y, rows)
 
-    def _mean(self, loss: Loss, x: PyTree, y: PyTree, rows: Rows, *features: PyTree) -> Float[Array, ""]:
+    def _mean(self, loss: Loss, x: PyTree, y: PyTree, rows: Rows, *more: PyTree) -> Float[Array, ""]:
         if self.batched:
-            return loss(x, y, rows.examples, rows.weights, *features)
-        losses = jax.vmap(lambda example, *phi: loss(x, y, example, *phi))(rows.examples, *features)
+            return loss(x, y, rows.examples, rows.weights, *more)
+        losses = jax.vmap(lambda example, *own: loss(x, y, example, *own))(rows.examples, *more)
         return jnp.sum(rows.weights.astype(losses.dtype) * losses)
 
 
@@ -346,25 +369,76 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
         else:
             first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows.examples)
             data = (rows.examples, rows.weights) if problem.batched else (first,)
-            phi = ()
             if level == "inner" and problem.features is not None:
                 found["features"] = _features(problem, x, data[:1])
-                phi = (found["features"].out,)
-            traced = _trace(problem, level, (x, y), (*data, *phi), f"{level} loss")
-        found[level], out = traced, traced.out
-        takes = "a batch" if problem.batched else "one example"
-        check(
-            not is_complex(out),
-            f"the {level} loss must be real; for {takes} it returned {getattr(out, 'dtype', out)}: take "
-            f"jnp.abs(...) ** 2, or jnp.real(...) of it.",
-        )
-        check(
-            isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating),
-            lambda level=level, takes=takes, out=out: (
-                f"the {level} loss must return a floating-point scalar for {takes}; it returned {describe(out)}."
-            ),
-        )
+                data = (*data, found["features"].out)
+            _check_taken(problem, level, data)
+            if level == "inner" and problem.random:
+                found["random"], traced = _with_and_without_key(problem, (x, y), data, rows)
+            else:
+                traced = _trace(problem, level, (x, y), data, f"{level} loss")
+        found[level] = traced
+        _check_scalar(problem, level, traced.out)
     return found
+
+
+def _check_scalar(problem: Problem, level: str, out: PyTree) -> None:
+    takes = "a batch" if problem.batched else "one example"
+    check(
+        not is_complex(out),
+        f"the {level} loss must be real; for {takes} it returned {getattr(out, 'dtype', out)}: take "
+        f"jnp.abs(...) ** 2, or jnp.real(...) of it.",
+    )
+    check(
+        isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating),
+        lambda: f"the {level} loss must return a floating-point scalar for {takes}; it returned {describe(out)}.",
+    )
+
+
+def _check_taken(problem: Problem, level: str, data: tuple) -> None:
+    """Refuse a key that nobody declared, or nobody takes."""
+
+    def takes(more: int) -> bool:
+        try:
+            inspect.signature(getattr(problem, level)).bind(*[None] * (2 + len(data) + more))
+        except TypeError:
+            return False
+        except ValueError:  # a function without a signature
+            return more == keyed
+        return True
+
+    keyed = int(level == "inner" and problem.random)
+    rows = "examples, weights" if problem.batched else "example"
+    called = ", ".join(["x, y", rows, *["features"] * (level == "inner" and problem.features is not None)])
+    check(
+        takes(keyed) or not (keyed and takes(0)),
+        f"Problem(random=True) calls the inner loss as inner({called}, {'keys' if problem.batched else 'key'}), and it "
+        "takes no key: give it one argument more.",
+    )
+    check(
+        takes(keyed) or not takes(keyed + 1) or keyed,
+        f"the {level} loss is called as {level}({called}) and takes one argument more: "
+        + (
+            "if that is a random key, declare it, Problem(..., random=True)."
+            if level == "inner"
+            else "no key goes to the outer loss, which judges what was trained without dropout."
+        ),
+    )
+
+
+def _with_and_without_key(problem: Problem, variables: tuple, data: tuple, rows: Rows) -> tuple[Traced, Traced]:
+    """The two programs of a random inner loss."""
+    one = lambda: jax.random.key(0)
+    keys = jax.eval_shape(lambda: jax.random.split(one(), rows.weights.shape) if problem.batched else one())
+    drawn = _trace(problem, "inner", variables, (*data, keys), "inner loss, given a key,")
+    _check_scalar(problem, "inner", drawn.out)
+    try:
+        return drawn, _trace(problem, "inner", variables, (*data, None), "inner loss, given key=None,")
+    except InputError as error:
+        raise InputError(
+            f"{error}. It is judged without randomness, and has to run without a key: no dropout there, as in "
+            "`dropout(h, key=key, inference=key is None)`."
+        ) from error.__cause__
 
 
 def _features(problem: Problem, x: PyTree, data: tuple) -> Traced:
@@ -386,12 +460,12 @@ def _features(problem: Problem, x: PyTree, data: tuple) -> Traced:
 
 def _trace(problem: Problem, name: str, variables: tuple, data: tuple, what: str) -> Traced:
     try:
-        return trace_oracle(problem, name, *variables, *data)
+        with norms.refused():
+            return trace_oracle(problem, name, *variables, *data)
     except InputError:
         raise
     except Exception as error:  # whatever the user's function raises, on whatever shapes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the {what} failed on {describe(data[0])}: {type(error).__name__}: {reason}") from error
+        raise InputError(f"the {what} failed on {describe(data[0])}: {norms.explained(error)}") from error
 
 
 def trace_oracle(problem: Problem, name: str, *args: PyTree) -> Traced:

@@ -82,7 +82,8 @@ def _means(problem: Problem, level: str, at: Point, rows: Rows, tolerance: float
         whole, parts = float(value(at.x, at.y, rows)), 0.0
         for row in range(int(rows.count)):
             alone = jax.tree.map(lambda leaf, r=row: leaf[r : r + 1], rows.examples)
-            one = Rows(alone, jnp.reshape(total, (1,)), jnp.ones((), jnp.int32), key=rows.key)
+            place = jnp.full((1,), row, jnp.int32)
+            one = Rows(alone, jnp.reshape(total, (1,)), jnp.ones((), jnp.int32), key=rows.key, place=place)
             parts += float(rows.weights[row] / total) * float(value(at.x, at.y, one))
         good, detail = _close(whole, parts, tolerance)
         return good, f"{detail}, the weighted mean over rows without the padding" if not good else detail

@@ -23,12 +23,13 @@ from .errors import check, warn
 from .given import Received
 from .influence import compared, influence
 from .oracles import losses_traced_once
-from .problem import Problem, Rows
+from .problem import Problem, Rows, own_oracles
 from .program import compiled_as
 
 DIRECTIONS = 8  # the most directions tried
 ROWS = 512  # rows of all clients together that are looked at first
 _BLOCK, _TOGETHER = 64, 8  # rows of one client in a block, and blocks at a time: they bound the memory
+_PADDED = 8  # rows of a batch in which padding is looked for, half of them padding
 _NUMBERS = 2**23  # the most numbers in all directions together
 _SMALL = 64  # up to so many numbers in y, mixed signs are looked for in the plane of all directions
 
@@ -67,8 +68,8 @@ def check_sane(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, uppe
         upper: whether the upper level counts; False where x stays, so that only g in y matters.
 
     Raises:
-        InputError: a loss on which a variable it needs has no influence, or an inner loss that curves downwards in
-            every direction tried.
+        InputError: a loss on which a variable it needs has no influence, one of a batch in which padding counts, or an
+            inner loss that curves downwards in every direction tried.
     """
     check_influence(
         problem,
@@ -77,6 +78,7 @@ def check_sane(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, uppe
         *jax.eval_shape(lambda: [level.client(0).all() for level in (data.inner, data.outer)]),
         upper=upper,
     )
+    check_padding(problem, x, y, data)
     v, few = directions(y), _selected(data, ROWS)
     figures = measure(problem, x, y, v, data, few)
     if _suspicious(figures, v, y):
@@ -102,6 +104,46 @@ def check_influence(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: 
             )
             continue
         check(False, f"{what}: is it {level}(x, y, example), x the upper variable and y the lower one? {NO_CHECK}")
+
+
+def check_padding(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> None:
+    """Refuse losses of a batch in which rows of weight zero count, where clients differ in size and so are padded.
+
+    Raises:
+        InputError: with the level, and the loss with two kinds of padding.
+    """
+    if not problem.batched or own_oracles(type(problem)):
+        return
+    for level in ("inner", "outer"):
+        rows, counts = getattr(data, level), data.count(level)
+        if counts.min() == counts.max():
+            continue
+        real = min(_PADDED // 2, int(counts.sum()) - 1)
+        weights = np.repeat([1 / real, 0.0], [real, _PADDED - real])
+        places = [np.resize(np.arange(real), _PADDED), np.minimum(np.arange(_PADDED), int(counts.sum()) - 1)]
+        index = np.stack(places).astype(np.int32)
+        one, other = np.asarray(run(_padded, problem, level, x, y, rows.rows, index, weights, options=CHEAPLY))
+        close = float(jnp.finfo(one.dtype).eps) ** 0.5 * max(1.0, abs(one))
+        check(
+            not np.isfinite([one, other]).all() or abs(one - other) <= close,
+            f"rows of weight zero count in the {level} loss of a batch: {real} rows give {one:.6g} with some padding behind "
+            f"them, and {other:.6g} with other padding. Take the weighted mean over rows, with no statistics of the batch "
+            f"(as in batch normalisation). {NO_CHECK}",
+        )
+
+
+def _padded(
+    problem: Problem, level: str, x: PyTree, y: PyTree, rows: PyTree, index: Numbers, weights: Numbers
+) -> Float[Array, " 2"]:
+    """The loss of the same rows with two kinds of padding."""
+    weights = jnp.asarray(weights).astype(jnp.result_type(float))
+    count = jnp.sum(weights > 0, dtype=jnp.int32)
+
+    def value(index: Array) -> Float[Array, ""]:
+        examples = jax.tree.map(lambda leaf: entry(leaf, index), rows)
+        return getattr(problem, f"{level}_value")(x, y, Rows(examples, weights, count))
+
+    return jax.lax.map(value, jnp.asarray(index))
 
 
 def measure(

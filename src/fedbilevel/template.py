@@ -28,7 +28,8 @@ class Template:
         found, self._whole = jax.tree_util.tree_flatten_with_path(eqx.combine(arrays, rest))
         self._bare = jax.tree.structure(arrays)
         self._where = [f"{name}{jax.tree_util.keystr(path)}" for path, _ in found]
-        moving = [eqx.is_inexact_array(leaf) for _, leaf in found]
+        optimised = {path for path, _ in jax.tree_util.tree_flatten_with_path(arrays)[0]}
+        moving = [path in optimised for path, _ in found]
         self._places = [place for place, moves in enumerate(moving) if moves]
         self._others = [(place, found[place][1]) for place, moves in enumerate(moving) if not moves]
         kinds = [(found[place][1].shape, found[place][1].dtype) for place in self._places]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,17 +17,26 @@ from .problem import describe, is_complex, strong
 from .rows.narrow import WIDER, held
 from .rows.values import shown
 
+_RENEWED = {"BatchStat", "Cache", "Intermediate", "Perturbation", "RngState"}  # of flax.nnx's variables
+
 
 def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
     """Split x or y into its floating-point arrays and the rest; Python and numpy numbers become arrays.
 
     Arrays of a library that is known (`foreign`) become JAX's; the rest has a mark there, so that results may be given
-    back as they came (`as_given`).
+    back as they came (`as_given`). Python's floats in an equinox module (the rate of a dropout) and running statistics
+    of a flax.nnx module are of the rest, as they are to these libraries.
 
     Raises:
         InputError: no leaf is a floating-point array, or one is complex, masked, no array of numbers, not finite, or
-            does not survive in the 32 bits that JAX holds without `jax_enable_x64`.
+            does not survive in the 32 bits that JAX holds without `jax_enable_x64`; or it is all that a flax.linen module
+            has, with running statistics.
     """
+    check(
+        not (isinstance(variable, Mapping) and {"params", "batch_stats"} <= set(variable)),
+        f"{name} has running statistics beside the parameters of a flax.linen module, and is optimised: pass "
+        f"variables['params'], and put them back in the loss, module.apply({{**variables, 'params': {name}}}, ...).",
+    )
     named = [
         (f"{name}{jax.tree_util.keystr(path)}", leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(variable)[0]
@@ -36,14 +47,17 @@ def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
         named = [(w, leaf if mark is None else mark.library.variable(leaf, w)) for (w, leaf), mark in own]
     for where, leaf in named:
         _check_real(leaf, where)
-    leaves = [_as_array(leaf, where) for where, leaf in named]
-    variable = strong(jax.tree.unflatten(jax.tree.structure(variable), leaves))
+    settings, structure = _settings(variable), jax.tree.structure(variable)
+    kept = zip(named, jax.tree.leaves(settings), strict=True)
+    leaves = [leaf if stays else _as_array(leaf, where) for (where, leaf), stays in kept]
+    variable = strong(jax.tree.unflatten(structure, leaves))
     check(
         not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(variable)),
         f"{name} is a tracer: solve, estimate_hypergradient, protocol and reference.* compile what they run and cannot "
         "be called within jax.jit, jax.grad or jax.vmap; call them outside.",
     )
-    arrays, rest = eqx.partition(variable, eqx.is_inexact_array)
+    moves = lambda leaf, stays: eqx.is_inexact_array(leaf) and not stays
+    arrays, rest = eqx.partition(variable, jax.tree.map(moves, variable, settings))
     check(
         jax.tree.leaves(arrays),
         lambda: f"{name} holds no floating-point array to optimise: pass float arrays (got {describe(variable)}).",
@@ -56,6 +70,19 @@ def trainable(variable: PyTree, name: str) -> tuple[PyTree, PyTree]:
     if any(marks):
         rest = eqx.combine(jax.tree.unflatten(jax.tree.structure(variable), marks), rest)
     return arrays, rest
+
+
+def _settings(variable: PyTree) -> PyTree:
+    """A tree of booleans: whether a leaf is a setting, or a statistic, of a module."""
+    renewed = lambda node: any(
+        kind.__name__ in _RENEWED and kind.__module__.startswith("flax.nnx") for kind in type(node).__mro__
+    )
+    module = lambda node: isinstance(node, eqx.Module)
+
+    def spread(node: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: renewed(node) or (module(node) and isinstance(leaf, float)), node)
+
+    return jax.tree.map(spread, variable, is_leaf=lambda node: renewed(node) or module(node))
 
 
 def _check_real(leaf: PyTree, where: str) -> None:

@@ -44,6 +44,7 @@ class Problem(base.Problem):
 
     batched: bool = eqx.field(static=True, init=False, default=True)
     features: None = eqx.field(init=False, default=None)
+    random: bool = eqx.field(static=True, init=False, default=False)
     host: Host = eqx.field(init=False)
     number: Int[Array, ""] = eqx.field(init=False)
 
