@@ -137,7 +137,7 @@ def test_a_thousand_calls_compile_nothing_and_keep_nothing():
         h, _ = estimator(x, y, keys[k])
         return jax.tree.map(lambda a, b: a - 1e-3 * b, x, h)
 
-    x = call(0, x)
+    x = call(1, call(0, x))  # twice: what is subtracted from is another kind of array at first
     gc.collect()
     arrays, compiled = len(jax.live_arrays()), len(COMPILED)
     for k in range(1000):
