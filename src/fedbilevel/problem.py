@@ -210,6 +210,10 @@ class Problem(eqx.Module):
         """Of each leaf of x (or y), whether a loss depends on it; None where traced programs say so."""
         return None
 
+    def ways(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> dict[str, PyTree]:
+        """d2_yy g v in each of several ways to take it, by name, for a look at whether they agree; {}: there is one."""
+        return {}
+
     def serving(self, program: Callable[[], PyTree]) -> PyTree:
         """What a compiled program returns, while its oracles are answered: for a problem that is `on_host`."""
         return program()

@@ -56,6 +56,10 @@ def checks(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, toleranc
                 f"{names[client]}: {what}",
                 lambda e=exact, d=difference: _close(float(e()), float(d()), tolerance),
             )
+        for where, x1, y1 in (("at the start", x, y), ("beside it", x0, y0)):
+            if type(problem).ways is not Problem.ways:
+                what = f"{names[client]}: hessian_vector in each way, {where}"
+                yield what, _each_way(problem, at._replace(x=x1, y=y1), inner, tolerance)
         curvature = lambda n=inner, v=at.v: float(_dot(v, problem.hessian_vector(x, y, v, n)))
         yield (
             f"{names[client]}: inner loss curves upwards",
@@ -87,6 +91,22 @@ def _means(problem: Problem, level: str, at: Point, rows: Rows, tolerance: float
             parts += float(rows.weights[row] / total) * float(value(at.x, at.y, one))
         good, detail = _close(whole, parts, tolerance)
         return good, f"{detail}, the weighted mean over rows without the padding" if not good else detail
+
+    return check
+
+
+def _each_way(problem: Problem, at: Point, rows: Rows, tolerance: float) -> Callable[[], Verdict]:
+    """Whether a product with the Hessian is the same in every way to take it, and symmetric in each."""
+
+    def check() -> Verdict:
+        one, other = (problem.ways(at.x, at.y, v, rows) for v in (at.v, at.dy))
+        found = {
+            name: (float(_dot(at.dy, one[name])), float(_dot(at.v, other[name]))) for name in one.keys() & other.keys()
+        }
+        figures = [figure for pair in found.values() for figure in pair]
+        good = all(_close(figures[0], figure, tolerance)[0] for figure in figures)
+        told = "; ".join(f"{name} {a:.9g}, turned round {b:.9g}" for name, (a, b) in sorted(found.items()))
+        return good, told if figures else "there is none"
 
     return check
 

@@ -8,6 +8,7 @@ convolutions, and keeps what rows a loss sees out of the question.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from jaxtyping import Array, Int, PyTree
@@ -27,6 +29,7 @@ from ..compiled import Kept
 from ..data import FederatedData, Level
 from ..errors import InputError, RunError, check
 from ..jaxprs import Tracer
+from ..problem import Rows
 from .derivatives import WAYS, At, Leaves, Loss, Way, gradient, product, value
 from .digest import digest
 from .look import depends, look, way_of, work
@@ -200,6 +203,20 @@ class Host:
     def _stored(self, rows: np.ndarray) -> Stored:
         """The level of which rows are, by their numbers."""
         return next(level for level in reversed(self._levels) if level.first <= rows[0])
+
+    def products(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> dict[str, PyTree]:
+        """d2_yy g v in each way that exists, on rows that are given, outside of any program."""
+        (xs, like_x), (ys, like_y) = jax.tree.flatten(x), jax.tree.flatten(y)
+        xs, ys, vs = ([tensor_of(np.array(leaf)) for leaf in leaves] for leaves in (xs, ys, jax.tree.leaves(v)))
+        count = int(rows.count)
+        batch = jax.tree.map(lambda leaf: rows_of(np.array(leaf)[:count]), rows.examples)
+        weights = tensor_of(np.array(rows.weights)[:count]).to(ys[0].dtype)
+        found = {}
+        for way in WAYS:
+            with contextlib.suppress(Exception):  # that there is none is what `check_second` tells
+                product_of = product(At(self.inner, like_x, like_y, xs, ys, batch, weights), vs, "y", way)
+                found[way] = like_y.unflatten([jnp.asarray(numbers(leaf)) for leaf in product_of])
+        return found
 
     def check_second(self, name: Name) -> None:
         """Refuse a product with second derivatives that do not exist.

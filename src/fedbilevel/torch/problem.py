@@ -83,6 +83,9 @@ class Problem(base.Problem):
     def depends(self, level: str, variable: str) -> list[bool] | None:
         return self.host.known.depends.get((level, variable))
 
+    def ways(self, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> dict[str, PyTree]:
+        return self.host.products(x, y, v, rows)
+
     def serving(self, program: Callable[[], PyTree]) -> PyTree:
         if torch.get_num_threads() == 1:  # then there are no threads to stand in each other's way
             return program()
