@@ -4,7 +4,7 @@ Ours; the step is that of DoG (Ivgi, Hinder & Carmon, ICML 2023, arXiv 2302.1202
 which an iteration moves x, in iterations k = 0, 1, ...:
 
     gate       t = t_v or t_y, the smaller of the two;   t_y = clip(1 - |d| / (0.2 d_0), 0, 1)
-               t_v = clip(1 - |e| / (0.2 (1 + q / 10) |d_y f|), 0, 1);   q <- q + 1 - t_v, first 0
+               t_v = clip(1 - |e| / (0.2 (1 + q / 100) |d_y f|), 0, 1);   q <- q + 1 - t_v, first 0
                e = H v - d_y f
                d = how far y moved, over its steps: about d_y g;   d_0 = the longest d until x has moved ten times, at least
                .01 L |y|
