@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import inspect
 import resource
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -288,3 +291,29 @@ def test_the_reason_is_no_number_for_tables(tmp_path):
     solve(3, callbacks=[CSV(tmp_path / "h.csv"), At("record", enough, 2)], metrics=SIZE)
     frame = pandas.read_csv(tmp_path / "h.csv")
     assert frame["stopped"].tolist()[-1] == "enough" and frame["stopped"].notna().sum() == 1
+
+
+DONE = """
+    import gc, weakref
+    import jax, numpy as np
+    import fedbilevel as fb
+    from fedbilevel.run import Run
+
+    rows = [np.ones((3, 2), np.float32)] * 2
+    problem = fb.Problem(lambda x, y, row: ((y - x) ** 2 * row).sum(), lambda x, y, row: (y**2).sum())
+    algorithm = fb.SimFBO(inner_lr=0.1, hessian_lr=0.1, outer_lr=0.1)
+    start = np.ones(2, np.float32)
+    gc.disable()
+    for engine in fb.Simulation(), fb.Loopback():
+        run = Run(problem=problem, data=fb.FederatedData.stack(rows, rows), algorithm=algorithm, x=start, y=start,
+                  iterations=2, key=jax.random.key(0), engine=engine)
+        result, there = run.go(), weakref.ref(run)
+        del run
+        print(there())
+"""
+
+
+def test_a_run_that_is_done_leaves_memory_at_once():
+    """With its states, and not when Python next looks for objects that hold on to each other."""
+    words = [sys.executable, "-c", textwrap.dedent(DONE)]  # without the checks of types, which hold on to functions
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout.split() == ["None", "None"]

@@ -120,8 +120,11 @@ class Run:
         self.algorithm, self.metrics = settle(algorithm, self._x), checked_metrics(metrics)
         bound, engine, key = bind(problem, self._x_rest, self._y_rest), engine or Simulation(), check_key(key)
 
+        # not `self`: a run that held itself would stay in memory, with its states, until garbage is looked for
+        start = self._x, self._y
+
         def begun(running: Algorithm) -> Execution:
-            made = engine.bind(bound, data, running, first_state(running, self._x, self._y), key)
+            made = engine.bind(bound, data, running, first_state(running, *start), key)
             if heats is not None:
                 made.race(tuple(heats.left))
             return made
