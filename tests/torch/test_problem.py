@@ -14,6 +14,7 @@ import torch
 import fedbilevel as fb
 import fedbilevel.torch as ft
 from fedbilevel.algorithms import ALGORITHMS
+from fedbilevel.engines.simulated import compiling
 from fedbilevel.problem import ORACLES
 from helpers.twins import WEIGHTS, twins
 
@@ -78,6 +79,19 @@ def test_as_in_jax(name: str, model: str, bits: int):
         start = np.concatenate([leaf.numpy().ravel() for leaf in ours.x.values()])
         end = np.concatenate([leaf.numpy().ravel() for leaf in found.x.values()])
         assert np.abs(end - start).max() > 1e-6
+
+
+def test_in_64_bits_too_it_is_compiled_quickly_until_that_pays_no_more(monkeypatch):
+    """As if each iteration took four seconds: JAX's twin is compiled in full from the second on, or in 64 bits at once."""
+    monkeypatch.setattr(fb.engines.simulation._Simulated, "_pace", lambda *_: 4.0)
+    monkeypatch.setattr(compiling, "_PACES", compiling.Kept(4))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        ours, twin = twins("mlp", 64)
+        steps = fb.SimFBO(inner_lr=0.01, hessian_lr=0.01, outer_lr=0.01)
+        how = {"key": jax.random.key(0), "check": False}
+        run = lambda given, n: fb.solve(given.problem, given.data, steps, given.x, given.y, n, **how)
+        assert [run(ours, n).compiled for n in (1, 2, 3)] == ["quick", "quick", "full"]
+        assert run(twin, 1).compiled == "full"
 
 
 def test_a_run_is_gone_on_with(tmp_path):

@@ -65,7 +65,8 @@ class Simulation(Engine):
         compile: "quick": in a sixth of the time, for iterations that take 2.5 to 3.3 times as long (on a CPU); "full": as
             fast as it gets; "auto": whichever is done sooner, by the number of iterations and the measured cost of one,
             and "full" in 64 bits, over several processes and on other devices. It is chosen once, at the start of a run,
-            and part of what makes it itself: the two differ in float32's last places.
+            and part of what makes it itself: the two differ in float32's last places. A problem in PyTorch is compiled
+            quickly in 64 bits too: XLA has little to compute there.
         client_state: where the states lie that clients keep (control variates): "memory", or "disk" for a file in the
             folder of temporary files, or a folder for it. The numbers are the same. In memory all clients' states are
             held several times while an iteration runs; on disk those of a cohort.
@@ -169,11 +170,12 @@ class _Simulated(Execution):
         if self.engine.compile != "auto" or self._chosen is not None:
             return
         self._chosen = "full"
-        if open_to_choice(self.processes.count):
+        on_host = self.problem.on_host
+        if open_to_choice(self.processes.count, on_host):
             self._chosen = "quick"
             shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((self.data, carry.state))]
             kind = self._kind(algorithm), compiled_as(self.problem), self._static(), tuple(shapes)
-            self._chosen = chosen(iterations, kind, lambda: self._pace(algorithm, carry, limit))
+            self._chosen = chosen(iterations, kind, lambda: self._pace(algorithm, carry, limit), on_host)
         if self._chosen == "full":
             self._ahead = None
             self._ready.clear()

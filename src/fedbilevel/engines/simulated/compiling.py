@@ -22,6 +22,7 @@ Way: TypeAlias = Literal["quick", "full"]
 
 QUICK: Options = CHEAPLY
 PAYS = 2.3  # seconds of quick iterations from which on compiling in full is the shorter way
+PAYS_ON_HOST = 10.0  # where Python computes the oracles, and the program the rest: a fifth of the time, or much less
 
 _PACES: Kept[float] = Kept(64)  # seconds of an iteration of a quick program, once measured
 
@@ -62,19 +63,23 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def open_to_choice(processes: int) -> bool:
-    """Whether "auto" may choose: in 32 bits, on a CPU, in one process. Elsewhere it is "full"."""
+def open_to_choice(processes: int, on_host: bool) -> bool:
+    """Whether "auto" may choose: on a CPU, in one process, and in 32 bits. Elsewhere it is "full".
+
+    In 64 bits too where Python computes the oracles.
+    """
     wide = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    return on_cpu() and not wide and processes == 1
+    return on_cpu() and (on_host or not wide) and processes == 1
 
 
-def chosen(iterations: int, kind: tuple, pace: Callable[[], float]) -> Way:
+def chosen(iterations: int, kind: tuple, pace: Callable[[], float], on_host: bool) -> Way:
     """What is sooner there for so many iterations: a function of their number and their measured cost.
 
     Args:
         kind: what the program is known by; its cost is measured once in a process, so that runs alike choose alike.
         pace: seconds of an iteration of the quick program, by running one.
+        on_host: whether Python computes the oracles.
     """
     if iterations == 1:
         return "quick"
-    return "full" if iterations * _PACES.get(kind, pace) > PAYS else "quick"
+    return "full" if iterations * _PACES.get(kind, pace) > (PAYS_ON_HOST if on_host else PAYS) else "quick"
