@@ -79,6 +79,22 @@ def _derivative(total: torch.Tensor, wrt: Leaves) -> list[torch.Tensor]:
     return [torch.zeros_like(leaf) if one is None else one for leaf, one in zip(wrt, found, strict=True)]
 
 
+class _Along(torch.autograd.Function):
+    """A number whose derivatives by `slopes` are `directions`.
+
+    `torch.autograd.grad` takes directions itself, and imports sympy, 37 MB of it, to look at their shapes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, directions: Leaves, *slopes: torch.Tensor) -> torch.Tensor:
+        ctx.directions = directions
+        return slopes[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (None, *ctx.directions)
+
+
 def _twice_backward(at: At, v: Leaves, of: Literal["x", "y"]) -> list[torch.Tensor]:
     x, y = (_variables(at.x) if of == "x" else at.x), _variables(at.y)
     total, wrt = at.value(x, y), x if of == "x" else y
@@ -89,7 +105,7 @@ def _twice_backward(at: At, v: Leaves, of: Literal["x", "y"]) -> list[torch.Tens
     if not moving:  # linear in y
         return [torch.zeros_like(leaf) for leaf in wrt]
     slopes, directions = zip(*moving, strict=True)
-    second = torch.autograd.grad(slopes, wrt, directions, allow_unused=True)
+    second = torch.autograd.grad(_Along.apply(directions, *slopes), wrt, allow_unused=True)
     return [torch.zeros_like(leaf) if one is None else one for leaf, one in zip(wrt, second, strict=True)]
 
 

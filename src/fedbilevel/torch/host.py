@@ -33,7 +33,7 @@ from ..problem import Rows
 from .derivatives import WAYS, At, Leaves, Loss, Way, gradient, product, value
 from .digest import digest
 from .look import depends, look, way_of, work
-from .tensors import numbers, rows_of, tensor_of
+from .tensors import as_rows, kept_rows, numbers, rows_of, tensor_of
 
 Name: TypeAlias = Literal[
     "inner_value",
@@ -105,15 +105,14 @@ class Stored:
     def of(cls, level: Level, first: int) -> Stored:
         """The rows of a level, in the memory where they lie."""
         leaves, structure = jax.tree.flatten(level.rows)
-        return cls(first, [rows_of(np.asarray(leaf)) for leaf in leaves], structure)
+        return cls(first, [kept_rows(np.asarray(leaf)) for leaf in leaves], structure)
 
     def batch(self, rows: np.ndarray) -> PyTree:
-        """Some rows, by their numbers: where they lie side by side, without a copy."""
+        """Some rows, by their numbers, as a loss takes them: where they lie side by side, without a copy."""
         begin = int(rows[0]) - self.first
-        if len(rows) == 1 or (rows[1:] - rows[:-1] == 1).all():
-            return self.structure.unflatten([leaf[begin : begin + len(rows)] for leaf in self.leaves])
-        place = torch.from_numpy(rows.astype(np.int64) - self.first)
-        return self.structure.unflatten([leaf[place] for leaf in self.leaves])
+        beside = len(rows) == 1 or (rows[1:] - rows[:-1] == 1).all()
+        place = slice(begin, begin + len(rows)) if beside else torch.from_numpy(rows.astype(np.int64) - self.first)
+        return self.structure.unflatten([as_rows(leaf[place]) for leaf in self.leaves])
 
 
 @dataclasses.dataclass(frozen=True)

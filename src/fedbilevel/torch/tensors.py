@@ -74,10 +74,19 @@ def tensor_of(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def rows_of(array: np.ndarray) -> torch.Tensor:
+def kept_rows(array: np.ndarray) -> torch.Tensor:
+    """Rows as a tensor, in the array's memory (but for uint32, with which torch can do next to nothing)."""
+    return tensor_of(array if array.dtype != np.uint32 else array.astype(np.int64))
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Rows as a loss takes them: whole numbers of 32 bits are of 64, for those are torch's labels and indices."""
-    tensor = tensor_of(array if array.dtype != np.uint32 else array.astype(np.int64))
     return tensor.long() if tensor.dtype is torch.int32 else tensor
+
+
+def rows_of(array: np.ndarray) -> torch.Tensor:
+    """Some rows as a loss takes them."""
+    return as_rows(kept_rows(array))
 
 
 def _copied(tensor: torch.Tensor) -> np.ndarray:
