@@ -1,0 +1,1 @@
+"""What `torch_rounds.py` holds against ours: a problem, and plain PyTorch loops."""
