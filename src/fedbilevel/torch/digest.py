@@ -7,6 +7,8 @@ numbers are nobody's.
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ..canonical import Writer
 from .derivatives import Loss
 from .tensors import numbers
 
-_LIBRARY = str(Path(torch.__file__).parent)
+_LIBRARY, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent)
 
 
 class _TorchWriter(Writer):
@@ -29,17 +31,24 @@ class _TorchWriter(Writer):
         elif isinstance(value, torch.nn.Module):
             self.module(value)
         else:
+            if _computes(value):
+                self.methods(type(value))
             super()._value(value)
 
     def counts(self, value: Any) -> bool:
-        return super().counts(value) or isinstance(value, (torch.Tensor, torch.nn.Module))
+        return super().counts(value) or isinstance(value, (torch.Tensor, torch.nn.Module)) or _computes(value)
+
+    def methods(self, kind: type) -> None:
+        """The text of a class, but for what libraries and this package have written."""
+        for each in kind.__mro__:
+            functions = {name: part for name, part in vars(each).items() if hasattr(part, "__code__")}
+            known = (*self.libraries, _OURS)
+            self.value({n: f for n, f in functions.items() if not f.__code__.co_filename.startswith(known)})
 
     def module(self, module: torch.nn.Module) -> None:
         kind = type(module)
         self.word("module", kind.__module__, kind.__qualname__, module.training)
-        for each in kind.__mro__:
-            functions = {name: part for name, part in vars(each).items() if hasattr(part, "__code__")}
-            self.value({n: f for n, f in functions.items() if not f.__code__.co_filename.startswith(self.libraries)})
+        self.methods(kind)
         for name, parameter in module.named_parameters(recurse=False):
             self.word(name, tuple(parameter.shape), parameter.dtype, parameter.requires_grad)
             if not parameter.requires_grad:
@@ -49,6 +58,15 @@ class _TorchWriter(Writer):
         for name, child in module.named_children():
             self.word(name)
             self.value(child)
+
+
+def _computes(value: Any) -> bool:
+    """Whether it is an object that a loss may call, such as a `Model`, or a user's record of numbers."""
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
+        return False
+    ours = type(value).__module__.partition(".")[0] == __package__.partition(".")[0]
+    record = dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace)
+    return callable(value) or (record and not ours)
 
 
 def digest(*losses: Loss) -> str:
