@@ -110,9 +110,10 @@ class Stored:
     def batch(self, rows: np.ndarray) -> PyTree:
         """Some rows, by their numbers, as a loss takes them: where they lie side by side, without a copy."""
         begin = int(rows[0]) - self.first
-        beside = len(rows) == 1 or (rows[1:] - rows[:-1] == 1).all()
-        place = slice(begin, begin + len(rows)) if beside else torch.from_numpy(rows.astype(np.int64) - self.first)
-        return self.structure.unflatten([as_rows(leaf[place]) for leaf in self.leaves])
+        if len(rows) == 1 or (rows[1:] - rows[:-1] == 1).all():
+            return self.structure.unflatten([as_rows(leaf[begin : begin + len(rows)]) for leaf in self.leaves])
+        place = torch.from_numpy(rows.astype(np.int64) - self.first)
+        return self.structure.unflatten([as_rows(leaf.index_select(0, place)) for leaf in self.leaves])
 
 
 @dataclasses.dataclass(frozen=True)
