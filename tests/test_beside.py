@@ -73,3 +73,11 @@ def test_an_interruption_is_heard_at_the_end():
     with pytest.raises(KeyboardInterrupt):
         served.run(program)
     assert ended == [True]
+
+
+def test_programs_one_after_the_other_run_in_few_threads():
+    """A thread of its own for each would have C's library keep memory for each."""
+    names = set()
+    for _ in range(20):
+        Served().run(lambda: names.add(threading.get_ident()))
+    assert len(names) <= 3  # one may not have heard yet that it is done

@@ -7,6 +7,7 @@ convolution took twice as long). So all of it is done where the user's own code 
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -43,6 +44,33 @@ class _Call:
         return self.out
 
 
+class _Worker:
+    """A thread that runs one program after the other. A new one for each would have C's library keep memory for each."""
+
+    def __init__(self):
+        self.given: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="fedbilevel-beside", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self.given.get()()
+            _IDLE.append(self)
+
+
+_IDLE: list[_Worker] = []
+if hasattr(os, "register_at_fork"):  # threads stay behind
+    os.register_at_fork(after_in_child=_IDLE.clear)
+
+
+def _in_a_thread(function: Callable[[], None]) -> None:
+    """Have it called beside, in a thread that has nothing else to do."""
+    try:
+        worker = _IDLE.pop()
+    except IndexError:
+        worker = _Worker()
+    worker.given.put(function)
+
+
 class Served:
     """A program that runs beside, and the thread that serves it."""
 
@@ -65,7 +93,7 @@ class Served:
             whole.done.release()
             self._asked.put(None)
 
-        threading.Thread(target=beside, name="fedbilevel-beside", daemon=True).start()
+        _in_a_thread(beside)
         while True:
             try:
                 call = self._asked.get()
