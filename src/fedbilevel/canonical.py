@@ -262,9 +262,9 @@ class Writer:
             self.value({name: value.__globals__[name] for name in _read(value, self.counts)})
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
+def _bytes(array: np.ndarray) -> memoryview:
     """What `tobytes` gives, without a copy of an array whose numbers lie in order."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _held_elsewhere(literal: Literal) -> bool:

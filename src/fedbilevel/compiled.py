@@ -7,7 +7,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -174,7 +174,7 @@ class _Compiled:
     def __init__(self, function: Callable[..., PyTree], options: Options):
         self._call = _Call()
         self._ahead: dict[Hashable, Callable[..., PyTree]] = {}  # compiled before they are called
-        self._lightly = dict(LIGHTLY + options) if jax.default_backend() == "cpu" else None
+        self._lightly: dict[str, Any] | None = dict(LIGHTLY + options) if jax.default_backend() == "cpu" else None
         named = functools.partial(_traced, function, self._call)
         functools.update_wrapper(named, function)  # what JAX calls it in its log and in profiles
         # over several processes, all results lie whole in each: so that each can read them

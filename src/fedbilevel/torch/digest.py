@@ -64,7 +64,7 @@ def _computes(value: Any) -> bool:
     """Whether it is an object that a loss may call, such as a `Model`, or a user's record of numbers."""
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
         return False
-    ours = type(value).__module__.partition(".")[0] == __package__.partition(".")[0]
+    ours = type(value).__module__.partition(".")[0] == __name__.partition(".")[0]
     record = dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace)
     return callable(value) or (record and not ours)
 
