@@ -201,3 +201,23 @@ def test_a_call_keeps_64_bits_where_they_are_on_within_a_context_alone():
 
 def _same(_, x):
     return [x]
+
+
+def test_an_equation_is_done_again_on_other_values():
+    @jax.custom_jvp
+    def halved(a):
+        return a / 2
+
+    halved.defjvp(lambda at, along: (halved(*at), 7 * along[0]))
+    function = lambda a: halved(jax.jit(jnp.sin)(a) * 3)
+    program = jax.make_jaxpr(function)(1.0)
+
+    def again(a):
+        known = dict(zip(program.jaxpr.invars, [a], strict=True))
+        for eqn in program.jaxpr.eqns:
+            given = [of.val if isinstance(of, jaxprs.Literal) else known[of] for of in eqn.invars]
+            known.update(zip(eqn.outvars, jaxprs.bound(program.jaxpr, eqn, given), strict=True))
+        return known[program.jaxpr.outvars[0]]
+
+    np.testing.assert_allclose(again(2.0), function(2.0))
+    np.testing.assert_allclose(jax.grad(again)(2.0), 7 * 3 * np.cos(2.0))  # the rule is kept

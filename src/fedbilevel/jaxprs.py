@@ -4,7 +4,7 @@ Traced programs and what runs them (`ClosedJaxpr`, `Jaxpr`, `JaxprEqn`, `Var`, `
 program without what its results do not need (`dce_jaxpr`), a value inside a trace (`Tracer`), what a trace knows of a
 value (`ShapedArray`), which trace we are in (`get_opaque_trace_state`), random bits without a key array
 (`threefry_2x32`), how events of compiling are called (`COMPILING`), calls of Python by a compiled program (`on_host`, and
-`each_on_host` under vmap), a number that gives way as Python's do (`weakly`),
+`each_on_host` under vmap), an equation done again (`bound`), a number that gives way as Python's do (`weakly`),
 where JAX asks for what it has compiled before (`compilation_cache`, whose `_cache` is a `CacheInterface`) and
 `jaxlib_version`. A test holds each to what we rely on.
 """
@@ -24,6 +24,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Va
 from jax.extend.random import threefry_2x32
 from jax.interpreters import batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.typing import ArrayLike
 from jaxlib.version import __version__ as jaxlib_version
 
 COMPILING = "/jax/core/compile/"  # how the events of tracing, lowering and compiling begin; also what a cache gives
@@ -38,6 +39,7 @@ __all__ = [
     "ShapedArray",
     "Tracer",
     "Var",
+    "bound",
     "compilation_cache",
     "dce_jaxpr",
     "each_on_host",
@@ -48,6 +50,13 @@ __all__ = [
     "threefry_2x32",
     "weakly",
 ]
+
+
+def bound(whole: Jaxpr, eqn: JaxprEqn, given: Sequence[ArrayLike]) -> list[jax.Array]:
+    """What one equation of a traced program makes of other values than it was traced with."""
+    variables = {of: value for of, value in zip(eqn.invars, given, strict=True) if not isinstance(of, Literal)}
+    alone = whole.replace(constvars=[], invars=list(variables), outvars=eqn.outvars, eqns=[eqn])
+    return list(jaxpr_as_fun(ClosedJaxpr(alone, []))(*variables.values()))
 
 
 def weakly(number: jax.Array) -> jax.Array:

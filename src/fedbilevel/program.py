@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from .arrays import Structure
 from .canonical import Traced, canonical, digest_of, digest_of_class, trace
+from .convolutions import ByProducts, convolves
 from .data import FederatedData, Level
 from .jaxprs import jaxpr_as_fun
 from .problem import ORACLES, Problem, Rows, check_losses, own_oracles, trace_oracle
@@ -46,12 +47,14 @@ class Program:
         helpers: whether JAX must be told of the program when it traces nested functions, which it does once for all.
         holds: whether the losses hold arrays. Parts of programs that are traced once would hold on to them, and to
             what numpy's were when they were first used.
+        convolves: whether the losses have convolutions that are sooner done as products.
     """
 
     digest: str
     key: Hashable
     helpers: bool
     holds: bool = False
+    convolves: bool = False
 
 
 def freeze(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> Problem:
@@ -76,6 +79,10 @@ def known_as(problem: Problem, program: Program | None) -> Problem:
         return problem
     frozen = copy.copy(problem)
     object.__setattr__(frozen, "_program", program)
+    for name in ("inner", "outer", "features") if program.convolves else ():
+        loss = getattr(problem, name)
+        if loss is not None and not isinstance(loss, ByProducts):
+            object.__setattr__(frozen, name, ByProducts(loss))
     return frozen
 
 
@@ -120,7 +127,8 @@ def _program(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> Pro
     structures = jax.tree.structure((x, y))
     objects = tuple(_Same(each) for each in found.objects)
     text = digest_of((found.digest, derivatives, problem.batched))
-    return Program(text, (text, structures, objects, _own(problem)), found.helpers, found.holds)
+    convolved = jax.default_backend() == "cpu" and any(convolves(t.jaxpr.jaxpr) for t in traced)
+    return Program(text, (text, structures, objects, _own(problem)), found.helpers, found.holds, convolved)
 
 
 class _Drawn(NamedTuple):
