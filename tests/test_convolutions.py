@@ -25,7 +25,7 @@ def primitives(function, *args):
     return str(jax.make_jaxpr(function)(*args))
 
 
-@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("axes", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 def test_values_and_derivatives_are_those_of_the_convolution(axes, last):
     draw, names = np.random.default_rng(0), "XYZ"[:axes]
@@ -51,6 +51,16 @@ def conv(rows, weights, **more):
 
 
 ROWS, WEIGHTS = np.random.default_rng(0).normal(size=(2, 4, 6, 6)), np.random.default_rng(1).normal(size=(4, 4, 3, 3))
+
+
+def test_images_with_channels_first_and_last():
+    """What networks of images have; all kinds are among the slow tests."""
+    for how in (("NCHW", "OIHW", "NCHW"), ("NHWC", "HWIO", "NHWC")):
+        rows, weights = (
+            (ROWS, WEIGHTS) if how[0] == "NCHW" else (np.moveaxis(ROWS, 1, -1), WEIGHTS.transpose(2, 3, 1, 0))
+        )
+        convolved = lambda a, w, how=how: jax.lax.conv_general_dilated(a, w, (2, 2), "SAME", dimension_numbers=how)
+        np.testing.assert_allclose(ByProducts(convolved)(rows, weights), convolved(rows, weights), **EXACT)
 
 
 def test_those_in_nested_functions_too_and_rules_of_ones_own_stay():

@@ -113,7 +113,7 @@ def test_rows_that_no_exchange_drew_have_no_masks():
 
 # The same on every engine ---------------------------------------------------------------------------------------------
 
-EVERY = [pytest.param(name, marks=() if name in ("aggitd", "fednest") else pytest.mark.slow) for name in ALGORITHMS]
+EVERY = [pytest.param(name, marks=() if name == "simfbo" else pytest.mark.slow) for name in ALGORITHMS]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -193,6 +193,7 @@ def test_all_products_of_a_measured_curvature_have_one_mask():
         assert float(found) == pytest.approx(by_hand, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_auto_runs_are_the_same_on_every_engine():
     run = lambda engine: fb.solve(RANDOM, DATA, fb.Lockstep(), X, Y, 12, key=KEY, engine=engine)
     one, other = run(fb.Simulation()), run(fb.Loopback())
@@ -218,6 +219,7 @@ def test_a_search_and_training_take_it():
     assert np.abs(flat(trained.y) - flat(exact)).max() < 1
 
 
+@pytest.mark.slow
 def test_check_problem_takes_masks_for_what_they_are():
     report = fb.testing.check_problem(RANDOM, DATA, X, Y)
     assert report.passed
@@ -267,3 +269,12 @@ def test_oracles_take_rows_with_a_key_and_a_place():
     row = jax.tree.map(lambda leaf: leaf[2], drawn.examples)
     np.testing.assert_allclose(RANDOM.inner_value(X, Y, third), inner(X, Y, row, drawn.keys()[2]), rtol=1e-12)
     assert eqx.is_array(drawn.keys())
+
+
+def test_a_class_of_before_is_not_random():
+    class Own(fb.Problem):
+        def __init__(self):
+            self.inner, self.outer, self.batched, self.features = STILL.inner, outer, False, None
+
+    assert Own().random is False
+    np.testing.assert_array_equal(Own().inner_value(X, Y, LEVEL.all()), STILL.inner_value(X, Y, LEVEL.all()))

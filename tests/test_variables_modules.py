@@ -45,7 +45,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("equinox", "its state") else pytest.mark.slow) for kind in KINDS]
+)
 def test_modules_of_jax_libraries_are_y_and_come_back_as_they_were(kind):
     y, apply = KINDS[kind]()
     steps = {"inner_lr": 0.1, "hessian_lr": 0.1, "outer_lr": 0.1}
@@ -62,7 +64,7 @@ def test_modules_of_jax_libraries_are_y_and_come_back_as_they_were(kind):
     assert not np.array_equal(apply(result.y, image, None), apply(y, image, None))
 
 
-@pytest.mark.parametrize("kind", ["equinox", "a module of flax.nnx"])
+@pytest.mark.parametrize("kind", ["equinox", pytest.param("a module of flax.nnx", marks=pytest.mark.slow)])
 def test_a_module_is_x_and_a_part_of_it_y(kind):
     """A body above, a head below."""
     model, _ = KINDS[kind]()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -43,7 +42,7 @@ class ByProducts(eqx.Module):
         return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
 
-def _evaluated(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _evaluated(jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike]) -> list[ArrayLike]:
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     value = lambda of: of.val if isinstance(of, Literal) else known[of]
     for eqn in jaxpr.eqns:
@@ -82,8 +81,9 @@ def _shape(of: Var | Literal) -> tuple[int, ...]:
 
 
 def _convolved(
-    rows: ArrayLike, weights: ArrayLike, *, dimension_numbers: Any, window_strides: Sequence[int], padding: Any,
-    rhs_dilation: Sequence[int], precision: Any, preferred_element_type: Any, **_: Any,
+    rows: ArrayLike, weights: ArrayLike, *, dimension_numbers: jax.lax.ConvDimensionNumbers,
+    window_strides: Sequence[int], padding: Sequence[tuple[int, int]],
+    rhs_dilation: Sequence[int], precision: PyTree, preferred_element_type: PyTree, **_: PyTree,
 ) -> Numbers:  # fmt: skip
     first, last = dimension_numbers.lhs_spec, dimension_numbers.rhs_spec
     rows, weights = jnp.asarray(rows), jnp.asarray(weights)

@@ -11,7 +11,8 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+
+from jaxtyping import PyTree
 
 from .errors import InputError
 
@@ -55,7 +56,7 @@ def _looked_at(kind: type, look: Callable[..., None]) -> Iterator[None]:
     before = kind.__call__
 
     @functools.wraps(before)
-    def call(layer: Any, *args: Any, **named: Any) -> Any:
+    def call(layer: PyTree, *args: PyTree, **named: PyTree) -> PyTree:
         look(layer, *args, **named)
         return before(layer, *args, **named)
 
@@ -66,20 +67,22 @@ def _looked_at(kind: type, look: Callable[..., None]) -> Iterator[None]:
         kind.__call__ = before  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _intercepted(method: Callable, args: tuple, named: dict, context: Any) -> Any:
+def _intercepted(method: Callable, args: tuple, named: dict, context: PyTree) -> PyTree:
     if context.method_name == "__call__" and type(context.module).__name__ == "BatchNorm":
         _check_running(context.module, *args, **named)
     return method(*args, **named)
 
 
-def _check_running(layer: Any, _: Any, use_running_average: bool | None = None, **__: Any) -> None:
+def _check_running(layer: PyTree, _: PyTree, use_running_average: bool | None = None, **__: PyTree) -> None:
     running = layer.use_running_average if use_running_average is None else use_running_average
     if not running:
         name = getattr(layer, "name", None) or "BatchNorm"
         raise InputError(f"the layer {name} of flax takes statistics of a batch, and a loss is of rows: {_INSTEAD}.")
 
 
-def _check_handed(layer: Any, _: Any, *, deterministic: bool | None = None, rngs: Any = None, **__: Any) -> None:
+def _check_handed(
+    layer: PyTree, _: PyTree, *, deterministic: bool | None = None, rngs: PyTree = None, **__: PyTree
+) -> None:
     still = layer.deterministic if deterministic is None else deterministic
     if not still and layer.rate > 0 and rngs is None:
         raise InputError(

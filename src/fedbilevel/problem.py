@@ -177,6 +177,10 @@ class Problem(eqx.Module):
     random: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
+        if (
+            "random" not in self.__dict__
+        ):  # a subclass with an `__init__` of its own, from before there was such a field
+            object.__setattr__(self, "random", False)
         for level in ("inner", "outer"):
             loss = getattr(self, level)
             check(callable(loss), f"Problem({level}=...) takes a function (x, y, example) -> scalar, not {loss!r}.")
