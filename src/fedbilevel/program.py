@@ -28,7 +28,8 @@ from .canonical import Traced, canonical, digest_of, digest_of_class, trace
 from .convolutions import ByProducts, convolves
 from .data import FederatedData, Level
 from .jaxprs import jaxpr_as_fun
-from .problem import ORACLES, Problem, Rows, check_losses, own_oracles, trace_oracle
+from .losses import check_losses, trace_oracle
+from .problem import ORACLES, Problem, Rows, own_oracles
 
 _HELPERS = jax.make_user_context(None)  # part of what JAX knows nested functions by: loops' bodies, branches, `jit`s
 _fresh = itertools.count()

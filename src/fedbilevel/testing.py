@@ -25,7 +25,8 @@ from .algorithm import Algorithm
 from .component import title_of
 from .data import FederatedData
 from .engines import Engine, Loopback, Simulation
-from .problem import Problem, bind, check_losses
+from .losses import check_losses
+from .problem import Problem, bind
 from .problem_checks import checks
 from .protocol import protocol
 from .protocol.table import Protocol
