@@ -16,6 +16,7 @@ import fedbilevel.torch as ft
 from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.engines.simulated import compiling
 from fedbilevel.problem import ORACLES
+from fedbilevel.torch.host import Asked
 from helpers.twins import WEIGHTS, twins
 
 STEPS = {"inner_lr": 0.1, "outer_lr": 0.05, "hessian_lr": 0.1, "inner_rounds": 2, "local_steps": 2, "neumann_terms": 2}
@@ -135,3 +136,10 @@ def test_oracles_by_themselves_and_within_transformations(name):
         ):
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_what_a_program_asks_compares_with_rows_and_with_their_numbers():
+    leaf = jax.tree.structure(0)
+    with_rows, with_numbers = (Asked("inner_value", "", leaf, leaf, rows) for rows in ((leaf,), ()))
+    assert with_rows != with_numbers
+    assert with_numbers != with_rows

@@ -75,14 +75,15 @@ class Asked:
         name: of the oracle.
         says: the digest of what the losses compute; "" where it was not asked.
         x, y: the structures of the variables.
-        rows: that of the rows; None where their numbers are given.
+        rows: that of the rows, alone in a tuple; () where their numbers are given. Not None: JAX's caches compare
+            parameters of programs of like hashes, and jaxlib 0.10 cannot compare a structure with None.
     """
 
     name: Name
     says: str
     x: Structure
     y: Structure
-    rows: Structure | None
+    rows: tuple[Structure, ...]
 
     def __call__(self, batch: tuple[int, ...], number: np.ndarray, *args: np.ndarray) -> list[np.ndarray]:
         return _LIVE[int(number.reshape(-1)[0])].answer(self, batch, args)
@@ -262,11 +263,11 @@ class Host:
         """What an oracle says of one client."""
         first, second = asked.x.num_leaves, asked.x.num_leaves + asked.y.num_leaves
         x, y, v = variables[:first], variables[first:second], variables[second:]
-        if asked.rows is None:
+        if not asked.rows:
             chosen = rows[0][:count]
             batch = self._stored(chosen).batch(chosen)
         else:
-            batch = asked.rows.unflatten([rows_of(leaf[:count]) for leaf in rows])
+            batch = asked.rows[0].unflatten([rows_of(leaf[:count]) for leaf in rows])
         loss = self.outer if asked.name.startswith("outer") else self.inner
         at = At(loss, asked.x, asked.y, x, y, batch, tensor_of(weights[:count]).to(y[0].dtype))
         return _ORACLES[asked.name](at, v, self.known.way)

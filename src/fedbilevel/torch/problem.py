@@ -129,7 +129,7 @@ class Problem(base.Problem):
 
     def _ask(self, name: Name, like: PyTree, x: PyTree, y: PyTree, rows: Rows, *v: PyTree) -> PyTree:
         numbered = isinstance(rows.examples, Numbers)
-        structure = None if numbered else jax.tree.structure(rows.examples)
+        structure = () if numbered else (jax.tree.structure(rows.examples),)
         self.host.check_second(name)
         asked = Asked(name, self.host.says, jax.tree.structure(x), jax.tree.structure(y), structure)
         leaves, out = jax.tree.flatten(like)
