@@ -152,6 +152,14 @@ def _steps(kind: type[Algorithm]) -> list[str]:
     return [told(fields[name]) if name in fields else "it has none" for name in STEPS]
 
 
+def blocks() -> str:
+    """Which algorithms take leaves that belong to clients, and why others do not."""
+    told = lambda kind: kind.about.no_blocks or "yes"
+    return table(
+        ["algorithm", "leaves per client"], ([f"`{kind.__name__}`", told(kind)] for kind in ALGORITHMS.values())
+    )
+
+
 # Everything else ---------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +191,7 @@ MADE: dict[str, Callable[[], str]] = {
     "algorithm-names": lambda: listed(kind.__name__ for kind in ALGORITHMS.values()),
     "algorithm-pages": algorithm_pages,
     "steps": steps,
+    "blocks": blocks,
     "tasks": _tasks,
     "task-names": lambda: ", ".join(TASKS),
     "datasets": _datasets,

@@ -130,6 +130,7 @@ class About:
         biased: whether its hypergradient is made of the clients' own Hessians, and biased where clients differ.
         busy: settings for the conformance suite, where every option is to be at work, beside the usual ones.
         exact: those that make `estimate` exact, beside the usual ones; None where it cannot be.
+        no_blocks: why leaves of x or y that belong to clients (`per_client`) are refused; empty where they are taken.
     """
 
     name: str
@@ -142,6 +143,7 @@ class About:
     biased: bool = False
     busy: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
     exact: Mapping[str, Setting] | None = None
+    no_blocks: str = ""
 
 
 class Checked(eqx.Module):

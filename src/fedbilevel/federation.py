@@ -18,6 +18,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from . import owned
 from .data import ClientRows
 from .errors import check, unknown_name
 from .problem import Problem, Rows
@@ -29,6 +30,7 @@ Method: TypeAlias = Callable[..., PyTree]  # of a client: (client, *message) -> 
 Replies: TypeAlias = Flag | tuple[Flag, ...]
 Cohort: TypeAlias = Int[Array | np.ndarray, " cohort"] | None  # indices of clients
 Index: TypeAlias = int | np.integer | Int[Array, ""]
+Present: TypeAlias = Bool[Array, " clients"] | None
 Share: TypeAlias = float | Float[Array, ""] | None  # None: it is not defined
 Body: TypeAlias = Callable[[Int[Array, ""], PyTree], PyTree]  # of a loop: (t, carry) -> carry
 
@@ -137,6 +139,7 @@ class Federation(abc.ABC):
     weighted: bool
     _asked: int  # how many clients the exchange just made asked
     _share: Share  # what `share` is
+    _present: Present = None  # who answered it, where leaves belong to clients
 
     @property
     def share(self) -> float | Float[Array, ""]:
@@ -159,6 +162,17 @@ class Federation(abc.ABC):
         )
         assert self._share is not None
         return self._share
+
+    def renewed(self, new: PyTree, old: PyTree) -> PyTree:
+        """`new`; in leaves that belong to clients (`per_client`) the blocks of those who answered the exchange just made.
+
+        The blocks of all others stay as they are in `old`, of the same structure. That is for whatever replaces what was
+        there, as in `y = fed.renewed(fed.average(self.steps, x, y), y)`. A reply that is a change needs none of it: of a
+        client that did not answer it is zero.
+        """
+        if self._present is None or not owned.nodes(new):
+            return new
+        return owned.chosen(self._present, new, old)
 
     def average(
         self,
@@ -192,6 +206,8 @@ class Federation(abc.ABC):
             light clients where weights differ (`Simulation`).
             Of a part that is combined by its maximum: the largest of those who answered, whatever
             their weights.
+            Of a leaf that belongs to clients (`per_client`), however it is combined: each owner's own reply; zero for one
+            that was not asked or did not answer (see `renewed`).
 
         Raises:
             InputError: when the protocol is derived, before anything runs: `combine` names another

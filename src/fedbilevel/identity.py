@@ -27,6 +27,7 @@ from .compiled import run
 from .data import FederatedData, Level
 from .engines.base import Execution
 from .given import JSON
+from .owned import own
 from .problem import Problem
 from .processes import apart
 from .program import Settled, digest
@@ -181,7 +182,10 @@ def _measured(problem: Problem, _: None, x: PyTree, y: PyTree, data: FederatedDa
     )
     u, v = direction(y, 0.0), direction(y, 1.0)
 
+    everybodys = x, y, u, v
+
     def of(i: Int[Array, ""]) -> Float[Array, " numbers"]:
+        x, y, u, v = own(everybodys, i)
         inner, outer = data.inner.client(i).all(), data.outer.client(i).all()
         found = [
             problem.inner_value(x, y, inner),

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .jaxprs import ClosedJaxpr, Jaxpr, dce_jaxpr, jaxpr_as_fun
 from .jaxprs import Literal as Constant
+from .owned import nodes, own
 from .problem import Problem, Rows
 
 Level = Literal["inner", "outer"]
@@ -29,6 +30,9 @@ def influence(problem: Problem, level: Level, variable: Variable, x: PyTree, y: 
         x, y: pytrees of floating-point arrays (or their shapes) alone, as `trainable` returns them.
         rows: of one client, at that level; only their shapes count.
     """
+    if any(not node.own for node in nodes((x, y))):  # one client's
+        found = influence(problem, level, variable, own(x, 0), own(y, 0), rows)
+        return jax.tree.unflatten(jax.tree.structure({"x": x, "y": y}[variable]), jax.tree.leaves(found))
     if _oracles_of_its_own(problem, level):
         like = {"x": x, "y": y}[variable]
         known = problem.depends(level, variable)
@@ -59,6 +63,7 @@ def compared(problem: Problem, level: Level, variable: Variable, x: PyTree, y: P
     """
     if _oracles_of_its_own(problem, level):
         return False
+    x, y = own((x, y), 0)
     loss = getattr(problem, f"{level}_value")
     program = jax.make_jaxpr(loss)(x, y, rows).jaxpr
     used, first = dce_jaxpr(program, [True])[1], len(jax.tree.leaves(x))

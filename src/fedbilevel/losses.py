@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from . import norms
 from .canonical import Traced, trace
 from .errors import InputError, check
+from .owned import bare, own
 from .problem import Problem, Rows, describe, is_complex
 
 
@@ -25,10 +26,12 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
         InputError: with the level and what its loss returned, or how it failed.
     """
     found: dict[str, Traced] = {}
+    alone = own(x, 0), own(y, 0)  # as one client has them
+    x, y = map(bare, alone)
     for level, rows in (("inner", inner), ("outer", outer)):
-        own = getattr(type(problem), f"{level}_value") is not getattr(Problem, f"{level}_value")
-        if own:  # the problem brings its own oracles: judge what those return
-            traced = _trace(problem, f"{level}_value", (x, y), (rows,), f"{level} loss")
+        theirs = getattr(type(problem), f"{level}_value") is not getattr(Problem, f"{level}_value")
+        if theirs:  # the problem brings its own oracles: judge what those return
+            traced = _trace(problem, f"{level}_value", alone, (rows,), f"{level} loss")
         else:
             first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows.examples)
             data = (rows.examples, rows.weights) if problem.batched else (first,)

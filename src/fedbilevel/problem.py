@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 from .blocks import Window, summed
 from .errors import check
 from .foreign import without_marks
+from .owned import bare, unmarked
 
 _MANY, _LONG = 64, 1000  # arrays and characters that a message spells out
 
@@ -238,7 +239,7 @@ class Problem(eqx.Module):
 
     def row_features(self, x: PyTree, examples: PyTree) -> PyTree:
         """phi(x, example) of each row, leaves (rows, ...); None for a problem without features."""
-        phi = self.features
+        phi, x = self.features, bare(x)
         if phi is None:
             return None
         return phi(x, examples) if self.batched else jax.vmap(lambda example: phi(x, example))(examples)
@@ -279,6 +280,7 @@ class Problem(eqx.Module):
         return jax.grad(self.outer_value, argnums=(0, 1))(x, y, rows)
 
     def _mean(self, loss: Loss, x: PyTree, y: PyTree, rows: Rows, *more: PyTree) -> Float[Array, ""]:
+        x, y = bare(x), bare(y)
         if self.batched:
             return loss(x, y, rows.examples, rows.weights, *more)
         losses = jax.vmap(lambda example, *own: loss(x, y, example, *own))(rows.examples, *more)
@@ -342,7 +344,7 @@ def is_complex(leaf: PyTree) -> bool:
 
 def bind(problem: Problem, x_rest: PyTree, y_rest: PyTree) -> Problem:
     """The same problem over the trainable parts of x and y alone."""
-    x_rest, y_rest = without_marks(x_rest), without_marks(y_rest)
+    x_rest, y_rest = (unmarked(without_marks(rest)) for rest in (x_rest, y_rest))
     return problem.over(x_rest, y_rest) if jax.tree.leaves((x_rest, y_rest)) else problem
 
 

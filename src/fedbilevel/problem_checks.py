@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from .data import FederatedData
 from .indices import outside
+from .owned import own
 from .problem import Problem, Rows
 
 _PADDING = 2  # rows of weight zero behind the client's own
@@ -44,8 +45,10 @@ def checks(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, toleranc
     keys, names = jax.random.split(jax.random.key(0), 5), data.names
     for level in ("inner", "outer"):
         for client in range(data.clients):
-            yield f"{names[client]}: {level} indices", _indices(problem, data, level, client, x, y)
+            yield f"{names[client]}: {level} indices", _indices(problem, data, level, client, *own((x, y), client))
+    everybodys = x, y
     for client in range(min(data.clients, 3)):
+        x, y = own(everybodys, client)
         inner, outer = (weighted(getattr(data, level).alone(client).all(), client) for level in ("inner", "outer"))
         x0, y0 = _moved(problem, x, y, keys, inner, outer)
         at = Point(x0, y0, *(_unit(_direction(key, like)) for key, like in zip(keys[:3], (x, y, y), strict=True)))
@@ -60,7 +63,7 @@ def checks(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, toleranc
             if type(problem).ways is not Problem.ways:
                 what = f"{names[client]}: hessian_vector in each way, {where}"
                 yield what, _each_way(problem, at._replace(x=x1, y=y1), inner, tolerance)
-        curvature = lambda n=inner, v=at.v: float(_dot(v, problem.hessian_vector(x, y, v, n)))
+        curvature = lambda x=x, y=y, n=inner, v=at.v: float(_dot(v, problem.hessian_vector(x, y, v, n)))
         yield (
             f"{names[client]}: inner loss curves upwards",
             lambda c=curvature: (c() > 0, f"curvature {c():.3g} along a direction"),

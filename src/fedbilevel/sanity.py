@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from . import owned
 from .compiled import CHEAPLY, Kept, run
 from .data import FederatedData, Level, entry
 from .errors import check, warn
@@ -141,7 +142,7 @@ def _padded(
 
     def value(index: Array) -> Float[Array, ""]:
         examples = jax.tree.map(lambda leaf: entry(leaf, index), rows)
-        return getattr(problem, f"{level}_value")(x, y, Rows(examples, weights, count))
+        return getattr(problem, f"{level}_value")(*owned.own((x, y), 0), Rows(examples, weights, count))
 
     return jax.lax.map(value, jnp.asarray(index))
 
@@ -295,12 +296,14 @@ class Blocks(NamedTuple):
         weights: (blocks, rows) summing to one in a block, zero on padding.
         share: (blocks,) the blocks' shares of the mean over all clients.
         count: (blocks,) int32, how many of the rows are no padding.
+        client: (blocks,) int32, whose they are.
     """
 
     index: Numbers
     weights: Numbers
     share: Numbers
     count: Numbers
+    client: Numbers
 
 
 def _count(blocks: Blocks) -> int:
@@ -320,17 +323,18 @@ def _blocks(level: Level, p: np.ndarray, rows: int | None) -> Blocks:
     clients = np.arange(m) if rows is None or m <= rows else np.arange(rows) * m // rows
     most = counts.max() if rows is None else max(1, rows // len(clients))
     size = int(min(_BLOCK, most, counts.max()))
-    chosen = []  # (rows of a block, share)
+    chosen = []  # (rows of a block, share, whose)
     for i in clients:
         n = min(int(counts[i]), int(most))
         places = offsets[i] + np.arange(n) * int(counts[i]) // n
-        chosen += [(places[s : s + size], p[i] * min(size, n - s) / n) for s in range(0, n, size)]
-    chosen += [(chosen[0][0], 0.0)] * (-len(chosen) % _TOGETHER)
-    lengths = np.array([len(places) for places, _ in chosen], np.int32)
-    index = np.stack([np.resize(places, size) for places, _ in chosen]).astype(np.int32)
+        chosen += [(places[s : s + size], p[i] * min(size, n - s) / n, int(i)) for s in range(0, n, size)]
+    chosen += [(chosen[0][0], 0.0, chosen[0][2])] * (-len(chosen) % _TOGETHER)
+    lengths = np.array([len(places) for places, *_ in chosen], np.int32)
+    index = np.stack([np.resize(places, size) for places, *_ in chosen]).astype(np.int32)
     real = np.arange(size) < lengths[:, None]
-    share = np.array([part for _, part in chosen])
-    return Blocks(index, real / lengths[:, None], share / share.sum(), lengths)
+    share = np.array([part for _, part, _ in chosen])
+    whose = np.array([client for *_, client in chosen], np.int32)
+    return Blocks(index, real / lengths[:, None], share / share.sum(), lengths, whose)
 
 
 def _figures(
@@ -344,11 +348,17 @@ def _figures(
 ) -> Figures:
     v, problem = jax.tree.map(jnp.asarray, v), losses_traced_once(problem)
 
-    def lower(block: Rows) -> tuple[Float[Array, "k k"], Float[Array, " k"]]:
+    def of(client: Array) -> tuple[PyTree, PyTree, PyTree]:
+        """x, y and the directions as a client has them."""
+        return *owned.own((x, y), client), jax.vmap(lambda d: owned.own(d, client))(v)
+
+    def lower(block: Rows, client: Array) -> tuple[Float[Array, "k k"], Float[Array, " k"]]:
+        x, y, v = of(client)
         gradient, product = _derivatives(problem, x, y, v, block)
         return _products(v, product), _along(v, gradient)
 
-    def upper(block: Rows) -> Float[Array, " k"]:
+    def upper(block: Rows, client: Array) -> Float[Array, " k"]:
+        x, y, v = of(client)
         return _along(v, problem.outer_gradients(x, y, block)[1])
 
     curvature, inner = _mean(lower, rows[0], blocks[0])
@@ -375,16 +385,16 @@ def _difference(gradient: Callable[[PyTree], PyTree], y: PyTree, d: PyTree) -> P
     return jax.tree.map(lambda a, b: (a - b) / (2 * reach.astype(a.dtype)), gradient(beside(1)), gradient(beside(-1)))
 
 
-def _mean(oracle: Callable[[Rows], PyTree], rows: PyTree, blocks: Blocks) -> PyTree:
+def _mean(oracle: Callable[[Rows, Array], PyTree], rows: PyTree, blocks: Blocks) -> PyTree:
     """The mean over all blocks of what an oracle says of each, a few at a time."""
     real = jnp.result_type(float)
     blocks = Blocks(*map(jnp.asarray, blocks))
     blocks = blocks._replace(weights=blocks.weights.astype(real), share=blocks.share.astype(real))
 
     def one(block: Blocks) -> PyTree:
-        index, weights, _, count = map(jnp.asarray, block)
+        index, weights, _, count, client = map(jnp.asarray, block)
         examples = jax.tree.map(lambda leaf: entry(leaf, index), rows)
-        return oracle(Rows(examples, weights, count))
+        return oracle(Rows(examples, weights, count), client)
 
     every = jax.lax.map(one, blocks, batch_size=_TOGETHER)
     return jax.tree.map(lambda leaf: jnp.tensordot(blocks.share, leaf, axes=1), every)
@@ -406,9 +416,16 @@ def _along(v: PyTree, gradient: PyTree) -> Float[Array, " k"]:
 # Over the network: each site's figures, and their mean --------------------------------------------------------------------
 
 
-def told(problem: Problem, own: FederatedData, x: PyTree, y: PyTree, rows: int = 4096) -> list[list[float]]:
-    """A site's figures as numbers, from its own rows."""
-    figures = measure(problem, x, y, directions(y), own, _selected(own, rows))
+def told(
+    problem: Problem, own: FederatedData, x: PyTree, y: PyTree, rows: int = 4096, client: int = 0
+) -> list[list[float]]:
+    """A site's figures as numbers, from its own rows.
+
+    Args:
+        client: which of all clients it is: whose blocks of x and y are its own.
+    """
+    whose = [each._replace(client=np.full_like(each.client, client)) for each in _selected(own, rows)]
+    figures = measure(problem, x, y, directions(y), own, (whose[0], whose[1]))
     return [np.ravel(part).astype(float).tolist() for part in figures]
 
 

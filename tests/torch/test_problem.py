@@ -143,3 +143,41 @@ def test_what_a_program_asks_compares_with_rows_and_with_their_numbers():
     with_rows, with_numbers = (Asked("inner_value", "", leaf, leaf, rows) for rows in ((leaf,), ()))
     assert with_rows != with_numbers
     assert with_numbers != with_rows
+
+
+def test_blocks_that_belong_to_clients_are_those_of_the_twin():
+    """Each client's own loss weight and head, in torch and in JAX: the same run."""
+    draw = np.random.default_rng(0)
+    client = lambda i, n: {"a": draw.normal(size=(n, 3)), "b": draw.normal(size=n) + i}
+    rows = [[client(i, 4 + 2 * i) for i in range(3)] for _ in range(2)]
+    data = fb.FederatedData.stack(*rows)
+
+    def loss(x, y, batch, weights, exp, along):
+        error = batch["a"] @ (y["body"] + y["head"]) - batch["b"]
+        return exp(x) * (weights * error**2).sum() + along(y["head"])
+
+    def problem(of, exp):
+        outer = lambda x, y, batch, weights: loss(0 * x, y, batch, weights, exp, lambda _: 0.0)
+        return of(lambda x, y, batch, weights: loss(x, y, batch, weights, exp, lambda v: 0.1 * (v**2).sum()), outer)
+
+    numbers = {"x": draw.normal(size=3), "body": draw.normal(size=3), "head": draw.normal(size=(3, 3))}
+
+    def start(made):
+        given = {name: made(value) for name, value in numbers.items()}
+        return fb.per_client(given["x"]), {"body": given["body"], "head": fb.per_client(given["head"])}
+
+    algorithm = fb.Lockstep(inner_lr=0.01, hessian_lr=0.01, outer_lr=0.01)
+    results = []
+    for made, one in (
+        (torch.tensor, problem(ft.Problem, torch.exp)),
+        (np.asarray, problem(lambda f, g: fb.Problem(f, g, batched=True), jax.numpy.exp)),
+    ):
+        engine = fb.Simulation(cohort=2)
+        results.append(
+            fb.solve(one, data, algorithm, *start(made), 4, key=jax.random.key(0), engine=engine, check=False)
+        )
+    mine, twin = ((result.x.value, result.y["head"].value, result.y["body"]) for result in results)
+    for one, other in zip(mine, twin, strict=True):
+        assert isinstance(one, torch.Tensor)
+        np.testing.assert_allclose(one.numpy(), np.asarray(other), rtol=1e-10)
+    assert results[0].history[-1]["bytes_up"] == results[1].history[-1]["bytes_up"]

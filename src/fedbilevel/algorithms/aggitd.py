@@ -171,6 +171,7 @@ class AggITD(Algorithm):
         h, v, told, after, cohort = self.estimate_parts(fed, state)
         mean = self.upper.move(fed, state.x, after.y, v, h, cohort)
         x, kept = self.optimizer.step(state.x, mean, state.optimizer)
+        x = fed.renewed(x, state.x)
         memory = self.hessian.watch(after.curvature, v)
         return dataclasses.replace(after, x=x, optimizer=kept, curvature=memory), Info(norm(h), *told)
 
@@ -200,6 +201,7 @@ class AggITD(Algorithm):
         loop = (state.y, state.control, terms.start(state.y, state.v), zero, zero, zero)
         y, control, r, _, first, slope = fed.repeat(N, turn, loop)
         new = fed.average(self.terms.vector, x, y, fed.when(terms.exists(N, Q), r), lam, cohort=cohort)
+        new = fed.renewed(new, r)
         last = terms.size(r, new)
         first = jnp.where(jnp.asarray(N) == Q, last, first)
         v, kept = terms.solution(new, lam)
@@ -221,9 +223,10 @@ class Anchored(Turns):
         cohort: jax.Array | None,
     ) -> tuple[PyTree, PyTree, PyTree]:  # fmt: skip
         q, new = fed.average(self.anchor, x, y, r, lam, replies=(True, wanted), cohort=cohort)
+        new = fed.renewed(new, r.value)
         if self.skip_idle_rounds and self.local_steps == 1:  # nothing is left for the clients to add
             return descend(y, number(self.inner_lr), q), control, new
-        return fed.average(self.lower, x, y, q, cohort=cohort), control, new
+        return fed.renewed(fed.average(self.lower, x, y, q, cohort=cohort), y), control, new
 
     def anchor(self, client: Client, x: PyTree, y: PyTree, r: When, lam: Scalar | None) -> tuple[PyTree, PyTree]:
         """q_i = d_y g_i(x, y^t), and r_i where wanted."""

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import Array, Int, PyTree
 
+from .. import owned
 from ..errors import check
 from ..federation import Client, Federation, Reply, When
 from ..pace.curvature import number
@@ -38,7 +39,7 @@ from ..problem import Rows
 from .components.diagnostics import residual
 from .components.directions import inner_gradient
 from .components.riding import Flag, Scalar, Terms, Told, Turn, Turns
-from .components.steps import controlled_descent, descend, fedsvrg, growth, moved_mean, norm
+from .components.steps import controlled_descent, descend, drift, fedsvrg, growth, moved_mean, norm
 
 # How v is made ----------------------------------------------------------------------------------------------------------
 
@@ -135,6 +136,7 @@ class OneRound(Turns):
         _need_everyone(fed)
         sent, parts = (x, y, control, r, lam), (True, True, wanted)
         step, change, new = fed.average(self.corrected_anchor, *sent, replies=parts, cohort=cohort)
+        new = fed.renewed(new, r.value)
         return optax.tree.add(y, step), moved_mean(control, fed.share, change), new
 
     def corrected_anchor(self, client: Client, x: PyTree, y: PyTree, c: PyTree, r: When, lam: Scalar | None) -> Reply:
@@ -160,7 +162,7 @@ class OneRoundApart(Turns):
         step, change = fed.average(self.corrected, x, y, control, cohort=cohort)
         control = moved_mean(control, fed.share, change)
         at = fed.when(wanted, (x, y))
-        new = fed.average(self.vector_apart, at, r, lam, replies=(wanted,), beside=True)
+        new = fed.renewed(fed.average(self.vector_apart, at, r, lam, replies=(wanted,), beside=True), r.value)
         return optax.tree.add(y, step), control, new
 
     def corrected(self, client: Client, x: PyTree, y: PyTree, c: PyTree) -> Reply:
@@ -187,10 +189,10 @@ class AnchoredApart(Turns):
     ) -> tuple[PyTree, PyTree, PyTree]:  # fmt: skip
         q = fed.average(self.gradient, x, y, cohort=cohort)
         at = fed.when(wanted, (x, y))
-        new = fed.average(self.vector_apart, at, r, lam, replies=(wanted,), beside=True)
+        new = fed.renewed(fed.average(self.vector_apart, at, r, lam, replies=(wanted,), beside=True), r.value)
         if self.skip_idle_rounds and self.local_steps == 1:
             return descend(y, number(self.inner_lr), q), control, new
-        return fed.average(self.lower, x, y, q, cohort=cohort), control, new
+        return fed.renewed(fed.average(self.lower, x, y, q, cohort=cohort), y), control, new
 
     def gradient(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
         """d_y g_i."""
@@ -219,9 +221,9 @@ def _corrected(
     """(y_i - y, a_i - c_i, a_i) of steps corrected by control variates."""
     gradient = lambda s: inner_gradient(client.problem, x, rows(s))
     a = gradient(0)(y)
-    correction = optax.tree.sub(c, client.state)
+    correction = drift(c, client.state)
     moved = controlled_descent(gradient, y, a, correction, number(turns.inner_lr), turns.local_steps)
-    return optax.tree.sub(moved, y), optax.tree.sub(a, client.state), a
+    return optax.tree.sub(moved, y), optax.tree.sub(a, client.state), owned.with_zeros(a)
 
 
 def _vector_apart(turns: Turns, client: Client, at: When, r: When, lam: Scalar | None) -> PyTree:

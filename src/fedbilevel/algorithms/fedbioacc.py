@@ -64,6 +64,7 @@ class FedBiOAcc(Algorithm):
         when="minibatches: directions followed by STORM",
         hypergradient="as SimFBO's, along STORM estimates with falling steps",
         lower="at y* with one local step; else beside it",
+        no_blocks="the estimate of a block grows old while its owner is not asked",
     )
 
     follows: ClassVar[dict[str, str]] = Algorithm.follows | of_each("estimate")

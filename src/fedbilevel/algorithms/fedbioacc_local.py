@@ -85,6 +85,7 @@ class FedBiOAccLocal(Algorithm):
         when="another problem: every client has a lower level of its own",
         hypergradient="another problem's: each client has a lower level of its own",
         lower="at the client's own y*",
+        no_blocks="every client has a whole y of its own, and its estimates grow old while it is not asked",
     )
 
     hessian_lr: Rate | str = rate(0.01, "auto")  # measured in rounds of its own, and so only where it is asked for

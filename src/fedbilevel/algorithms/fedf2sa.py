@@ -26,13 +26,13 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import Array, Float, Int, PyTree
 
-from .. import algorithm
+from .. import algorithm, owned
 from ..algorithm import About, Algorithm, Info, choice, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
 from ..pace.curvature import Rate, number
 from .components.optimizer import Optimizer, OuterOptimizer, resolve
-from .components.steps import controlled_descent, descend, moved_mean, norm
+from .components.steps import controlled_descent, descend, drift, moved_mean, norm
 
 
 class State(algorithm.State):
@@ -108,6 +108,7 @@ class FedF2SA(Algorithm):
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         h, (y, u), c, slope = self._estimate(fed, state)
         x, kept = self.optimizer.step(state.x, descend(state.x, number(self.outer_lr), h), state.optimizer)
+        x = fed.renewed(x, state.x)
         p = state.penalty
         growth = 0 if self.penalty_growth is None else self.penalty_growth
         return State(x, y, u, c, p + jnp.asarray(growth, p.dtype), kept), Info(norm(h), None, None, slope)
@@ -149,9 +150,9 @@ class FedF2SA(Algorithm):
 
         lower = y, u
         a = along(0)(lower)
-        correction = optax.tree.sub(c, client.state)
+        correction = drift(c, client.state)
         end = controlled_descent(along, lower, a, correction, number(self.inner_lr), self.local_steps)
-        return Reply((optax.tree.sub(end, lower), optax.tree.sub(a, client.state)), a)
+        return Reply((optax.tree.sub(end, lower), optax.tree.sub(a, client.state)), owned.with_zeros(a))
 
     def hypergradient(self, client: Client, x: PyTree, y: PyTree, u: PyTree, p: Float[Array, ""]) -> PyTree:
         """d_x f_i(x, u) + p [d_x g_i(x, u) - d_x g_i(x, y)], the same rows in both."""

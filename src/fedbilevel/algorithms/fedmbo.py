@@ -78,6 +78,7 @@ class FedMBO(Algorithm):
         when="sampled clients: the variance falls with the number of chains; at most so many rounds",
         hypergradient="right on average; noisy, less with more `chains`",
         lower="beside y* for two or more `local_steps`",
+        no_blocks="each factor of its series is that of one client alone, and of hardly any block",
     )
 
     follows: ClassVar[dict[str, str]] = Algorithm.follows | {"optimizer": "outer_optimizer"}
@@ -138,6 +139,7 @@ class FedMBO(Algorithm):
                 going = t < cut
                 message, asked = (fed.when(going, (x, y, lam)), fed.when(going, p)), fed.draw_cohort(1)
                 new = fed.average(self.factor, *message, replies=(going,), cohort=asked, beside=s > 0)
+                new = fed.renewed(new, p)
                 after.append(jax.tree.map(lambda new, old, going=going: jnp.where(going, new, old), new, p))
             return after
 

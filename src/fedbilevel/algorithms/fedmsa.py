@@ -105,6 +105,7 @@ class FedMSA(Algorithm):
         forget = jnp.where(state.done == 0, 1.0, self.forget)
         everyone = fed.draw_cohort(fed.clients)
         e = fed.average(self.look, z, state.before, state.estimate, forget, cohort=everyone)
+        e = fed.renewed(e, state.estimate)
         x, y, v = optax.tree.add(z, fed.average(self.move, z, e, lam))
         lag, pull = residual(state.pull, norm(e[2]))
         after = State(x, y, v, pull, z, e, state.done + 1, self.hessian.watch(memory, v))

@@ -137,6 +137,7 @@ class FedNest(Algorithm):
         h, v, told, after, cohort = self.estimate_parts(fed, state)
         mean = self.upper.move(fed, state.x, after.y, v, h, cohort)
         x, kept = self.optimizer.step(state.x, mean, state.optimizer)
+        x = fed.renewed(x, state.x)
         return State(x, after.y, self.hessian.watch(after.curvature, v), kept), Info(norm(h), *told)
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:

@@ -104,9 +104,10 @@ class LFedNestSVRG(Algorithm):
     def step(self, fed: Federation, state: State) -> tuple[State, Info]:
         lam, memory = self.hessian.ask(fed, state.x, state.y, state.curvature)
         y, slope = self.lower.rounds(fed, state.x, state.y)
-        mean = fed.average(self.upper, state.x, y, lam)
+        mean = fed.renewed(fed.average(self.upper, state.x, y, lam), state.x)
         size = norm(optax.tree.sub(mean, state.x)) / (number(self.outer_lr) * self.outer_steps)
         x, kept = self.optimizer.step(state.x, mean, state.optimizer)
+        x = fed.renewed(x, state.x)
         return State(x, y, self.hessian.watch(memory, size), kept), Info(size, lower_gradient_norm=slope)
 
     def estimate(self, fed: Federation, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:

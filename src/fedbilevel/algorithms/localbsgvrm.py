@@ -71,6 +71,7 @@ class LocalBSGVRM(Algorithm):
         hypergradient="biased where clients differ",
         lower="beside y* for two or more `local_steps`",
         biased=True,
+        no_blocks="the estimate of a block grows old while its owner is not asked",
     )
 
     follows: ClassVar[dict[str, str]] = Algorithm.follows | of_each("estimate")

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import Array, Float, PyTree
 
-from .. import algorithm
+from .. import algorithm, owned
 from ..algorithm import About, Algorithm, Info, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
@@ -44,7 +44,7 @@ from ..pace.curvature import AutoStep, Curvature, Rate, number
 from .components.anderson import Anderson, Parts, Past
 from .components.diagnostics import of_each, residual
 from .components.directions import hypergradient, inner_gradient
-from .components.steps import controlled_descent, descend, moved_mean, norm
+from .components.steps import controlled_descent, descend, drift, moved_mean, norm
 
 
 class State(algorithm.State):
@@ -162,7 +162,7 @@ class Lockstep(Algorithm):
         problem, T = client.problem, self.local_steps
         rows = client.batches("inner", self.batch_size, T + 1, at=x)
         outer = lambda s: client.batch("outer", self.batch_size, s)
-        correction = optax.tree.sub(c, client.state)
+        correction = drift(c, client.state)
 
         along_y = lambda s: inner_gradient(problem, x, rows(s))
 
@@ -178,4 +178,4 @@ class Lockstep(Algorithm):
             controlled_descent(along_y, y, a[1], correction[1], number(self.inner_lr), T),
             descend(v, self.hessian.lam(lam), optax.tree.add(adjoint, correction[2])),
         )
-        return Reply((optax.tree.sub(ends, (x, y, v)), optax.tree.sub(a, client.state)), a)
+        return Reply((optax.tree.sub(ends, (x, y, v)), optax.tree.sub(a, client.state)), owned.with_zeros(a))

@@ -25,14 +25,14 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import Array, Float, PyTree
 
-from .. import algorithm
+from .. import algorithm, owned
 from ..algorithm import Algorithm, component, count, rate
 from ..errors import check
 from ..federation import Client, Federation, Reply
 from ..pace.curvature import AutoStep, Curvature, Rate
 from .components.directions import inner_gradient
 from .components.inner_step import ask, judged, share_of_curvature, watched_descent
-from .components.steps import Gradient, controlled_descent, moved_mean, norm
+from .components.steps import Gradient, controlled_descent, drift, moved_mean, norm
 
 
 class State(algorithm.State):
@@ -123,17 +123,17 @@ class Training(Algorithm):
         along, a, correction = self._begun(client, x, y, c)
         assert not isinstance(self.inner_lr, str)  # where it is found, it travels
         end = controlled_descent(along, y, a, correction, self.inner_lr, self.local_steps)
-        return Reply((optax.tree.sub(end, y), optax.tree.sub(a, client.state)), a)
+        return Reply((optax.tree.sub(end, y), optax.tree.sub(a, client.state)), owned.with_zeros(a))
 
     def watched_moves(self, client: Client, x: PyTree, y: PyTree, c: PyTree, lam: Float[Array, ""]) -> Reply:
         """`moves` with a step that travels; and the steepest curvature along the client's path."""
         along, a, correction = self._begun(client, x, y, c)
         steps, same = self.local_steps, self.batch_size is None
         end, steepest = watched_descent(along, y, a, correction, lam, steps, same)
-        return Reply((optax.tree.sub(end, y), optax.tree.sub(a, client.state), steepest), a)
+        return Reply((optax.tree.sub(end, y), optax.tree.sub(a, client.state), steepest), owned.with_zeros(a))
 
     def _begun(self, client: Client, x: PyTree, y: PyTree, c: PyTree) -> tuple[Gradient, PyTree, PyTree]:
         """(The client's gradients by draw, a_i, what corrects its steps)."""
         rows = client.batches("inner", self.batch_size, self.local_steps, at=x)
         along = lambda s: inner_gradient(client.problem, x, rows(s))
-        return along, along(0)(y), optax.tree.sub(c, client.state)
+        return along, along(0)(y), drift(c, client.state)

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from ..compiled import run
 from ..data import FederatedData
+from ..owned import own
 from ..problem import Problem, Rows
 
 
@@ -48,23 +49,24 @@ def _found(problem: Problem, _: None, data: FederatedData, x: PyTree, y: PyTree)
     """For each derivative and leaf, (clients,) whether it is finite."""
     ones = optax.tree.ones_like(y)
 
-    def products(inner: Rows) -> tuple[PyTree, PyTree]:
-        return problem.hessian_vector(x, y, ones, inner), problem.cross_vector(x, y, ones, inner)
+    def products(at: tuple[PyTree, PyTree, PyTree], inner: Rows, _: Rows) -> tuple[PyTree, PyTree]:
+        return problem.hessian_vector(*at, inner), problem.cross_vector(*at, inner)
 
-    return (*_found_first(problem, _, data, x, y), *_by_client(data, lambda inner, outer: products(inner)))
+    return (*_found_first(problem, _, data, x, y), *_by_client(data, (x, y, ones), products))
 
 
 def _found_first(problem: Problem, _: None, data: FederatedData, x: PyTree, y: PyTree) -> tuple[PyTree, ...]:
     """The same of the losses and their first derivatives."""
 
-    def one(inner: Rows, outer: Rows) -> tuple[PyTree, ...]:
+    def one(at: tuple[PyTree, PyTree], inner: Rows, outer: Rows) -> tuple[PyTree, ...]:
+        x, y = at
         numbers = problem.inner_value(x, y, inner), problem.outer_value(x, y, outer)
         return *numbers, problem.inner_gradient(x, y, inner), *problem.outer_gradients(x, y, outer)
 
-    return _by_client(data, one)
+    return _by_client(data, (x, y), one)
 
 
-def _by_client(data: FederatedData, of: Callable[[Rows, Rows], tuple[PyTree, ...]]) -> tuple[PyTree, ...]:
+def _by_client(data: FederatedData, at: PyTree, of: Callable[..., tuple[PyTree, ...]]) -> tuple[PyTree, ...]:
     finite = lambda tree: jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
     rows = lambda i: [level.client(i, level.cut(data.clients)).all() for level in (data.inner, data.outer)]
-    return jax.vmap(lambda i: finite(of(*rows(i))))(jnp.arange(data.clients, dtype=jnp.int32))
+    return jax.vmap(lambda i: finite(of(own(at, i), *rows(i))))(jnp.arange(data.clients, dtype=jnp.int32))

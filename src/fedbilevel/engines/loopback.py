@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from ..algorithm import Algorithm
+from .. import owned
+from ..algorithm import Algorithm, State
 from ..cohorts import check_cohort, check_dropout
 from ..data import ClientRows, FederatedData, check_whole
 from ..given import Whole
@@ -100,8 +101,12 @@ class _Looped(Messaging):
         return [(self.data.inner.alone(i), self.data.outer.alone(i)) for i in range(self.data.clients)]
 
     def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
-        one = client_state(algorithm, state)
-        return Carry(strong(state), None if one is None else [one] * self.data.clients, 0)
+        clients = range(self.data.clients)
+        if owned.nodes((state.x, state.y)):
+            own = [client_state(algorithm, State(*owned.own((state.x, state.y), i))) for i in clients]
+        else:
+            own = [client_state(algorithm, state)] * len(clients)
+        return Carry(strong(state), None if own[0] is None else own, 0)
 
     def advance(self, algorithm: Algorithm, carry: Carry, iterations: int, limit: float) -> tuple[Carry, Record]:
         leaves, states = as_leaves(algorithm), carry.client_state or [None] * self.data.clients
@@ -159,5 +164,5 @@ class InProcess(Transport):
         return answers
 
     def restart(self, x: PyTree, y: PyTree, purpose: Purpose) -> None:
-        for client in self.members:
-            client.restart(self.first(x, y))
+        for index, client in enumerate(self.members):
+            client.restart(self.first(*owned.own((x, y), index)))

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from ..algorithm import Algorithm
+from .. import owned
+from ..algorithm import Algorithm, State
 from ..beginning import as_leaves, first_client_state
 from ..clock import Stopwatch
 from ..cohorts import check_cohort, check_dropout
@@ -38,7 +39,7 @@ from .simulated.compiling import QUICK, Ahead, check_way, chosen, open_to_choice
 from .simulated.draws import fits
 from .simulated.federation import Static
 from .simulated.on_disk import Store, Version
-from .simulated.programs import Step, chunk, everybodys, many_chunks, once
+from .simulated.programs import Step, begun, chunk, everybodys, many_chunks, once
 from .simulated.room import IN_MEMORY, check_place, room
 from .simulated.spread import spread_over
 
@@ -200,6 +201,9 @@ class _Simulated(Execution):
         one, clients = first_client_state(algorithm, state), self.data.clients
         place = room(self.engine.client_state, title_of(algorithm), one, clients, self.protocol.cohort)
         kept = everybodys(one, clients) if place is None else Version(Store(place, one, clients))
+        if jax.tree.leaves(one) and owned.nodes((state.x, state.y)):  # clients begin with blocks of their own
+            each = jax.jit(begun, static_argnums=2)(as_leaves(algorithm), State(state.x, state.y), clients)
+            kept = kept.restored(list(map(np.asarray, jax.tree.leaves(each)))) if isinstance(kept, Version) else each
         self.heavy = place is None and self.engine.mesh is None and _large(kept)
         return Carry(strong(state), kept, 0)
 

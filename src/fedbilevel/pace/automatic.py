@@ -7,8 +7,8 @@ message, so that clients have them too. With M the largest and L the mean of the
     inner_lr     b / (1.2 M), b from the number of local steps and the cohort (`algorithms.components.inner_step`)
     hessian_lr   where everyone takes part with all rows 1.6 / (1.1 L), for algorithms that make v anew in each iteration
                  1 / (1.2 L): L is no less than the mean Hessian's curvature;
-                 1 / (1.2 M) where clients or rows are sampled, or single clients' factors act between two means (b / (1.2 M)
-                 where these are local steps on a v that is kept)
+                 1 / (1.2 M) where clients or rows are sampled, leaves of y belong to clients (`owned`), or single
+                 clients' factors act between two means (b / (1.2 M) where these are local steps on a v that is kept)
     outer_lr     `outer`
 
 The curvatures are measured by five Lanczos steps of each client on one batch, one number up: at the start in as many
@@ -34,6 +34,7 @@ import numpy as np
 import optax.tree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .. import owned
 from ..algorithm import Algorithm, Info, State, Truncation
 from ..component import component, method_named, title_of
 from ..federation import Client, Federation, Method
@@ -220,7 +221,8 @@ class Auto(Algorithm):
             numbers["inner_lr"] = self.inner_lr_of(state, fed.clients, fed.cohort_size)
         if "hessian_lr" in self.found:
             kept, local = self._gated(state.kept), self.meter.step.local_factors
-            mean = self._everything(fed) and not local
+            # L is no bound where blocks of y are each one client's alone
+            mean = self._everything(fed) and not local and not owned.nodes(state.y)
             if kept and local:
                 local_steps = getattr(self.algorithm, "local_steps", 1)
                 longest = longest * share_of_curvature(local_steps, fed.clients, fed.cohort_size)
@@ -244,6 +246,8 @@ class Auto(Algorithm):
             mean, largest, *rest = fed.average(self.meter.begin, state.x, state.y, combine=ways, cohort=cohort)
             add = lambda old, new: old + new / turns
             pull = jax.tree.map(add, seen.pull, rest[0])
+            # a block is asked of in one turn alone
+            pull = owned.put(pull, jax.tree.map(jnp.add, seen.pull, rest[0]))
             sums = (add(old, new) for old, new in ((seen.loss, rest[1]), (seen.steepest, rest[2])))
             return Seen(jnp.maximum(seen.largest, largest), add(seen.mean, mean), pull, *sums)
 

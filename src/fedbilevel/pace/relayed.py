@@ -49,7 +49,7 @@ class Relayed(Federation):
         asked = method if path is None else MethodOf(self._owner, f"{path}{getattr(method, '__name__', '')}")
         message = message if path is None else (self._steps, *message)
         out = self._fed.ask(asked, message, combine, replies, cohort, beside)
-        self._own_share = None
+        self._own_share, self._present = None, self._fed._present
         if self._measure is not None and self._depth == 0:
             self._own_share, measure, self._measure = self._fed._share, self._measure, None
             self.seen = measure()

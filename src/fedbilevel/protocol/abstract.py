@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from .. import owned
 from ..algorithm import Algorithm
 from ..beginning import client_state
 from ..cohorts import combine_replies
@@ -75,7 +76,11 @@ class AbstractFederation(TracedFederation):
         shapes = self._replied_with(name, method, message, wanted, key) if known is None else known[self._at].reply
         check_parts(f"{title_of(self._algorithm)}.{name}", combine, shapes)
         one = jax.tree.map(lambda s: jnp.broadcast_to(self._opaque.astype(s.dtype), (1, *s.shape)), shapes)
-        return shapes, combine_replies(combine, one, None)
+        reply = combine_replies(combine, owned.without(one), None)
+        if owned.nodes(one):
+            self._present = jnp.zeros(self.clients, bool)
+            reply = owned.together(reply, owned.collected(one, jnp.zeros(1, jnp.int32), None, self.clients))
+        return shapes, reply
 
     def _replied_with(self, name: str, method: Method, message: PyTree, wanted: Wanted, key: Key[Array, ""]) -> PyTree:
         """The shapes of one client's reply: its method traced."""
@@ -84,7 +89,7 @@ class AbstractFederation(TracedFederation):
             flags = tuple(jnp.asarray(True) for _ in wanted)
             rows = (self._data.inner.client(0), self._data.outer.client(0))
             client = Client(self._problem, rows, self._client_shape, key, flags, jnp.zeros((), jnp.int32))
-            out = self.replied(name, method, client, message)
+            out = self.replied(name, method, client, owned.own(message, 0))
             if isinstance(out, Reply):
                 stateful = jax.tree.leaves(self._client_shape)
                 check(

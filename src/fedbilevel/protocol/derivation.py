@@ -15,10 +15,12 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
+from .. import owned
 from ..algorithm import Algorithm
 from ..beginning import as_leaves, first_state
 from ..cohorts import check_cohort
 from ..compiled import Kept
+from ..component import title_of
 from ..data import FederatedData
 from ..errors import check
 from ..given import Whole
@@ -68,6 +70,19 @@ def check_kinds(problem: Problem, data: FederatedData, algorithm: Algorithm) -> 
     check(isinstance(algorithm, Algorithm), lambda: f"algorithm is an instance such as AggITD(...); got {algorithm!r}.")
 
 
+def check_blocks(algorithm: Algorithm, state: PyTree, data: FederatedData) -> None:
+    """Refuse leaves that belong to clients where the algorithm cannot take them, or there are other clients."""
+    if not owned.nodes((state.x, state.y)):
+        return
+    why = getattr(getattr(algorithm, "about", None), "no_blocks", "")
+    check(
+        not why,
+        f"{title_of(algorithm)} takes no leaves per client (fedbilevel.per_client): {why}. Take Lockstep or AggITD.",
+    )
+    for name in "xy":
+        owned.check_clients(getattr(state, name), name, data.clients)
+
+
 def trace(
     algorithm: Algorithm,
     problem: Problem,
@@ -78,6 +93,7 @@ def trace(
 ) -> Protocol:
     """The protocol of `program(algorithm, fed, state)`, by default of `algorithm.step`."""
     program = program or step
+    check_blocks(algorithm, state, data)
     problem = freeze(problem, state.x, state.y, data)
     given = as_leaves(algorithm), state, data
     known = _KNOWN.get(_key(program, problem, given, cohort), lambda: _Known(program, problem, given, cohort))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
+from .. import owned
 from ..errors import InputError, check
 from ..federation import Combine, Flag, Replies, Way, When
 from ..problem import describe
@@ -171,6 +172,8 @@ def site(
     combine: Combine,
 ) -> Site:
     """What travels at a call site, from the message and one client's reply."""
+    if owned.nodes(message):  # a client is sent its own blocks
+        message = owned.own(jax.eval_shape(lambda: message), 0)
     shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
     flag = iter(range(len(sent) + len(wanted)))
     number = lambda value: None if is_static(value) else next(flag)

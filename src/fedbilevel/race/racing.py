@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .. import owned
 from ..algorithm import Algorithm, State
 from ..component import MethodOf, method_named, title_of
+from ..errors import check
 from ..federation import Client, Federation, Method, Reply, Way, When
 from .family import Family, where
 from .lanes import Lane, Rider, own_step
@@ -91,6 +93,11 @@ class Race(Algorithm):
         return Race(tuple(self.families[family].only(own) for family, own in self.groups(places)))
 
     def init(self, x: PyTree, y: PyTree) -> Standing:
+        check(
+            not owned.nodes((x, y)),
+            "candidates that race take no leaves per client (fedbilevel.per_client): run one algorithm instead, such as "
+            "fedbilevel.solve with Lockstep(), whose steps are found while it runs.",
+        )
         members = tuple(family.each(lambda algorithm: algorithm.init(x, y)) for family in self.families)
         alive = tuple(jnp.ones(family.size, bool) for family in self.families)
         largest = [jnp.max(jnp.abs(leaf), initial=1.0) for leaf in jax.tree.leaves((x, y))]

@@ -32,6 +32,7 @@ from ..data import FederatedData, check_whole
 from ..errors import check, unknown_name, warn
 from ..foreign import as_given
 from ..influence import Level, influence, named
+from ..owned import check_clients
 from ..problem import Problem, bind
 from ..program import compiled_as, freeze
 from ..variables import trainable
@@ -173,6 +174,8 @@ def _enter(
     """
     check_whole(data, "fedbilevel.reference")
     (x, x_rest), (y, y_rest) = trainable(x, "x"), trainable(y, "y")
+    for name, variable in (("x", x), ("y", y)):
+        check_clients(variable, name, data.clients)
     if any(map(_half, jax.tree.leaves((x, y)))):
         x, y, data = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if _half(leaf) else leaf, (x, y, data))
     return freeze(bind(problem, x_rest, y_rest), x, y, data), data, x, y

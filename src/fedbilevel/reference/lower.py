@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .. import owned
 from ..data import FederatedData
 from ..problem import Problem
 from .judge import Evidence
@@ -64,18 +65,20 @@ class Lower(NamedTuple):
 
         @jax.jit  # traced once, for its shapes and for the loop
         def reply(index: Count, p: Scalar) -> PyTree:
-            out = oracle(self.x, *args, clients.client(index, clients.cut(together)).all())
+            out = oracle(*owned.own((self.x, *args), index), clients.client(index, clients.cut(together)).all())
             return jax.tree.map(lambda leaf: p.astype(leaf.dtype) * leaf, out)
 
         def some(index: Int[Array, " together"], p: Float[Array, " together"]) -> PyTree:
-            return jax.tree.map(lambda r: jnp.sum(r, axis=0), jax.vmap(reply)(index, p))
+            replies = jax.vmap(reply)(index, p)
+            summed = jax.tree.map(lambda r: jnp.sum(r, axis=0), owned.without(replies))
+            return owned.together(summed, owned.added(replies, index, m))
 
         def add(total: PyTree, chunk: Chunk) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, some(*chunk)), None
 
         if len(index) == 1:
             return some(index[0], p[0])
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(reply, index[0, 0], p[0, 0]))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(some, index[0], p[0]))
         return jax.lax.scan(add, zero, (index, p))[0]
 
     def value(self, y: Flat, level: str) -> Scalar:

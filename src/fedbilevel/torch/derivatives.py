@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..arrays import Structure
+from ..owned import bare
 
 Way: TypeAlias = Literal["double backward", "forward over reverse"]
 Loss: TypeAlias = Callable[..., Any]  # (x, y, batch, weights) -> scalar
@@ -45,7 +46,8 @@ class At(NamedTuple):
 
     def value(self, x: Leaves, y: Leaves) -> torch.Tensor:
         """The loss."""
-        return self.loss(self.like_x.unflatten(x), self.like_y.unflatten(y), self.batch, self.weights)
+        given = bare(self.like_x.unflatten(x)), bare(self.like_y.unflatten(y))
+        return self.loss(*given, self.batch, self.weights)
 
 
 def value(at: At) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ from ..beside import Served
 from ..data import FederatedData
 from ..errors import InputError, check
 from ..jaxprs import each_on_host
+from ..owned import own
 from ..problem import Rows, describe, told_by
 from .host import Asked, Host, Name, Numbers
 
@@ -78,7 +79,7 @@ class Problem(base.Problem):
         return self._with(self.host.bound(data)), standing
 
     def settled(self, x: PyTree, y: PyTree, data: FederatedData) -> Problem:
-        return self._with(self.host.looked_at(x, y, data))
+        return self._with(self.host.looked_at(own(x, 0), own(y, 0), data))
 
     def depends(self, level: str, variable: str) -> list[bool] | None:
         return self.host.known.depends.get((level, variable))

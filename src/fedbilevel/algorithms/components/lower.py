@@ -62,7 +62,7 @@ class CorrectedLower(LowerLoop):
             q = fed.average(self.gradient, x, y, cohort=cohort)
             if self.skip_idle_rounds and self.local_steps == 1:  # nothing is left for the clients to add
                 return descend(y, number(self.inner_lr), q), norm(q)
-            return fed.average(self.steps, x, y, q, cohort=cohort), norm(q)
+            return fed.renewed(fed.average(self.steps, x, y, q, cohort=cohort), y), norm(q)
 
         return fed.repeat(self.inner_rounds, turn, (y, jnp.zeros_like(norm(y))))
 
@@ -87,7 +87,7 @@ class LocalLower(LowerLoop):
     def rounds(self, fed: Federation, x: PyTree, y: PyTree) -> Loop:
         def turn(t: Turn, loop: Loop) -> Loop:
             before, _ = loop
-            after = fed.average(self.steps, x, before)
+            after = fed.renewed(fed.average(self.steps, x, before), before)
             return after, norm(optax.tree.sub(after, before)) / (number(self.inner_lr) * self.local_steps)
 
         return fed.repeat(self.inner_rounds, turn, (y, jnp.zeros_like(norm(y))))

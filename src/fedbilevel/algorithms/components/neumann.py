@@ -56,7 +56,7 @@ class NeumannSeries(Component):
 
         def turn(n: Number, loop: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             p, total = loop
-            p = fed.average(self.factor, x, y, p, lam, cohort=cohort)
+            p = fed.renewed(fed.average(self.factor, x, y, p, lam, cohort=cohort), p)
             return p, optax.tree.add(total, p) if full else total
 
         p, total = fed.repeat(factors, turn, (start, start), most=self.neumann_terms)

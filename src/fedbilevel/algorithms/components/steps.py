@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax.tree
 from jaxtyping import Array, Float, Int, PyTree
 
+from ... import owned
+
 Rate = float | Float[Array, "..."]  # a step size, or a grid of them
 Number = int | Int[Array, ""]
 Gradient = Callable[
@@ -45,14 +47,24 @@ def fedsvrg(gradient: Gradient, anchor: PyTree, mean_gradient: PyTree, lr: Rate,
 
     The correction removes the clients' drift: the fixed point is the global one for any number of steps. At the
     first step z is the anchor and the two local gradients cancel, so it is taken without evaluating them.
+    Leaves that belong to the client have no drift: they go along their own gradient.
     """
+    own = bool(owned.nodes(anchor))
 
     def corrected(s, z):
         on_rows = gradient(s)
-        drift = optax.tree.sub(on_rows(z), on_rows(anchor))
-        return descend(z, lr, optax.tree.add(drift, mean_gradient))
+        here = on_rows(z)
+        drift = optax.tree.sub(here, on_rows(anchor))
+        towards = optax.tree.add(drift, mean_gradient)
+        return descend(z, lr, owned.put(towards, here) if own else towards)
 
-    return jax.lax.fori_loop(1, steps, corrected, descend(anchor, lr, mean_gradient))
+    first = owned.put(mean_gradient, gradient(0)(anchor)) if own else mean_gradient
+    return jax.lax.fori_loop(1, steps, corrected, descend(anchor, lr, first))
+
+
+def drift(mean: PyTree, own: PyTree) -> PyTree:
+    """c - c_i, what control variates add to a client's gradient; zero in leaves that belong to it."""
+    return owned.with_zeros(optax.tree.sub(mean, own))
 
 
 def controlled_descent(
@@ -93,9 +105,10 @@ def tracked_descent(
 def moved_mean(mean: PyTree, share: Rate, change: PyTree) -> PyTree:
     """The mean over all clients of what each keeps, when a share of them changed it by `change` on average.
 
-    `share` is `Federation.share`: by weight.
+    `share` is `Federation.share`: by weight. Of leaves that belong to clients nothing is kept.
     """
-    return jax.tree.map(lambda c, d: c + jnp.asarray(share, d.dtype) * d, mean, change)
+    moved = jax.tree.map(lambda c, d: c + jnp.asarray(share, d.dtype) * d, mean, change)
+    return owned.put(moved, mean)
 
 
 def growth(last: Float[Array, ""], first: Float[Array, ""]) -> Float[Array, ""]:

@@ -41,7 +41,7 @@ class CorrectedUpper(Component):
         """The mean of the clients' x_i, in a round; with one step nothing is left for the clients to add."""
         if self.skip_idle_rounds and self.outer_steps == 1:
             return descend(x, number(self.outer_lr), h)
-        return fed.average(self.steps, x, y, v, h, cohort=cohort)
+        return fed.renewed(fed.average(self.steps, x, y, v, h, cohort=cohort), x)
 
     # The clients' side ----------------------------------------------------------------------------------------------
 

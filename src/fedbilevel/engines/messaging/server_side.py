@@ -8,6 +8,7 @@ tried again, as the `Faults` policy says.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, PyTree
 
+from ... import owned
 from ...algorithm import Algorithm
 from ...arrays import on_device
 from ...clock import Stopwatch
@@ -165,7 +167,7 @@ class MessageFederation(Federation):
         wanted = tuple(map(bool, flags))
         cohort = check_given(cohort, self.clients)
         self._asked = self.cohort_size if cohort is None else cohort.shape[0]
-        exchange = _Exchange(path, self._tick(), sent, wanted, encode(*message_schema(message, sent)), beside)
+        exchange = _Exchange(path, self._tick(), sent, wanted, _payloads(message, sent), beside)
         index, answers = self._until_enough(exchange, cohort)
         slots = [slot for slot, client in enumerate(index) if int(client) in answers]
         arrived = [answers[int(index[slot])] for slot in slots]
@@ -179,7 +181,12 @@ class MessageFederation(Federation):
             weights = None if weights is None else weights[jnp.asarray(slots)]
             weights = None if weights is None else weights / weights.sum()
         self._share = answered(everyone, asked, present, self.clients)
-        return mask_reply(combine_replies(combine, stacked, weights), wanted)
+        reply = combine_replies(combine, owned.without(stacked), weights)
+        if owned.nodes(stacked):
+            here = jnp.asarray(index[np.asarray(slots)])
+            self._present = owned.answered(here, None, self.clients)
+            reply = owned.together(reply, owned.collected(stacked, here, None, self.clients))
+        return mask_reply(reply, wanted)
 
     def _until_enough(self, exchange: _Exchange, cohort: Cohort) -> tuple[np.ndarray, dict[int, PyTree]]:
         """(The cohort asked, replies by client), tried again until enough have answered."""
@@ -221,7 +228,7 @@ class MessageFederation(Federation):
         if lost := [error for error in answers.failures.values() if isinstance(error, StateLost)]:
             raise lost[0]
         count = lambda clients: sum(int(client) in clients for client in index)
-        down, up = len(exchange.payload) * count(asked), sum(len(p) * count([c]) for c, p in answers.replies.items())
+        down, up = len(exchange.payload(0)) * count(asked), sum(len(p) * count([c]) for c, p in answers.replies.items())
         self.bytes_down, self.bytes_up = self.bytes_down + down, self.bytes_up + up
         self.rounds += not exchange.beside
         run.roster.note(replies, answers.failures, not exchange.beside)
@@ -253,7 +260,7 @@ class MessageFederation(Federation):
     def _request(self, exchange: _Exchange, tag: Tag, client: int) -> Request:
         counted, kept = (as_tag(tags[client]) for tags in (self.client_state, self._run.kept))
         return Request(
-            self._run.places[exchange.path], tag, exchange.sent, exchange.wanted, counted, kept, exchange.payload,
+            self._run.places[exchange.path], tag, exchange.sent, exchange.wanted, counted, kept, exchange.payload(client),
             self._run.purpose,
         )  # fmt: skip
 
@@ -318,8 +325,17 @@ class _Exchange:
     counter: int
     sent: tuple[bool, ...]
     wanted: tuple[bool, ...]
-    payload: bytes
+    payload: Callable[[int], bytes]  # of a client: all are as long
     beside: bool
+
+
+def _payloads(message: tuple, sent: tuple[bool, ...]) -> Callable[[int], bytes]:
+    """What each client is sent: all the same, but for blocks of its own."""
+    of = lambda message: encode(*message_schema(message, sent))
+    if owned.nodes(message):
+        return functools.cache(lambda client: of(owned.own(message, client)))
+    payload = of(message)
+    return lambda client: payload
 
 
 def _finite(reply: PyTree) -> bool:

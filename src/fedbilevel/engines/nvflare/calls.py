@@ -43,10 +43,30 @@ class Call(Protocol):
     target_name: str
 
 
-def sites(names: list[str], seconds: float, arrived: Callable[[Call, Received], Received] | None = None) -> Sites:
+def sites(
+    names: list[str],
+    seconds: float,
+    arrived: Callable[[Call, Received], Received] | None = None,
+    wait: bool = True,
+) -> Sites:
     """The sites of these names, each of which has so many seconds to answer.
 
     Args:
         arrived: hears of an answer when it arrives, and returns what the answer is.
+        wait: whether a call comes back when all have answered; else it does at once, and its results wait when they are
+            gone through, once.
     """
-    return cast(Sites, collab.get_clients(names)(timeout=seconds, process_resp_cb=arrived))
+    return cast(Sites, collab.get_clients(names)(timeout=seconds, process_resp_cb=arrived, blocking=wait))
+
+
+class Answered:
+    """The results of several calls as those of one."""
+
+    def __init__(self, calls: Sequence[Results]):
+        self._found = [pair for call in calls for pair in call]
+        self.failures: Mapping[str, Exception] = {
+            name: error for call in calls for name, error in call.failures.items()
+        }
+
+    def __iter__(self) -> Iterator[tuple[str, Received]]:
+        return iter(self._found)

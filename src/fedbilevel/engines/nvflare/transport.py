@@ -9,11 +9,12 @@ from nvflare.fuel.f3.stats_pool import StatsPoolManager
 
 from ...errors import InputError, RunError, warn
 from ...given import Received
+from ...owned import nodes, own
 from ...protocol.wire import encode
 from ..faults import StateLost
 from ..messaging.transport import Answers, Purpose, Request, Transport
 from .agreement import warnings_in
-from .calls import Call, sites
+from .calls import Answered, Call, Results, sites
 from .messages import Header, Restart, plain
 
 _FIRST = 600.0  # seconds for a site's first answer of each kind, which it has to compile
@@ -47,7 +48,13 @@ class CollabTransport(Transport):
             answers.seconds[number[call.target_name.split(".")[0]]] = time.perf_counter() - began
             return said
 
-        results = sites(list(number), float(seconds), arrived).answer(header, one.payload)
+        def all_at_once() -> Results:
+            if all(request.payload == one.payload for request in requests.values()):
+                return sites(list(number), float(seconds), arrived).answer(header, one.payload)
+            apart = lambda name: sites([name], float(seconds), arrived, wait=False)  # each is sent blocks of its own
+            return Answered([apart(name).answer(header, requests[number[name]].payload) for name in number])
+
+        results = all_at_once()
         self.compiling += max((compiled(said) for _, said in results), default=0.0)
         for name, said in results:
             client = number[name]
@@ -77,11 +84,13 @@ class CollabTransport(Transport):
         return any(True for _ in sites([self.names[client]], _SOON).alive())
 
     def restart(self, x: PyTree, y: PyTree, purpose: Purpose) -> None:
-        header = plain(Restart(purpose))
-        for name, said in sites(self.names, _FIRST).restart(header, encode((x, y), (True, True))):
-            error = refusal(name, said)
-            if error is not None:
-                raise error
+        header, mine = plain(Restart(purpose)), bool(nodes((x, y)))  # a site is sent its own blocks
+        for index, names in enumerate([[name] for name in self.names] if mine else [self.names]):
+            payload = encode(own((x, y), index), (True, True))
+            for name, said in sites(names, _FIRST).restart(header, payload):
+                error = refusal(name, said)
+                if error is not None:
+                    raise error
 
     def travelled(self) -> tuple[int, int]:
         sent, received = (_total(pool) for pool in ("Sent_Msg_Sizes", "Received_Msg_Sizes"))

@@ -210,11 +210,12 @@ class _Inside:
         self.mine, self.sides = (inner, outer), {}
         self._take_up(first)
         self._store(message.resume)
-        problem = self.agreed.problem
-        return ({"figures": told(problem, self.own, *self.agreed.variables)} if message.check else {}), b""
+        look = lambda: told(self.agreed.problem, self.own, *self.agreed.variables, client=message.index)
+        return ({"figures": look()} if message.check else {}), b""
 
     def _made(self, purpose: Purpose) -> ClientSide:
         """What answers requests of a purpose, with the state of a start."""
+        from ...owned import own
         from ...program import freeze
         from ...protocol import as_leaves, client_state
         from ..messaging.client_side import ClientSide, Methods
@@ -222,7 +223,7 @@ class _Inside:
 
         algorithm, state, protocol = self.agreed.means(purpose)
         problem = freeze(self.problem, *self.agreed.variables, self.held)
-        first = client_state(algorithm, state) if purpose.name == "run" else None
+        first = client_state(algorithm, own(state, self.asked.index)) if purpose.name == "run" else None
         return ClientSide(
             problem, self.mine, as_leaves(algorithm), protocol, client_key(self.asked.seed, purpose),
             self.asked.index, first, Methods(), self.site,
@@ -273,10 +274,11 @@ class _Inside:
 
     def restart(self, payload: bytes, message: Restart) -> tuple[dict, bytes]:
         """Begin anew with the state `client_init(x, y)`; the message has x and y."""
+        from ...owned import own
         from ...problem import strong
         from ...protocol.wire import decode
 
-        x, y = decode(self.agreed.variables, payload, (True, True))
+        x, y = decode(own(self.agreed.variables, self.asked.index), payload, (True, True))
         if message.purpose != self.purpose:
             self._take_up(message.purpose)
         self.side.restart(strong(self.agreed.running(self.purpose.left).client_init(x, y)))

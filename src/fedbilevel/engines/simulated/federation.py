@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from ... import owned
 from ...algorithm import Algorithm
 from ...arrays import entry
 from ...blocks import Cut
@@ -88,6 +89,8 @@ class SimulatedFederation(TracedFederation):
     def _remember(self, cohort: Int[Array, " cohort"]) -> None:
         size = cohort.shape[0]
         if self._problem.features is None or self._static.mesh is not None or self._at_once(size) < size:
+            return
+        if owned.nodes(self._x):  # clients' x differ from what it is known by
             return
         inner = self._data.inner
         cut = self._cut(inner, size)
@@ -170,7 +173,7 @@ class SimulatedFederation(TracedFederation):
                 state = jax.tree.map(lambda leaf: entry(leaf, i), self.client_state)
             secret = client_key(key, i) if secret is None else secret
             client = Client(self._problem, (inner, outer), state, secret, flags, i)
-            out = self.replied(name, method, client, message)
+            out = self.replied(name, method, client, owned.own(message, i))
             return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
 
         own = None if known is None else (known.features, known.base) if known.each else known.base
@@ -196,7 +199,11 @@ class SimulatedFederation(TracedFederation):
                 return combine_replies(way, part, weights, present)
             return combine_replies(way, *without_padding(padded, part, weights, self.clients))
 
-        return shapes, by_part(combine, replies, combined)
+        reply = by_part(combine, owned.without(replies), combined)
+        if owned.nodes(replies):
+            self._present = owned.answered(index, present, self.clients)
+            reply = owned.together(reply, owned.collected(replies, index, present, self.clients))
+        return shapes, reply
 
     def _fetched(self, index: Int[Array, " slots"], mesh: jax.sharding.Mesh) -> tuple[PyTree, PyTree] | None:
         inner, outer = (fetched(level, index, mesh) for level in (self._data.inner, self._data.outer))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from ...algorithm import Algorithm
+from ... import owned
+from ...algorithm import Algorithm, State
 from ...beginning import client_state
 from ...compiled import run
 from ...data import FederatedData
@@ -106,7 +107,7 @@ def once(
     """(The state after a first iteration, whether all numbers are finite, before and after); as it is unless `go`."""
 
     def run(state: PyTree) -> PyTree:
-        states = state, everybodys(client_state(algorithm, state), data.clients)
+        states = state, begun(algorithm, state, data.clients)
         own = jax.random.fold_in(key, 0)
         fed = SimulatedFederation(static, problem, data, algorithm, own, *states, dropout=dropout)
         return strong(static.program(algorithm, fed, state)[0])
@@ -165,6 +166,14 @@ def _held(
     args: tuple[PyTree, ...],
 ) -> PyTree:
     return function(Step(problem, data, dropout, static), *args)
+
+
+def begun(algorithm: Algorithm, state: PyTree, clients: int) -> PyTree:
+    """The clients' first states, leaves (clients, ...), within a program."""
+    if not owned.nodes((state.x, state.y)):
+        return everybodys(client_state(algorithm, state), clients)
+    one = lambda client: client_state(algorithm, State(*owned.own((state.x, state.y), client)))
+    return jax.vmap(one)(jnp.arange(clients, dtype=jnp.int32))
 
 
 def everybodys(one: PyTree, clients: int) -> PyTree:

@@ -1,0 +1,83 @@
+"""An app with leaves of x and y that belong to clients, over nvflare: its simulation, and nobody sees another's blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from helpers.network import call, close, same_books
+
+pytest.importorskip("nvflare")
+
+APP = """
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+import fedbilevel as fb
+from fedbilevel.engines.messaging.client_side import ClientSide
+
+answer = ClientSide.answer
+
+
+def noted(side, request):
+    with open(Path("FOLDER") / f"{side._name}.bin", "ab") as file:
+        file.write(request.payload)
+    return answer(side, request)
+
+
+ClientSide.answer = noted
+
+
+def inner(x, y, row):
+    error = row["a"] @ y["body"] + row["a"][:2] @ y["head"] - row["b"]
+    return 0.5 * error**2 + 0.5 * jnp.sum(jnp.exp(x["own"]) * y["head"] ** 2) + jnp.exp(x["all"]) * jnp.sum(y["body"] ** 2)
+
+
+def outer(x, y, row):
+    return 0.5 * (row["a"] @ y["body"] + row["a"][:2] @ y["head"] - row["b"]) ** 2
+
+
+def start():
+    draw = np.random.default_rng(7)
+    x = {"own": fb.per_client(draw.normal(size=(3, 2))), "all": jnp.zeros(())}
+    return x, {"head": fb.per_client(draw.normal(size=(3, 2))), "body": jnp.zeros(3)}
+
+
+def load(site):
+    draw = np.random.default_rng(sum(map(ord, site)))
+    rows = lambda n: {"a": draw.standard_normal((n, 3)), "b": draw.standard_normal(n)}
+    count = 6 + int(site[-1])
+    return rows(count), rows(count + 2)
+
+
+app = fb.App(
+    problem=fb.Problem(inner, outer), load=load, start=start, algorithm=ALGORITHM, iterations=4, cohort=2, precision=64,
+)
+"""
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("algorithm", "how"),
+    [("fb.Lockstep()", ["--poc"]), ("fb.AggITD(inner_lr=.1, hessian_lr=.1, outer_lr=.1)", [])],
+    ids=["provisioned", "simulator"],
+)
+def test_blocks_over_the_network(algorithm, how, tmp_path):
+    file, seen = tmp_path / "app.py", tmp_path / "seen"
+    seen.mkdir()
+    file.write_text(APP.replace("ALGORITHM", algorithm).replace("FOLDER", str(seen)))
+    out, simulated = tmp_path / "network", tmp_path / "simulated"
+    call("run", file, "--engine", "nvflare", "--clients", 3, "--out", out, *how)
+    received = {path.stem: np.frombuffer(path.read_bytes()).tolist() for path in seen.glob("*.bin")}
+    call("run", file, "--clients", 3, "--out", simulated)
+    close(out, simulated, 1e-9)
+    same_books(out, simulated)
+    blocks = np.random.default_rng(7).normal(size=(2, 3, 2))  # x["own"] and y["head"] at the start
+    assert len(received) == 3
+    for site, numbers in received.items():
+        client = int(site[-1]) - 1
+        own, others = set(blocks[:, client].ravel()), set(np.delete(blocks, client, axis=1).ravel())
+        assert own & set(numbers)
+        assert not others & set(numbers)
