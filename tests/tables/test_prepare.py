@@ -321,6 +321,10 @@ REFUSED = {
     "frequent": (
         lambda: made(table(9000), prepare=fb.Prepare(fill="most frequent")), "different values.*its mean or a number",
     ),
+    "frequent once": (
+        lambda: made(prepare=fb.Prepare(fill={"account": "most frequent"}, share=("categories",))),
+        "no number of column 'account' is in two rows",
+    ),
     "twice": (lambda: made(drop=["age"], prepare=fb.Prepare(drop=("job",))), "drop= is .* and prepare= says"),
     "kind": (lambda: made(prepare="mean"), "prepare= is a fedbilevel.Prepare"),
     "label dropped": (lambda: made(drop=["default"]), "'default' is the label and is dropped"),
