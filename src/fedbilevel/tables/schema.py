@@ -282,7 +282,9 @@ def _common(seen: Mapping[str, Seen], wanted: Prepare) -> Common:
         check(len(kept) <= MOST, f"column {name!r} has {len(kept):,} categories: leave it out, or raise min_count=.")
     elif kind == NUMBER and wanted.fill_of(name) == FREQUENT:
         kept = [each for each in kept if total[each] > 1]
-        check(kept, f"no number of column {name!r} is in two rows, at two clients: fill it in with its mean or a number.")
+        check(
+            kept, f"no number of column {name!r} is in two rows, at two clients: fill it in with its mean or a number."
+        )
         kept = [each for each in kept if total[each] == max(total[other] for other in kept)]
     else:
         kept = []
