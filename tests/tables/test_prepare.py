@@ -130,6 +130,22 @@ def test_clients_as_files_tables_and_a_column_are_the_same():
     np.testing.assert_array_equal(stacked.outer.rows["a"], other.outer.rows["a"])
 
 
+def test_many_clients_are_taken_at_once(monkeypatch):
+    by_name = {name: rows.drop(columns="bank") for name, rows in TABLE.groupby("bank")}
+    pairs = {name: (rows[8:], rows[:8]) for name, rows in by_name.items()}
+    one, _ = fb.prepare(pairs, fb.Prepare(label="default"))
+    monkeypatch.setattr("fedbilevel.tables.prepare._MANY", 2)
+    monkeypatch.setattr("fedbilevel.tables.prepare.rows_of", None)
+    other, _ = fb.prepare(pairs, fb.Prepare(label="default"))
+    assert list(one) == list(other)
+    for mine, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    monkeypatch.undo()
+    monkeypatch.setattr("fedbilevel.tables.prepare._MANY", 2)
+    pairs["east"][1].loc[:, "age"] = np.inf
+    refused("east has an infinite number .* in its outer rows", lambda: fb.prepare(pairs, fb.Prepare(label="default")))
+
+
 def test_the_order_of_clients_and_of_columns_changes_nothing():
     by_name = {name: rows.drop(columns="bank") for name, rows in TABLE.groupby("bank")}
     turned = {name: by_name[name][by_name[name].columns[:: (-1) ** k]] for k, name in enumerate(reversed(by_name))}

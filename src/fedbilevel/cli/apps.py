@@ -102,14 +102,14 @@ def _show(folder: Path, outcomes: list[Outcome], as_json: bool, keep: str | None
     else:
         _print(folder, last)
         say_compiled(outcomes)
-        _say_tables(folder)
+        say_tables(folder)
     if keep is not None:
         say_best(keep, json.loads((folder / OUTCOME).read_text())["best"], as_json)
     if reason:
         say_stopped(reason, as_json)
 
 
-def _say_tables(folder: Path) -> None:
+def say_tables(folder: Path) -> None:
     """What it took that sites agreed on how their tables become rows, where they did."""
     outcome = json.loads((folder / OUTCOME).read_text()) if (folder / OUTCOME).is_file() else {}
     if took := outcome.get(TABLES):

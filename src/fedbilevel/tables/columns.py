@@ -46,6 +46,8 @@ def kind_of(column: pandas.Series, whose: Whose, name: str) -> str:
         if not known and (np.isnan(column.to_numpy()) if isinstance(dtype, np.dtype) else column.isna()).all():
             return EMPTY
         return BOOLEAN if dtype.kind == "b" else NUMBER
+    if isinstance(dtype, pandas.StringDtype):
+        return EMPTY if column.isna().all() else CATEGORY
     found: dict[str, object] = {}
     for value in _different(column, whose, name):
         found.setdefault(_kind(value), value)

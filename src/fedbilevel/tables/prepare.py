@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Rows = dict[str, np.ndarray]
 Halves = tuple["pandas.DataFrame", "pandas.DataFrame"]
+_MANY = 20  # clients, whose tables are rather taken at once
 _CLASSES = 20  # of numbers with fractions: more are no classes
 
 
@@ -65,8 +66,8 @@ def prepared_rows(
 ) -> tuple[dict[str, tuple[Rows, Rows]], Prepared]:
     """As `prepare`, of pandas frames."""
     found = agreed(both, wanted, ignored)
-    rows = {name: rows_of(found, halves, name) for name, halves in both.items()}
-    return rows, found
+    many = _at_once(found, both) if len(both) >= _MANY else None
+    return many or {name: rows_of(found, halves, name) for name, halves in both.items()}, found
 
 
 def agreed(both: Mapping[str, Halves], wanted: Prepare, ignored: Sequence[str] = ()) -> Prepared:
@@ -84,6 +85,24 @@ def rows_of(prepared: Prepared, halves: Halves, name: str) -> tuple[Rows, Rows]:
         for frame, level in zip(halves, ("inner", "outer"), strict=True)
     )
     return one, other
+
+
+def _at_once(prepared: Prepared, both: Mapping[str, Halves]) -> dict[str, tuple[Rows, Rows]] | None:
+    """All clients' rows, from one table of all; None where columns differ in type or order, or one is to be named."""
+    import pandas
+
+    frames = [frame for halves in both.values() for frame in halves]
+    kinds = {(*frame.columns, *frame.dtypes) for frame in frames}
+    if len(kinds) > 1:
+        return None
+    try:
+        rows = prepared.numbers(pandas.concat(frames), Whose("a client", "table"), prepared.label is not None)
+    except InputError:
+        return None
+    ends = np.cumsum([len(frame) for frame in frames])[:-1]
+    parts = {name: np.split(leaf, ends) for name, leaf in rows.items()}
+    of = lambda place: {name: part[place] for name, part in parts.items()}
+    return {name: (of(2 * k), of(2 * k + 1)) for k, name in enumerate(both)}
 
 
 # Split --------------------------------------------------------------------------------------------------------------
