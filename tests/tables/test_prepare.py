@@ -13,7 +13,7 @@ import pytest
 import fedbilevel as fb
 from fedbilevel.tables import measured, schema
 from fedbilevel.tables.prepare import split
-from fedbilevel.tables.prepared import read
+from fedbilevel.tables.prepared import read, settled
 from helpers.checks import unchecked
 
 KEY = jax.random.key(3)
@@ -466,6 +466,26 @@ def test_words_come_back_as_they_were():
     heard = schema.Agreed.read(common.text())
     assert [(c.name, c.kind, c.kept) for c in heard.common] == [(c.name, c.kind, c.kept) for c in common.common]
     assert "counts" not in common.text()
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {}, {"share": ("extremes", "categories"), "scale": "range"}, {"min_count": 30}, {"categories": ["rooms"]},
+        {"fill": {"rooms": "most frequent", "age": 3, "job": "nobody"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_comes_of_words_on_a_wire_is_what_comes_of_tables(wanted):
+    how = fb.Prepare(label="default", **wanted)
+    labels = TABLE["default"].map(["no", "yes"].__getitem__)
+    frame = TABLE.assign(job=TABLE["job"].where(TABLE["bank"] != "east", "spy"), default=labels)
+    first, common, second = told(how, frame)
+    heard = schema.agree({name: schema.Described.read(own.text(), name) for name, own in reversed(first.items())}, how)
+    assert heard == common
+    answers = {name: measured.read(measured.text_of(own), heard, name) for name, own in reversed(second.items())}
+    prepared = settled(heard, measured.together(answers, heard), how, ("bank",))
+    assert prepared == made(frame, prepare=how).prepared == read(prepared.text())
 
 
 def test_no_number_of_a_row_travels_and_no_text_of_one_client_alone():

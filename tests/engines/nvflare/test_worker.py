@@ -368,13 +368,14 @@ def test_bytes_are_numbers_of_the_protocol_or_refused(payload, number):
 
 @pytest.fixture
 def tabled_worker(tmp_path):
-    worker = Worker(str(apps.write(tmp_path, tabled.text(), "")), "site-2", str(tmp_path / "state"))
-    yield worker, load_app(tmp_path / "app.py")
+    where = str(apps.write(tmp_path, tabled.text(), "")), "site-2", str(tmp_path / "state")
+    worker = Worker(*where)
+    yield worker, load_app(tmp_path / "app.py"), where
     worker.end()
 
 
 def test_a_worker_tells_of_its_tables_what_is_agreed_on_and_makes_rows_of_them(tabled_worker):
-    worker, app = tabled_worker
+    worker, app, where = tabled_worker
     told = [worker.ask("load")[0]]
     assert told[0]["rows"] == ["", ""] and told[0]["counts"] is None
     tables = {site: app.tables(site) for site in ("site-1", "site-2")}
@@ -400,6 +401,13 @@ def test_a_worker_tells_of_its_tables_what_is_agreed_on_and_makes_rows_of_them(t
     assert worker.ask("prepare", **setup, prepared=prepared.text())[0]["prepared"] == prepared.digest
     with pytest.raises(WorkerSaid, match="described its table in a way that cannot be read"):
         worker.ask("measure", agreed="nothing")
+    worker.end()
+    another = Worker(*where)  # in the place of one that died: it is told what came of it
+    another.ask("load")
+    assert (
+        another.ask("prepare", **{**setup, "resume": True}, prepared=prepared.text())[0]["prepared"] == prepared.digest
+    )
+    another.end()
 
 
 def test_rows_are_no_tables(asked):
