@@ -236,6 +236,8 @@ KINDS = {
     "objects": lambda f: f.astype({"job": object, "owner": object, "rooms": object}),
     "float32": lambda f: f.astype({"rooms": "float32"}),
     "Int64": lambda f: f.astype({"rooms": "Int64", "default": "Int8", "owner": "boolean"}),
+    "sparse": lambda f: f.assign(rooms=f["rooms"].astype("Sparse[int64]"), age=f["age"].astype("Sparse[float64]")),
+    "clients as categories": lambda f: f.assign(bank=f["bank"].astype("category")),
     "indexed": lambda f: f.set_index(np.arange(len(f))[::-1] * 7),
     "text labels as numbers": lambda f: f.assign(default=f["default"].astype(bool)),
 }
@@ -247,6 +249,27 @@ def test_columns_of_other_types_are_the_same_rows(kind):
     assert other.prepared == own.prepared
     for mine, theirs in zip(jax.tree.leaves(own), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_missing_booleans_are_their_mean_however_they_are_held():
+    gone = TABLE.index % 7 == 0
+    held = [
+        TABLE.assign(owner=TABLE["owner"].astype(kind).mask(gone)) for kind in (object, "boolean", float)
+    ]  # as numbers they are 1.0 and 0.0
+    one, other, numbers = (made(frame, prepare=fb.Prepare(scale=None)) for frame in held)
+    assert one.prepared == other.prepared and one.prepared.table[3].kind == "boolean"
+    place = one.prepared.columns.index("owner")
+    inner, _ = halves(held[1])
+    filled = np.asarray(one.inner.rows["a"])[:, place][inner["owner"].isna()]
+    np.testing.assert_allclose(filled, inner["owner"].mean(), rtol=1e-6)
+    for mine in (other, numbers):
+        np.testing.assert_array_equal(mine.inner.rows["a"], one.inner.rows["a"])
+
+
+def test_dates_may_be_categories_if_said():
+    frame = TABLE.assign(since=[f"2020-0{1 + k % 2}-17" for k in range(240)])
+    columns = made(frame, prepare=fb.Prepare(categories=["since"])).prepared.columns
+    assert columns[-3:] == ("since=2020-01-17", "since=2020-02-17", "since=other")
 
 
 def test_labels():
@@ -292,6 +315,12 @@ def north(**columns):
 REFUSED = {
     "dates": (lambda: made(TABLE.assign(since=pd.Timestamp("2020-01-01"))), r"dates or times in its .*'since'.*drop="),
     "date objects": (lambda: made(TABLE.assign(since=pd.Timestamp("2020-01-01").date())), r"dates or times.*'since'"),
+    "periods": (lambda: made(TABLE.assign(since=pd.Period("2020-01"))), "dates or times.*'since'"),
+    "dates as text": (
+        lambda: made(TABLE.assign(since=[f"2020-0{1 + k % 9}-17" for k in range(240)])),
+        r"dates as text \(such as '2020-01-17'\).*'since'.*days since a first day",
+    ),
+    "intervals": (lambda: made(TABLE.assign(age=pd.Interval(0, 1))), r"neither numbers nor text \(such as Interval"),
     "mixed": (
         lambda: made(TABLE.assign(age=TABLE["age"].astype(object).where(TABLE.index > 50, "?"))), "text and numbers.*'age'",
     ),

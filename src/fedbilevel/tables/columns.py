@@ -6,6 +6,7 @@ import datetime
 import decimal
 import math
 import numbers
+import re
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 NUMBER, BOOLEAN, CATEGORY, EMPTY = "number", "boolean", "category", "empty"
 _DROP = "leave it out with drop="
+_DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}([ T]\d{1,2}:\d\d.*)?$")
 
 
 class Texts(NamedTuple):
@@ -38,35 +40,51 @@ def kind_of(column: pandas.Series, whose: Whose, name: str) -> str:
     import pandas
 
     dtype = column.dtype
-    if not (isinstance(dtype, pandas.CategoricalDtype) or dtype.kind in "OTUbiuf"):
-        dates = dtype.kind in "mM" or isinstance(dtype, pandas.PeriodDtype)
-        raise _odd(whose, name, "dates or times" if dates else f"values of {dtype}", "" if not dates else DATES)
-    if not isinstance(dtype, pandas.CategoricalDtype) and dtype.kind in "biuf":
-        known = isinstance(dtype, np.dtype) and dtype.kind != "f" and len(column) > 0
-        if not known and (np.isnan(column.to_numpy()) if isinstance(dtype, np.dtype) else column.isna()).all():
-            return EMPTY
-        return BOOLEAN if dtype.kind == "b" else NUMBER
     if isinstance(dtype, pandas.StringDtype):
         return EMPTY if column.isna().all() else CATEGORY
-    found: dict[str, object] = {}
-    for value in _different(column, whose, name):
-        found.setdefault(_kind(value), value)
-    for kind in ("date", "object"):
-        if kind in found:
-            dates = kind == "date"
-            what = (
-                "dates or times"
-                if dates
-                else f"values that are neither numbers nor text (such as {shown(found[kind])})"
-            )
-            raise _odd(whose, name, what, DATES if dates else "")
     if isinstance(dtype, pandas.CategoricalDtype):
-        return CATEGORY if found else EMPTY
+        return CATEGORY if _by_kind(column, whose, name) else EMPTY
+    if dtype.kind in "mM" or isinstance(dtype, pandas.PeriodDtype):
+        raise _odd(whose, name, "dates or times", DATES)
+    if dtype.kind in "biuf":
+        return EMPTY if _all_missing(column) else BOOLEAN if dtype.kind == "b" else NUMBER
+    if dtype.kind not in "OTU":
+        raise _odd(whose, name, f"values of {dtype}", "")
+    found = _by_kind(column, whose, name)
     if CATEGORY in found and len(found) > 1:
         other = next(value for kind, value in found.items() if kind != CATEGORY)
         what = f"text and numbers, such as {shown(found[CATEGORY])} and {shown(other)}"
         raise _odd(whose, name, what, "make it one of the two (a text for a missing value: read it as missing)")
     return next(iter(found), EMPTY) if len(found) < 2 else NUMBER
+
+
+def _all_missing(column: pandas.Series) -> bool:
+    """Of a column of numbers or booleans."""
+    if not isinstance(column.dtype, np.dtype):
+        return bool(column.isna().all())
+    return not len(column) or (column.dtype.kind == "f" and bool(np.isnan(column.to_numpy()).all()))
+
+
+def _by_kind(column: pandas.Series, whose: Whose, name: str) -> dict[str, object]:
+    """kind -> the first value of that kind, of numbers, booleans and texts.
+
+    Raises:
+        InputError: there are others.
+    """
+    found: dict[str, object] = {}
+    for value in _different(column, whose, name):
+        found.setdefault(_kind(value), value)
+    if "date" in found:
+        raise _odd(whose, name, "dates or times", DATES)
+    if "object" in found:
+        raise _odd(whose, name, f"values that are neither numbers nor text (such as {shown(found['object'])})", "")
+    return found
+
+
+def check_dates(texts: list[str], whose: Whose, name: str) -> None:
+    """Refuse texts that are all dates: each would be a category."""
+    if len(texts) > 1 and all(map(_DATE.match, texts)):
+        raise _odd(whose, name, f"dates as text (such as {shown(min(texts))})", DATES)
 
 
 def numbers_of(column: pandas.Series, whose: Whose, name: str) -> Float64[np.ndarray, " rows"]:
