@@ -330,7 +330,7 @@ class FederatedData(eqx.Module):
         Warns:
             FedbilevelWarning: as `stack`, or a column is the same in all inner rows.
         """
-        wanted = merged(prepare, label, drop, columns)
+        wanted = merged(prepare, label, drop, columns, client)
         drawn = as_key(jax.random.key(0) if key is None else key)
         both = split(source, client, outer, stratify, wanted.label, lambda count: folds(drawn, count))
         rows, prepared = prepared_rows(both, wanted, () if client is None else (client,))

@@ -122,9 +122,13 @@ class Prepare:
 
 
 def merged(
-    prepare: Prepare | None, label: str | None, drop: Sequence[str], columns: Literal["together", "separate"] | None
+    prepare: Prepare | None,
+    label: str | None,
+    drop: Sequence[str],
+    columns: Literal["together", "separate"] | None,
+    client: str | None,
 ) -> Prepare:
-    """What is wanted, of which some may be said beside `prepare`.
+    """What is wanted, of which some may be said beside `prepare`; a column `client` is left out in any case.
 
     Raises:
         InputError: the two say different things.
@@ -133,13 +137,14 @@ def merged(
     said: dict = {"label": label, "drop": drop or None, "columns": columns}
     beside = {name: value for name, value in said.items() if value is not None}
     if prepare is None:
-        return Prepare(**beside)
+        prepare = Prepare()
     usual = {"label": None, "drop": (), "columns": TOGETHER}
     for name, value in beside.items():
         own = getattr(prepare, name)
         value = tuple(value) if name == "drop" else value
         check(own in (usual[name], value), f"{name}= is {shown(value)} and prepare= says {shown(own)}: say it once.")
-    return dataclasses.replace(prepare, **beside)
+    found = dataclasses.replace(prepare, **beside)
+    return dataclasses.replace(found, drop=tuple(name for name in found.drop if name != client))
 
 
 def _names(value: object, what: str) -> tuple[str, ...]:
