@@ -20,7 +20,6 @@ from ...given import JSON
 
 if TYPE_CHECKING:  # at run time they are imported where they are needed, in the worker alone
     import pandas
-    from jaxtyping import PyTree
 
     from ...app import App
     from ...tables.prepared import Prepared
@@ -214,7 +213,7 @@ class _Inside:
             raise RunError(f"site {self.site} has rows, and no tables to prepare.")
         return self.app.prepare
 
-    def _hold(self, rows: tuple[PyTree, PyTree]) -> None:
+    def _hold(self, rows: tuple) -> None:
         """Take the rows of both levels."""
         from ...data import FederatedData
 
