@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import fedbilevel as fb
 from fedbilevel.app import load_app, placeholder, schema
 from fedbilevel.engines.nvflare.agreement import derive, fingerprint, placeholder_data, shares
-from helpers import apps
+from helpers import apps, tabled
 from helpers.checks import unchecked
+from helpers.network import close
 
 SITES = ["site-1", "site-2", "site-3"]
 
@@ -168,3 +169,51 @@ def test_weights_by_rows_are_those_of_a_federation():
     p, scale = shares(counts)
     np.testing.assert_allclose(p, data.weights, atol=1e-15)
     np.testing.assert_allclose(scale, data.outer.scale, atol=1e-15)
+
+
+# Tables -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tables(tmp_path):
+    return apps.write(tmp_path, tabled.text(), "")
+
+
+def test_tables_of_sites_become_rows_by_what_they_agree_on(fedbilevel, tables, tmp_path):
+    app = load_app(tables)
+    frames = {site: app.tables(site) for site in SITES}
+    rows, prepared = fb.prepare(frames, app.prepare)
+    assert prepared.columns[:5] == ("age", "account", "job=boss", "job=clerk", "job=other")
+    data = app.data(SITES)
+    assert data.prepared == prepared and data.columns("outer") == {"['a']": prepared.columns}
+    np.testing.assert_array_equal(data.inner.alone(1).rows["a"], rows["site-2"][0]["a"])
+    for engine in ("simulation", "loopback"):
+        code, printed, errors = fedbilevel("run", tables, "--out", tmp_path / engine, "--engine", engine)
+        assert code == 0, errors
+        assert fb.load_prepared(tmp_path / engine) == prepared and "prepared.json" in printed
+    close(tmp_path / "simulation", tmp_path / "loopback", 1e-5)
+    changed = tables.read_text().replace("default_rng(k), 40", "default_rng(k), 41")
+    tables.write_text(changed)
+    words = ("run", tables, "--out", tmp_path / "simulation", "--resume", "--iterations", 9)
+    code, _, errors = fedbilevel(*words)
+    assert code == 2 and "the tables have changed since the run" in errors
+    code, _, errors = fedbilevel("run", tables, "--out", tmp_path / "simulation", "--overwrite")
+    assert code == 0 and fb.load_prepared(tmp_path / "simulation") != prepared
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("return frame[10:], frame[:10]", "return frame[10:]"), "must return (inner table, outer table)"),
+        (("return frame[10:], frame[:10]", "return frame, frame[:0]"), "the outer table of site-1 has no rows"),
+        (("return frame[10:], frame[:10]", "return frame.to_numpy(), frame"), "the inner table of site-1 is a ndarray"),
+        (('"rooms": draw', 'f"rooms{k}": draw'), "categories= names a column 'rooms', which site-1 does not have"),
+        (('categories=["rooms"]', 'categories="rooms"'), "categories= is a list"),
+        (("prepare=fb.Prepare(", "prepare=dict("), "App(prepare=...) is a fedbilevel.Prepare"),
+    ],
+)
+def test_tables_that_are_none_are_refused(fedbilevel, tables, tmp_path, change, sentence):
+    tables.write_text(tables.read_text().replace(*change))
+    with unchecked():
+        code, _, errors = fedbilevel("run", tables, "--out", tmp_path / "out")
+    assert code == 2 and sentence in errors and len(errors.splitlines()) == 1

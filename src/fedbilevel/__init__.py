@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is fir
     from .result import History, Result
     from .solve import estimate_hypergradient, solve
     from .stepper import Standing, Stepper, stepper
+    from .tables.prepare import prepare
+    from .tables.prepared import Prepared, load_prepared
+    from .tables.wanted import Prepare
     from .train import train
     from .tune import tune
     from .tune.tuning import Tuned

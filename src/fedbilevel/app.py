@@ -8,11 +8,12 @@ site runs it for itself.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,15 @@ from .metrics import checked_metrics
 from .problem import Problem
 from .rows.one import as_array
 from .rows.values import Columns, Whose, columns_apart, whole
+from .tables.prepare import prepared_rows
+from .tables.prepared import Prepared
+from .tables.reading import frame_of
+from .tables.wanted import Prepare
 from .tasks.base import Task
 from .variables import trainable
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +56,10 @@ class App:
 
     Args:
         problem, algorithm: the losses, and how to solve them.
-        start: () -> (x, y), where to start; the same at every site, so draw from a fixed seed.
+        start: () -> (x, y), where to start; the same at every site, so draw from a fixed seed. With `prepare` it may take
+            one argument, what the sites agreed on: `len(prepared.columns)` is how many numbers a row has.
         load: site's name -> (inner rows, outer rows) of that site, pytrees (dicts, lists, tuples) of arrays
-            or pandas tables, rows first.
+            or pandas tables, rows first; with `prepare` its tables.
         iterations: outer iterations; or instead
         rounds: communication rounds.
         seed: decides the cohorts and minibatches.
@@ -68,6 +77,8 @@ class App:
         callbacks: what happens beside a run, at the server where it goes over a network: a list of callbacks; or a function,
             () -> a list, so that each run has fresh ones.
         keep: by what the best x and y are kept beside the last, as in "test_loss:min", as by `solve(keep=)`.
+        prepare: `load` returns (inner table, outer table), as they are, and sites make rows of them by what they agree on
+            before the run begins, in two exchanges (`Prepare` says what travels); None: `load` returns rows.
 
     Attributes:
         origin: the file that defines it and the modules that it has loaded, if `load_app` has read it.
@@ -77,7 +88,7 @@ class App:
 
     problem: Problem
     algorithm: Algorithm
-    start: Callable[[], tuple[PyTree, PyTree]]
+    start: Callable[..., tuple[PyTree, PyTree]]
     load: Callable[[str], tuple[PyTree, PyTree]]
     iterations: Whole | None = None
     rounds: Whole | None = None
@@ -93,6 +104,7 @@ class App:
     check: bool = True
     callbacks: Sequence[Callback] | Callable[[], Sequence[Callback]] = ()
     keep: str | None = None
+    prepare: Prepare | None = None
 
     def __post_init__(self):
         check(isinstance(self.problem, Problem), f"App(problem=...) is a fedbilevel.Problem; got {self.problem!r}.")
@@ -113,6 +125,8 @@ class App:
             listed(self.callbacks, "App(callbacks=...)")
         if self.keep is not None:
             goal(self.keep)
+        good = self.prepare is None or isinstance(self.prepare, Prepare)
+        check(good, f"App(prepare=...) is a fedbilevel.Prepare; got {self.prepare!r}.")
         check(isinstance(self.check, bool), f"App(check=...) is True or False; got {self.check!r}.")
         for name, least in (("iterations", 1), ("rounds", 1), ("seed", 0), ("cohort", 1), ("evaluate_every", 1)):
             value = getattr(self, name)
@@ -120,13 +134,16 @@ class App:
                 number = whole_number(value, least, f"App({name}=...) is a whole number from {least} on")
                 object.__setattr__(self, name, number)
 
-    def begin(self) -> tuple[PyTree, PyTree]:
+    def begin(self, prepared: Prepared | None = None) -> tuple[PyTree, PyTree]:
         """(x, y) to start from.
+
+        Args:
+            prepared: how tables become rows, where they do: for a `start` that asks for it.
 
         Raises:
             InputError: `start` returned something else, or x or y cannot be optimised.
         """
-        both = self.start()
+        both = self.start(prepared) if prepared is not None and _takes_one(self.start) else self.start()
         good = isinstance(both, tuple) and len(both) == 2
         check(good, f"start() of the app must return (x, y); it returned {type(both).__name__}.")
         for name, variable in zip("xy", both, strict=True):
@@ -134,23 +151,47 @@ class App:
         return both
 
     def rows(self, site: str) -> tuple[PyTree, PyTree]:
-        """One site's (inner rows, outer rows).
+        """One site's (inner rows, outer rows), or where tables are prepared its `tables`.
 
         Raises:
             InputError: `load` failed, or returned something else.
         """
+        both = self._loaded(site)
+        return native(both[0]), native(both[1])
+
+    def tables(self, site: str) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+        """One site's (inner table, outer table), before anything is made of them.
+
+        Raises:
+            InputError: `load` failed, or returned something else.
+        """
+        levels = zip(("inner", "outer"), self._loaded(site), strict=True)
+        inner, outer = (frame_of(table, f"the {level} table of {site}") for level, table in levels)
+        for level, table in (("inner", inner), ("outer", outer)):
+            check(
+                len(table) > 0, f"the {level} table of {site} has no rows: every site needs at least one at each level."
+            )
+        return inner, outer
+
+    def _loaded(self, site: str) -> tuple[PyTree, PyTree]:
+        what = "rows" if self.prepare is None else "table"
         try:
             both = self.load(site)
         except Exception as error:  # whatever the user's loader raises
             raise InputError(f"load({site!r}) of the app failed: {type(error).__name__}: {error}") from error
         good = isinstance(both, tuple) and len(both) == 2
         check(
-            good, f"load({site!r}) of the app must return (inner rows, outer rows); it returned {type(both).__name__}."
+            good,
+            f"load({site!r}) of the app must return (inner {what}, outer {what}); it returned {type(both).__name__}.",
         )
-        return native(both[0]), native(both[1])
+        return both
 
     def data(self, sites: list[str]) -> FederatedData:
         """All sites' rows side by side: for a simulation, on sample data."""
+        if self.prepare is not None:
+            made, prepared = prepared_rows({site: self.tables(site) for site in sites}, self.prepare)
+            inner, outer = ([made[site][level] for site in sites] for level in (0, 1))
+            return FederatedData.stack(inner, outer, self.weights, sites).with_prepared(prepared)
         rows = [self.rows(site) for site in sites]
         return FederatedData.stack([inner for inner, _ in rows], [outer for _, outer in rows], self.weights, sites)
 
@@ -158,14 +199,14 @@ class App:
         """Its run on these rows, described, without the look at the problem: where sites have rows, they look."""
         return Description(
             problem=self.problem, algorithm=self.algorithm, key=self.key, iterations=self.iterations,
-            data=data, start=self.begin, rounds=self.rounds,
+            data=data, start=lambda: self.begin(data.prepared), rounds=self.rounds,
             engine=engine, metrics=self.metrics, evaluate_every=self.evaluate_every, name=self.name,
             check=False, precision=self.precision, callbacks=self.callbacks, keep=self.keep,
         )  # fmt: skip
 
     def task(self, data: FederatedData, seed: int | None = None) -> Task:
         """The problem on all sites' sample data, for one seed; None: the app's own."""
-        x, y = self.begin()
+        x, y = self.begin(data.prepared)
         key = self.key if seed is None else jax.random.key(seed)
         return Task(self.name, "app", self.problem, data, x, y, self.metrics, key)
 
@@ -196,6 +237,16 @@ class App:
         check(self.origin is not None, "an app is run elsewhere by its file: read it with load_app.")
         assert self.origin is not None
         return bundle(*self.origin, self.files)
+
+
+def _takes_one(function: Callable) -> bool:
+    """Whether a function needs one argument."""
+    try:
+        taken = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(each.kind in positional and each.default is inspect.Parameter.empty for each in taken)
 
 
 def load_app(path: str | os.PathLike[str]) -> App:

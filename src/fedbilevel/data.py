@@ -27,12 +27,15 @@ from .problem import Problem, Rows, in_blocks, own_oracles
 from .processes import apart
 from .rows.alike import check_levels
 from .rows.clients import Clients, Names, NamesLike, Numbered, called, levels, listed
+from .rows.halves import check_share, halves
 from .rows.join import join
 from .rows.joined import Chosen
 from .rows.narrow import settle
 from .rows.sets import Sets, read_all
-from .rows.shuffled import permutations
 from .rows.values import shown
+from .tables.prepare import prepared_rows, split
+from .tables.prepared import Prepared
+from .tables.wanted import Prepare, merged
 from .threefry import folds
 
 _FAR = 2**14  # clients, from which on what is looked up for each of a cohort is not in the processor's caches
@@ -167,10 +170,12 @@ class Labels:
     Attributes:
         names: (clients,) of the clients; () where they have none.
         columns: of each level, {path of a table in a client's rows: its columns}.
+        prepared: how tables became the rows, where they did.
     """
 
     names: tuple[str, ...] = ()
     columns: dict[str, dict[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+    prepared: Prepared | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Labels)
@@ -180,7 +185,7 @@ class Labels:
 
 
 class FederatedData(eqx.Module):
-    """The rows of every client for the inner and the outer level; build it with `stack` or `split`.
+    """The rows of every client for the inner and the outer level; build it with `stack`, `split` or `from_table`.
 
     Attributes:
         inner, outer: the two levels.
@@ -210,6 +215,11 @@ class FederatedData(eqx.Module):
     def columns(self, level: LevelName) -> dict[str, tuple[str, ...]]:
         """The names of the columns of a level's tables, by where a table is in a client's rows ("" where it is all)."""
         return self.labels.columns.get(level, {})
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """How tables became these rows (`from_table`), for new tables too; None: they came as rows."""
+        return self.labels.prepared
 
     def count(self, level: LevelName) -> np.ndarray:
         """(clients,) how many rows each client has at a level."""
@@ -270,17 +280,67 @@ class FederatedData(eqx.Module):
         Warns:
             FedbilevelWarning: as `stack`.
         """
-        number = isinstance(outer, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(outer) == 0
-        check(
-            number and 0.0 < outer < 1.0,
-            f"outer= is the share of rows for the outer level, between 0 and 1; got {outer}.",
-        )
+        outer = check_share(outer)
         key, sets = as_key(key), listed(clients, "clients")
         names = called(clients, names, len(sets))
         check(sets, "there are no clients: pass one pytree of arrays per client.")
         own = read_all(sets, names, least=2)
-        chosen = _halves(own.counts, float(outer), folds(key, len(sets)))
+        chosen = halves(own.counts, outer, folds(key, len(sets)))
         return cls._join(own, own, chosen, weights, names)
+
+    @classmethod
+    def from_table(
+        cls,
+        source: object,
+        client: str | None = None,
+        label: str | None = None,
+        outer: float = 0.3,
+        key: KeyLike | None = None,
+        drop: Sequence[str] = (),
+        stratify: bool | str | None = None,
+        columns: Literal["together", "separate"] | None = None,
+        prepare: Prepare | None = None,
+        weights: Weights = None,
+    ) -> FederatedData:
+        """Rows made of tables: each client's split at random into inner and outer rows, then prepared.
+
+        What is missing is filled in, numbers are standardised and categories become columns, by what the clients' INNER
+        rows say together: `Prepare` tells how, and what of it would travel over a network. `data.prepared` has what
+        came of it, and makes rows of new tables; `data.columns` has the names of a row's numbers.
+
+        Args:
+            source: a pandas or polars table, the path of a CSV or Parquet file, a Hugging Face `Dataset`; or one of these
+                for each client, by name, in a list or in a folder with a file for each; or a partitioner of
+                flwr-datasets.
+            client: the column that says whose a row is; None: the source is by client already.
+            label, drop, columns: as of `Prepare`, where `prepare` is not given or does not say.
+            outer: the share of rows for the outer level, in (0, 1); each level gets at least one row of each client.
+            key: decides which rows go where, as in `split`; None: `jax.random.key(0)`.
+            stratify: the column of each of whose values a client's levels have the same share; True: the label.
+            prepare: what is wanted; None: `Prepare()`.
+            weights: as for `stack`.
+
+        Returns:
+            data whose rows are {"a": float32 (columns,), "b": int32 or float32 ()}, or an array a column, by name.
+
+        Raises:
+            InputError: there is no such file, column or client; clients' columns differ; a column holds what cannot be
+                made a number; a label is missing; a client has fewer than two rows; a share outside (0, 1).
+
+        Warns:
+            FedbilevelWarning: as `stack`, or a column is the same in all inner rows.
+        """
+        wanted = merged(prepare, label, drop, columns, client)
+        drawn = as_key(jax.random.key(0) if key is None else key)
+        both = split(source, client, outer, stratify, wanted.label, lambda count: folds(drawn, count))
+        rows, prepared = prepared_rows(both, wanted, () if client is None else (client,))
+        inner, outside = ({name: pair[level] for name, pair in rows.items()} for level in (0, 1))
+        return cls.stack(inner, outside, weights).with_prepared(prepared)
+
+    def with_prepared(self, prepared: Prepared) -> FederatedData:
+        """The same data, as tables became them: for names of columns, and new tables."""
+        named = {level: prepared.named() for level in ("inner", "outer")}
+        return dataclasses.replace(self, labels=dataclasses.replace(self.labels, columns=named, prepared=prepared))
 
     @classmethod
     def _join(
@@ -311,15 +371,6 @@ class FederatedData(eqx.Module):
                 {level.level: level.columns for level in (one, other)},
             ),
         )
-
-
-def _halves(counts: np.ndarray, outer: float, seeds: np.ndarray) -> tuple[Chosen, Chosen]:
-    """(The rows for the inner level, those for the outer one), of each client in the order drawn from its seed."""
-    held = np.clip(np.rint(outer * counts).astype(np.int64), 1, counts - 1)
-    order = permutations(seeds, counts)
-    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    outside = place < np.repeat(held, counts)
-    return Chosen(order[~outside], counts - held), Chosen(order[outside], held)
 
 
 def check_whole(data: FederatedData, what: str) -> None:

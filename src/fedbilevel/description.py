@@ -23,6 +23,7 @@ from .problem import Problem
 from .protocol import Protocol, protocol
 from .result import Result
 from .solve import solve
+from .tables.prepared import Prepared
 from .validation import Validation, asked, judged
 
 
@@ -91,6 +92,11 @@ class Description:
                 return found
             each_row = protocol(Validation(), self.problem, data, x, y, engine).exchanges
             return dataclasses.replace(found, each_row=each_row)
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """How tables became the clients' rows, if they did, and the rows are not loaded later."""
+        return self.data.prepared if isinstance(self.data, FederatedData) else None
 
     def rows(self) -> FederatedData:
         """The clients' rows."""

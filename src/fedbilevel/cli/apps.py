@@ -14,8 +14,9 @@ from ..compare import Outcome, Plan
 from ..errors import RunError, check
 from ..given import JSON
 from ..metrics import STOPPED
-from ..results.folder import CHECKPOINT, HISTORY, OUTCOME, ROUNDS
+from ..results.folder import CHECKPOINT, HISTORY, OUTCOME, ROUNDS, TABLES
 from ..sampled import Sampled
+from ..tables.prepared import PREPARED
 from .execute import say_best, say_compiled, say_stopped, started
 
 
@@ -101,10 +102,21 @@ def _show(folder: Path, outcomes: list[Outcome], as_json: bool, keep: str | None
     else:
         _print(folder, last)
         say_compiled(outcomes)
+        say_tables(folder)
     if keep is not None:
         say_best(keep, json.loads((folder / OUTCOME).read_text())["best"], as_json)
     if reason:
         say_stopped(reason, as_json)
+
+
+def say_tables(folder: Path) -> None:
+    """What it took that sites agreed on how their tables become rows, where they did."""
+    outcome = json.loads((folder / OUTCOME).read_text()) if (folder / OUTCOME).is_file() else {}
+    if took := outcome.get(TABLES):
+        print(
+            f"prepared tables: {took['exchanges']} exchanges before the first round, {took['bytes_down']:,} bytes down and "
+            f"{took['bytes_up']:,} up, in no other column; how, is in {PREPARED}."
+        )
 
 
 def _print(folder: Path, last: Mapping[str, float | str | None]) -> None:

@@ -30,7 +30,7 @@ from ..tune.entrants import MOST
 from ..tune.kept import NAME, Racing, Tuning, chosen, keep_tuned, raced, rows
 from ..tune.tuning import Tuned
 from .apps import chosen as given_of
-from .apps import need_nvflare
+from .apps import need_nvflare, say_tables
 from .execute import said, say_best, say_compiled, say_stopped
 from .options import (
     Alpha,
@@ -254,6 +254,7 @@ def _over_network(
     else:
         _print(candidates, frame, outcome["chosen"], type(source.app.algorithm))
         _say_files(folder)
+        say_tables(folder)
     if "best" in outcome:
         say_best(str(tuning.plan.keep), outcome["best"], as_json)
     if STOPPED in outcome:

@@ -4,7 +4,8 @@
     history.csv                   a row per evaluation
     summary.csv, summary.md       a row per algorithm; beside them a figure per metric
     cost.csv, cost.md, cost.png   what `fedbilevel cost` predicts
-    runs/NAME-SEED/               one run each: history.csv, checkpoint.eqx, variables.npz, outcome.json; best.npz if kept
+    runs/NAME-SEED/               one run each: history.csv, checkpoint.eqx, variables.npz, outcome.json; best.npz if kept,
+                                  prepared.json if its rows were tables
 
 The one run of an application lies in the folder itself, with rounds.csv and the files of the network if it was run over one;
 so does what `tune` leaves, with candidates.csv: who raced, and who was dropped when.
@@ -22,12 +23,14 @@ from pathlib import Path
 from ..errors import InputError, check
 from ..given import JSON
 from ..identity import differences
+from ..tables.prepared import PREPARED
 
 CONFIG, HISTORY, CHECKPOINT = "config.json", "history.csv", "checkpoint.eqx"
 VARIABLES, BEST, OUTCOME, ROUNDS, RUNS = "variables.npz", "best.npz", "outcome.json", "rounds.csv", "runs"
 CANDIDATES = "candidates.csv"
+TABLES = "tables"  # in outcome.json, what agreeing on them took
 
-_OF_A_RUN = (HISTORY, CHECKPOINT, VARIABLES, BEST, OUTCOME, ROUNDS, CANDIDATES, "nvflare.log")
+_OF_A_RUN = (HISTORY, CHECKPOINT, VARIABLES, BEST, OUTCOME, ROUNDS, CANDIDATES, PREPARED, "nvflare.log")
 _TABLES = ("summary.csv", "summary.md", "cost.csv", "cost.md", "cost.png")
 _NETWORK = ("nvflare", "poc", "job", "sites")  # folders of a run over a network on this machine
 _SIGNS = (CONFIG, HISTORY, OUTCOME)  # any of them makes a folder ours; the first is younger than the others

@@ -11,11 +11,12 @@ from pathlib import Path
 from ..best import Best
 from ..callbacks import CSV, Callback, Checkpoint, Progress
 from ..engines.base import Engine
-from ..errors import RunError, with_notes
+from ..errors import RunError, check, with_notes
 from ..given import JSON
 from ..metrics import STOPPED
 from ..processes import of as over
 from ..result import Result, save_best, save_variables
+from ..tables.prepared import PREPARED, Prepared, load_prepared
 from .folder import BEST, CHECKPOINT, HISTORY, OUTCOME, VARIABLES
 
 
@@ -29,6 +30,9 @@ class Described(typing.Protocol):
     @property
     def engine(self) -> Engine | None: ...
 
+    @property
+    def prepared(self) -> Prepared | None: ...  # how tables became its rows, if they did
+
     def run(self, *, callbacks: Sequence[Callback] = (), resume: str | os.PathLike[str] | None = None) -> Result: ...
 
 
@@ -38,7 +42,8 @@ def keep(
 ) -> Result:  # fmt: skip
     """Run it, and leave history.csv, checkpoint.eqx, variables.npz and outcome.json in the folder, however it ends.
 
-    Where it keeps the best x and y, they are in best.npz, with iteration, rounds and value.
+    Where it keeps the best x and y, they are in best.npz, with iteration, rounds and value. Where its rows were tables,
+    prepared.json says how they became rows.
 
     Args:
         place: the folder; what is there is gone on with or replaced.
@@ -53,6 +58,8 @@ def keep(
     """
     ours: list[Callback] = [CSV(place / HISTORY, columns), Checkpoint(place, every)]
     ours += [] if quiet else [Progress(description.name)]
+    if description.prepared is not None:
+        _keep_prepared(description.prepared, place, resume)
     going_on = place if resume and (place / CHECKPOINT).is_file() else None
     leads = over(getattr(description.engine, "mesh", None)).leads  # of several processes one writes
     try:
@@ -64,6 +71,16 @@ def keep(
     if leads:
         _leave(place, result, ended(result))
     return result
+
+
+def _keep_prepared(prepared: Prepared, place: Path, resume: bool) -> None:
+    """Leave beside a run how tables became its rows; a run that goes on has to have the same."""
+    file = place / PREPARED
+    if resume and file.is_file():
+        same = load_prepared(file) == prepared
+        check(same, f"the tables have changed since the run in {place} began: start it anew, without --resume.")
+    place.mkdir(parents=True, exist_ok=True)
+    prepared.save(file)
 
 
 def _leave(place: Path, result: Result | None, outcome: Mapping[str, JSON]) -> None:

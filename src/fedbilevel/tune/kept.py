@@ -27,6 +27,7 @@ from ..race.heats import Candidate
 from ..result import save_arrays, save_best
 from ..results.folder import BEST, CANDIDATES, CHECKPOINT, VARIABLES, opened
 from ..results.kept import ended, figures_of, keep, tell
+from ..tables.prepared import Prepared
 from ..tasks import Task
 from .entrants import in_words
 from .tuning import Tuned, tune
@@ -73,6 +74,11 @@ class Tuning:
     def engine(self) -> Engine:
         """The engine."""
         return self.plan.build_engine() if self.network is None else self.network
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """How tables became its rows, if they did."""
+        return self.task.data.prepared
 
     def run(self, *, callbacks: Sequence[Callback] = (), resume: str | os.PathLike[str] | None = None) -> Tuned:
         """Tune.

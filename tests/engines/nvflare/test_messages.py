@@ -39,6 +39,7 @@ WRONG = {
     "check is true or false": (Setup, SETUP, {"check": None}),
     "protocol is text, resume a bool": (Setup, SETUP, {"protocol": 1}),
     "scales are numbers, one for each site": (Setup, SETUP, {"scales": ["a", "b"]}),
+    "how tables become rows is text": (Setup, SETUP, {"prepared": {}}),
     "racing says how many race, and who": (Setup, SETUP, {"racing": {"many": 99}}),
     "a purpose is of the run, of validation or of scoring": (Header, HEADER, {"purpose": {"name": "mischief"}}),
 }

@@ -16,14 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedbilevel as fb
-from fedbilevel.app import load_app
+from fedbilevel.app import load_app, schema
 from fedbilevel.engines.messaging.transport import Purpose
 from fedbilevel.engines.nvflare.agreement import Agreement, begin, derive, fingerprint, placeholder_data
 from fedbilevel.engines.nvflare.messages import Racing, read
 from fedbilevel.engines.nvflare.worker import Worker, WorkerDied, WorkerSaid
 from fedbilevel.protocol.sites import reply_parts
 from fedbilevel.protocol.wire import decode, encode, message_schema
-from helpers import apps
+from fedbilevel.tables import measured
+from fedbilevel.tables import schema as schema_of
+from helpers import apps, tabled
+from helpers.users import as_users_do
 
 pytest.importorskip("nvflare")
 from fedbilevel.engines.nvflare import site as site_module
@@ -358,3 +361,58 @@ def test_bytes_are_numbers_of_the_protocol_or_refused(payload, number):
         assert len(payload) != 34
     else:
         assert encode(back, travels) == payload
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tabled_worker(tmp_path):
+    where = str(apps.write(tmp_path, tabled.text(), "")), "site-2", str(tmp_path / "state")
+    worker = Worker(*where)
+    yield worker, load_app(tmp_path / "app.py"), where
+    worker.end()
+
+
+def test_a_worker_tells_of_its_tables_what_is_agreed_on_and_makes_rows_of_them(tabled_worker):
+    worker, app, where = tabled_worker
+    told = [worker.ask("load")[0]]
+    assert told[0]["rows"] == ["", ""] and told[0]["counts"] is None
+    tables = {site: app.tables(site) for site in ("site-1", "site-2")}
+    first = {site: schema_of.describe(*both, app.prepare, site) for site, both in tables.items()}
+    assert told[0]["tables"] == first["site-2"].text()
+    common = schema_of.agree(first, app.prepare)
+    told.append(worker.ask("measure", agreed=common.text())[0])
+    second = {site: measured.measure(both[0], common, app.prepare, site) for site, both in tables.items()}
+    assert measured.read(told[1]["measured"], common, "site-2") == second["site-2"]
+    assert not any("only site-2" in json.dumps(each) for each in told)  # a category of its own
+
+    with as_users_do():
+        prepared = app.data(list(tables)).prepared
+        derived = derive(app, placeholder_data([schema(prepared.one())] * 2, 2, None, prepared), 2)
+    setup = {
+        "index": 1, "sites": 2, "cohort": 2, "seed": SEED, "scale": None, "resume": False,
+        "protocol": fingerprint(derived),
+    }  # fmt: skip
+    with pytest.raises(WorkerSaid, match="site-2 has tables, and was asked for the other"):
+        worker.ask("prepare", **setup)
+    with pytest.raises(WorkerSaid, match="what the server sent is no prepared table"):
+        worker.ask("prepare", **setup, prepared="{}")
+    assert worker.ask("prepare", **setup, prepared=prepared.text())[0]["prepared"] == prepared.digest
+    with pytest.raises(WorkerSaid, match="described its table in a way that cannot be read"):
+        worker.ask("measure", agreed="nothing")
+    worker.end()
+    another = Worker(*where)  # in the place of one that died: it is told what came of it
+    another.ask("load")
+    assert (
+        another.ask("prepare", **{**setup, "resume": True}, prepared=prepared.text())[0]["prepared"] == prepared.digest
+    )
+    another.end()
+
+
+def test_rows_are_no_tables(asked):
+    one = asked()
+    with pytest.raises(WorkerSaid, match="site-2 has rows, and no tables to prepare"):
+        one.ask("measure", agreed="[]")
+    with pytest.raises(WorkerSaid, match="site-2 has rows, and was asked for the other"):
+        one.prepare(**one.setup, prepared="{}")

@@ -28,6 +28,7 @@ from ...race.heats import candidates_of, scoring_of
 from ...race.racing import Race
 from ...race.scoring import TURNS
 from ...sanity import check_influence, judge_all
+from ...tables.prepared import Prepared
 from ...tune.entrants import entrants, of_words, starting
 from ...validation import KEY as VALIDATION_KEY
 from ...validation import Validation
@@ -36,15 +37,18 @@ from ..messaging.transport import Purpose
 from .messages import Described, Entry, Racing, read
 
 
-def placeholder_data(schemas: list[str], sites: int, weights: list[float] | None) -> FederatedData:
-    """A federation of one row of zeros a site, weighted if weights are given."""
+def placeholder_data(
+    schemas: list[str], sites: int, weights: list[float] | None, prepared: Prepared | None = None
+) -> FederatedData:
+    """A federation of one row of zeros a site, weighted if weights are given; `prepared` is how tables become rows."""
     inner, outer = (placeholder(text) for text in schemas)
-    return FederatedData.stack([inner] * sites, [outer] * sites, weights)
+    data = FederatedData.stack([inner] * sites, [outer] * sites, weights)
+    return data if prepared is None else data.with_prepared(prepared)
 
 
-def begin(app: App) -> tuple[Problem, tuple[PyTree, PyTree], PyTree]:
+def begin(app: App, prepared: Prepared | None = None) -> tuple[Problem, tuple[PyTree, PyTree], PyTree]:
     """(The problem over the trainable parts alone, those parts (x, y), the algorithm's first state)."""
-    x, y = app.begin()
+    x, y = app.begin(prepared)
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
     return bind(app.problem, x_rest, y_rest), strong((x, y)), ready(app.algorithm, x).init(x, y)
@@ -81,7 +85,7 @@ class Agreement:
     """
 
     def __init__(self, app: App, data: FederatedData, cohort: int, racing: Racing | None = None):
-        self.problem, self.variables, _ = begin(app)
+        self.problem, self.variables, _ = begin(app, data.prepared)
         self._data, self._cohort = data, cohort
         self._running = app.algorithm
         if racing is not None:
@@ -170,19 +174,22 @@ class Hello(Told):
         rows: the schemas of its inner and outer rows.
         counts: how many there are, where that is asked.
         worker: its worker's process number.
+        tables: what it says of its tables, where they are prepared (`tables.schema.Described`); `rows` are empty then.
     """
 
     rows: list[str]
     counts: list[int] | None
     worker: int
+    tables: NotRequired[str | None]
     warnings: NotRequired[list[str]]
 
 
-def checked_hello(name: str, said: Mapping[str, Received], counted: bool) -> Hello:
+def checked_hello(name: str, said: Mapping[str, Received], counted: bool, tabled: bool = False) -> Hello:
     """A site's answer to `hello`, if it is one.
 
     Args:
         counted: whether it has to say how many rows it has.
+        tabled: whether it has to say something of its tables.
 
     Raises:
         RunError: it is something else.
@@ -191,7 +198,8 @@ def checked_hello(name: str, said: Mapping[str, Received], counted: bool) -> Hel
         f"site {name} described itself in a way that cannot be read: has it the same fedbilevel?"
     )
     told = read(dict(said), Described, unread, "a description")
-    if not all(map(_inside, told.files)) or (told.counts is not None) != counted:
+    asked = (told.counts is not None, told.tables is not None)
+    if not all(map(_inside, told.files)) or asked != (counted, tabled):
         raise unread("")
     return cast(Hello, said)
 
@@ -259,13 +267,15 @@ def check_rows(name: str, rows: list[str], first: str, others: list[str]) -> Non
         )
 
 
-def judge_sites(app: App, schemas: list[str], said: list[Received], weights: list[float] | None) -> None:
+def judge_sites(
+    app: App, schemas: list[str], said: list[Received], weights: list[float] | None, prepared: Prepared | None = None
+) -> None:
     """Refuse a problem that cannot mean what it says, or warn: from what the sites measured on their rows, averaged.
 
     Raises:
         InputError: a loss does not depend on what it needs, or curves downwards in every direction tried.
     """
-    problem, (x, y), _ = begin(app)
+    problem, (x, y), _ = begin(app, prepared)
     data = placeholder_data(schemas, 1, None)
     check_influence(problem, x, y, data.inner.client(0).all(), data.outer.client(0).all())
     judge_all(said, weights, y)

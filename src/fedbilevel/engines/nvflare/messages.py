@@ -28,6 +28,7 @@ Flags = Annotated[tuple[bool, ...], Meta(max_length=_MOST_FLAGS)]
 Names = Annotated[dict[str, str], Meta(max_length=_MOST_NAMES - 1)]
 Versions = Annotated[dict[str, str | None], Meta(max_length=_MOST_NAMES - 1)]
 Rows = Annotated[int, Meta(gt=0)]
+Words = Annotated[str, Meta(max_length=2**26)]  # of tables: read where it is known what they are about
 
 Message = TypeVar("Message", bound=Struct)
 
@@ -99,6 +100,7 @@ class Setup(Struct, frozen=True, forbid_unknown_fields=True):
     resume: bool
     check: bool = False
     racing: Racing | None = None
+    prepared: Words | None = None
 
     sentences: ClassVar[Mapping[str, str]] = {
         r"\.order": "the order of the sites names this one",
@@ -107,6 +109,7 @@ class Setup(Struct, frozen=True, forbid_unknown_fields=True):
         r"\.(protocol|resume)": "protocol is text, resume a bool",
         r"\.check": "check is true or false",
         r"\.racing": "racing says how many race, and who",
+        r"\.prepared": "how tables become rows is text",
         "": "a setup has {fields}",
     }
 
@@ -119,7 +122,10 @@ class Load(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Prepare(Struct, frozen=True, forbid_unknown_fields=True):
-    """Get ready, as the site of this index among so many; `scale` is what its outer rows' weights sum to, if not one."""
+    """Get ready, as the site of this index among so many.
+
+    `scale` is what its outer rows' weights sum to, if not one; `prepared` how its tables become rows, if they do.
+    """
 
     index: Count
     sites: Count
@@ -130,6 +136,15 @@ class Prepare(Struct, frozen=True, forbid_unknown_fields=True):
     resume: bool
     check: bool = False
     racing: Racing | None = None
+    prepared: Words | None = None
+
+
+class Measure(Struct, frozen=True, forbid_unknown_fields=True):
+    """What all sites' tables have in common: measure those columns of this one's."""
+
+    agreed: Words
+
+    sentences: ClassVar[Mapping[str, str]] = {"": "what tables have in common is text"}
 
 
 class Answer(Struct, frozen=True, forbid_unknown_fields=True):
@@ -176,6 +191,7 @@ class Described(Struct, frozen=True):
     rows: tuple[str, str]
     worker: Rows
     counts: tuple[Rows, Rows] | None = None
+    tables: Words | None = None
 
 
 # Reading ----------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from nvflare.collab import collab
 
 from ...algorithm import Algorithm
 from ...app import App, load_app
+from ...app import schema as rows_schema
 from ...best import goal
 from ...callbacks import Callback
 from ...callbacks.base import Running
@@ -27,9 +28,12 @@ from ...program import freeze
 from ...protocol import step as iteration
 from ...race.scoring import Scoring
 from ...result import Result
-from ...results.folder import CONFIG, ROUNDS
+from ...results.folder import CONFIG, ROUNDS, TABLES
 from ...results.kept import ended, keep, tell
 from ...sampled import Sampled
+from ...tables import measured, schema
+from ...tables.prepared import Prepared, settled
+from ...tables.wanted import Prepare
 from ...tune.entrants import lineup
 from ...tune.kept import Tuning, chosen, keep_tuned
 from ...tune.tuning import Tuned
@@ -52,7 +56,7 @@ from .agreement import (
 )
 from .calls import Results, Sites, sites
 from .ledger import Ledger
-from .messages import Asked, Racing, Setup, plain, read
+from .messages import Asked, Measure, Racing, Setup, plain, read
 from .transport import CollabTransport, no_answer, refusal
 
 _START = 660.0  # seconds within which all sites have loaded their rows, or derived the protocol
@@ -101,7 +105,7 @@ class Server:
             outcome = {
                 **ended(result),
                 **({"chosen": chosen(result)} if isinstance(result, Tuned) else {}),
-                "sites": told,
+                **told,
             }
         except InputError as error:
             outcome = {"status": "refused", "sentence": str(error)}
@@ -120,14 +124,14 @@ class Server:
 def federate(
     app: App, folder: Path, resume: bool, tuning: Mapping[str, JSON] | None = None
 ) -> tuple[Result, dict[str, JSON]]:
-    """Get to know the sites, and solve, or tune: (the result, of each site what it compiled)."""
+    """Get to know the sites, and solve, or tune: (the result, what sites compiled and what agreeing on tables took)."""
     asked = None if tuning is None else read(dict(tuning), Asked, InputError, "tuning")
     names = sorted(proxy.name for proxy in collab.clients)
     engine = Collab(names, app.faults, folder / ROUNDS, resume, app.cohort)
     try:
         weights = engine.meet(app, asked)
         tell(folder, {"status": "running", "workers": engine.transport.workers})
-        data = placeholder_data(engine.schemas, len(names), weights)  # the sites have looked at their rows
+        data = placeholder_data(engine.schemas, len(names), weights, engine.prepared)  # sites have looked at their rows
         if asked is None:
             _configure(folder, lambda: Sampled(app, tuple(names)).plan("nvflare").config(len(names)))
             result = keep(app.describe(data, engine), folder, resume=resume, every=0.0, callbacks=[AtTheEnd(engine)])
@@ -137,7 +141,8 @@ def federate(
             result = keep_tuned(tuned, folder, resume=resume, quiet=True, every=0.0)
     finally:
         engine.ledger.close()
-    return result, {"compiled": engine.transport.traced, "workers": engine.transport.workers}
+    told: dict[str, JSON] = {"compiled": engine.transport.traced, "workers": engine.transport.workers}
+    return result, {"sites": told, **({TABLES: engine.tables} if engine.tables else {})}
 
 
 def _configure(folder: Path, config: Callable[[], Mapping[str, JSON]]) -> None:
@@ -169,44 +174,75 @@ class AtTheEnd(Callback):
 
 
 class Collab(Engine):
-    """The engine: sites reached by nvflare's collab calls."""
+    """The engine: sites reached by nvflare's collab calls.
+
+    Attributes:
+        schemas: what one row looks like at either level, once the sites are known.
+        prepared, tables: how tables become rows, where they do, and what agreeing on it took.
+    """
 
     def __init__(self, names: list[str], faults: Faults, rounds: Path, resume: bool, cohort: Whole | None):
         self.names, self.faults, self.resume, self.cohort = names, faults, resume, cohort
         self.transport, self.ledger = CollabTransport(names), Ledger(rounds, names, resume)
         self.schemas: list[str] = []
+        self.prepared: Prepared | None = None
+        self.tables: dict[str, JSON] = {}
 
     def meet(self, app: App, tuning: Asked | None = None) -> list[float] | None:
         """Have all sites load their rows and derive the protocol; returns their weights, if they count unalike."""
         mine = app.bundle()  # first: what can be neither shipped nor compared is refused before anybody is asked
         told, counted = self._all(lambda all_sites: all_sites.hello()), app.weights == "rows"
-        said = {name: checked_hello(name, answer, counted) for name, answer in told.items()}
+        tabled = app.prepare is not None
+        said = {name: checked_hello(name, answer, counted, tabled) for name, answer in told.items()}
         first = said[self.names[0]]
         for name, answer in said.items():
             check_same(name, answer, mine)
         for name, answer in said.items():
             check_rows(name, answer["rows"], self.names[0], first["rows"])
         self.schemas = first["rows"]
+        if app.prepare is not None:
+            self._agree(app.prepare, {name: str(answer.get("tables")) for name, answer in said.items()})
         self.transport.workers = {name: answer["worker"] for name, answer in said.items()}
         weights = scales = None
         if app.weights == "rows":
             weights, scales = shares([counts for name in self.names if (counts := said[name]["counts"])])
         cohort = check_cohort(app.cohort, len(self.names))
-        data = placeholder_data(self.schemas, len(self.names), weights)
+        data = placeholder_data(self.schemas, len(self.names), weights, self.prepared)
         racing = None if tuning is None else self._racing(app, data, tuning)
         derived = derive(app, data, cohort, racing)
         check, totals = app.check and not self.resume, None if scales is None else tuple(scales)
-        setup = Setup(tuple(self.names), cohort, app.seed, totals, fingerprint(derived), self.resume, check, racing)
-        prepared = self._all(lambda all_sites: all_sites.prepare(plain(setup)))
+        setup = Setup(
+            tuple(self.names), cohort, app.seed, totals, fingerprint(derived), self.resume, check, racing,
+            None if self.prepared is None else self.prepared.text(),
+        )  # fmt: skip
+        ready = self._all(lambda all_sites: all_sites.prepare(plain(setup)))
+        digest = None if self.prepared is None else self.prepared.digest
+        for name in self.names:
+            if ready[name].get("prepared") != digest:
+                raise RunError(f"site {name} makes rows of its tables in another way than the server says.")
         if check:
-            judge_sites(app, self.schemas, [prepared[name].get("figures") for name in self.names], weights)
+            judge_sites(app, self.schemas, [ready[name].get("figures") for name in self.names], weights, self.prepared)
         return weights
+
+    def _agree(self, wanted: Prepare, described: Mapping[str, str]) -> None:
+        """Have sites agree on how their tables become rows, in two exchanges: the first was what they have said of them."""
+        first = {name: schema.Described.read(text, f"site {name}") for name, text in described.items()}
+        common = schema.agree(first, wanted)
+        agreed = common.text()
+        answers = self._all(lambda all_sites: all_sites.measure(plain(Measure(agreed))))
+        texts = {name: str(answer.get("measured")) for name, answer in answers.items()}
+        second = {name: measured.read(text, common, f"site {name}") for name, text in texts.items()}
+        self.prepared = settled(common, measured.together(second, common), wanted)
+        self.schemas = [rows_schema(self.prepared.one())] * 2
+        up, down = [*described.values(), *texts.values()], [agreed, self.prepared.text()]
+        size = lambda texts: sum(len(text.encode()) for text in texts)
+        self.tables = {"exchanges": 2, "bytes_down": size(down) * len(self.names), "bytes_up": size(up)}
 
     def _racing(self, app: App, data: FederatedData, tuning: Asked) -> Racing:
         """Who races, in the words that sites are told."""
         named = None if tuning.entries is None else list(candidates(tuning.entries, app.algorithm).values())
         found, _ = lineup(
-            app.problem, data, *app.begin(), self, int(app.rounds or 0), tuning.max_bytes, algorithms=named,
+            app.problem, data, *app.begin(self.prepared), self, int(app.rounds or 0), tuning.max_bytes, algorithms=named,
             candidates=tuning.candidates, batch_size=tuning.batch_size,
         )  # fmt: skip
         entries = None if tuning.entries is None else tuning.entries[: len(found)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from nvflare.collab import collab
 
 from ...given import JSON, Received
-from .messages import Answer, Finish, Header, Prepare, Restart, Setup, plain, read
+from .messages import Answer, Finish, Header, Measure, Prepare, Restart, Setup, plain, read
 from .worker import START_SECONDS, Worker, WorkerDied, WorkerSaid
 
 _GRACE = 1.0  # seconds by which a worker has to be done before the server stops waiting
@@ -37,6 +37,14 @@ class Site:
         with self._lock:
             self._end()
             return self._said(self._start)
+
+    @collab.publish
+    def measure(self, common: Received) -> dict[str, Received]:
+        """Measure the columns that all sites' tables have in common."""
+        _only_the_server()
+        asked = read(common, Measure, _refused, "what tables have in common")
+        with self._lock:
+            return self._said(lambda: self._running().ask("measure", b"", START_SECONDS, **plain(asked))[0])
 
     @collab.publish
     def prepare(self, setup: Received) -> dict[str, Received]:
@@ -167,5 +175,5 @@ def _setup(setup: Received, site: str) -> dict[str, JSON]:
     _check(scales is None or len(scales) == len(order), "scales are numbers, one for each site")
     index = order.index(site)
     scale = None if scales is None else scales[index]
-    how = asked.protocol, asked.resume, asked.check, asked.racing
+    how = asked.protocol, asked.resume, asked.check, asked.racing, asked.prepared
     return plain(Prepare(index, len(order), asked.cohort, asked.seed, scale, *how))

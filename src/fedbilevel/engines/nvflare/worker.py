@@ -19,10 +19,14 @@ import msgspec
 from ...given import JSON
 
 if TYPE_CHECKING:  # at run time they are imported where they are needed, in the worker alone
+    import pandas
+
     from ...app import App
+    from ...tables.prepared import Prepared
+    from ...tables.wanted import Prepare as Wanted
     from ..messaging.client_side import ClientSide
     from ..messaging.transport import Purpose
-    from .messages import Answer, Finish, Load, Prepare, Restart
+    from .messages import Answer, Finish, Load, Measure, Prepare, Restart
 
 LOWER = "lower.npz"  # a site's own lower variable at the end of a run, in its folder
 START_SECONDS = 600.0  # within which a worker has loaded its site's rows
@@ -136,24 +140,29 @@ class _Inside:
 
     Attributes:
         app: the application, once its rows are loaded.
+        tables: (inner, outer) of this site, where they are prepared;
+        prepared: how.
         side: what answers requests of the run, once it is prepared; of a race with those who are left of it, `purpose`.
         sides: what answers those of other purposes, made when one comes.
     """
 
     app: App
+    tables: tuple[pandas.DataFrame, pandas.DataFrame]
     side: ClientSide
     purpose: Purpose
     sides: dict[Purpose, ClientSide]
 
     def __init__(self, app: str, site: str, folder: Path):
         self.file, self.site, self.folder = app, site, folder
+        self.prepared: Prepared | None = None
 
     def do(self, what: str, payload: bytes, header: dict) -> tuple[dict, bytes]:
         from ...errors import noting
-        from .messages import Answer, Finish, Load, Prepare, Restart
+        from .messages import Answer, Finish, Load, Measure, Prepare, Restart
 
         known = {
-            "load": (Load, self.load), "prepare": (Prepare, self.prepare), "answer": (Answer, self.answer),
+            "load": (Load, self.load), "measure": (Measure, self.measure),
+            "prepare": (Prepare, self.prepare), "answer": (Answer, self.answer),
             "restart": (Restart, self.restart), "finish": (Finish, self.finish),
         }  # fmt: skip
         kind, act = known[what]
@@ -165,21 +174,65 @@ class _Inside:
     def load(self, payload: bytes, message: Load) -> tuple[dict, bytes]:
         """Load the app and this site's rows.
 
-        It says what one row looks like, how many there are where that is asked, and of what the app consists here.
+        It says what one row looks like, how many there are where that is asked, and of what the app consists here. Where
+        tables are prepared, it says of them what `Prepare` says that travels first; what a row looks like is known later.
         """
         import jax
 
         from ...app import load_app, schema
-        from ...data import FederatedData
 
         self.app = load_app(self.file)
         jax.config.update("jax_enable_x64", self.app.precision == 64)
-        self.rows = self.app.rows(self.site)
-        schemas = [schema(rows, self.site, level) for rows, level in zip(self.rows, ("inner", "outer"), strict=True)]
-        self.own = FederatedData.stack([self.rows[0]], [self.rows[1]], names=[self.site])
-        levels = self.own.inner, self.own.outer
-        counts = [int(level.counts[0]) for level in levels] if self.app.weights == "rows" else None
-        return {"rows": schemas, "counts": counts, **self.app.bundle().told()}, b""
+        wanted = self.app.prepare
+        if wanted is None:
+            self._hold(self.app.rows(self.site))
+            levels = zip(self.rows, ("inner", "outer"), strict=True)
+            said = {"rows": [schema(rows, self.site, level) for rows, level in levels]}
+            counts = [int(self.own.count(level)[0]) for level in ("inner", "outer")]
+        else:
+            from ...tables.schema import describe
+
+            self.tables = self.app.tables(self.site)
+            said = {"rows": ["", ""], "tables": describe(*self.tables, wanted, self.site).text()}
+            counts = [len(table) for table in self.tables]
+        return {**said, "counts": counts if self.app.weights == "rows" else None, **self.app.bundle().told()}, b""
+
+    def measure(self, payload: bytes, message: Measure) -> tuple[dict, bytes]:
+        """Measure the columns that all sites' tables have in common."""
+        from ...tables.measured import measure, text_of
+        from ...tables.schema import Agreed
+
+        wanted = self._wanted()
+        return {"measured": text_of(measure(self.tables[0], Agreed.read(message.agreed), wanted, self.site))}, b""
+
+    def _wanted(self) -> Wanted:
+        """What is wanted of tables."""
+        from ...errors import RunError
+
+        if self.app.prepare is None:
+            raise RunError(f"site {self.site} has rows, and no tables to prepare.")
+        return self.app.prepare
+
+    def _hold(self, rows: tuple) -> None:
+        """Take the rows of both levels."""
+        from ...data import FederatedData
+
+        self.rows = rows
+        self.own = FederatedData.stack([rows[0]], [rows[1]], names=[self.site])
+
+    def _rows_made(self, text: str | None) -> dict[str, str]:
+        """Make rows of tables, where that is to be done; says by the digest how it was done."""
+        from ...errors import RunError
+        from ...tables.prepare import rows_of
+        from ...tables.prepared import read
+
+        if (text is None) != (self.app.prepare is None):
+            raise RunError(f"site {self.site} has {'rows' if text else 'tables'}, and was asked for the other.")
+        if text is None:
+            return {}
+        self.prepared = read(text, "what the server sent")
+        self._hold(rows_of(self.prepared, self.tables, self.site))
+        return {"prepared": self.prepared.digest}
 
     def prepare(self, payload: bytes, message: Prepare) -> tuple[dict, bytes]:
         """Derive the protocol, and get ready to answer.
@@ -194,9 +247,10 @@ class _Inside:
         from ...sanity import told
         from .agreement import Agreement, fingerprint, placeholder_data
 
-        app, scale = self.app, message.scale
+        app, scale, made = self.app, message.scale, self._rows_made(message.prepared)
         weights = None if scale is None else [1.0] * message.sites
-        data = placeholder_data([schema(level) for level in self.rows], message.sites, weights)
+        schemas = [schema(level) for level in self.rows]
+        data = placeholder_data(schemas, message.sites, weights, self.prepared)
         self.agreed, self.asked = Agreement(app, data, message.cohort, message.racing), message
         first = self.agreed.first
         expect(
@@ -210,8 +264,11 @@ class _Inside:
         self.mine, self.sides = (inner, outer), {}
         self._take_up(first)
         self._store(message.resume)
-        look = lambda: told(self.agreed.problem, self.own, *self.agreed.variables, client=message.index)
-        return ({"figures": look()} if message.check else {}), b""
+        problem = self.agreed.problem
+        figures = (
+            {"figures": told(problem, self.own, *self.agreed.variables, client=message.index)} if message.check else {}
+        )
+        return {**figures, **made}, b""
 
     def _made(self, purpose: Purpose) -> ClientSide:
         """What answers requests of a purpose, with the state of a start."""
@@ -300,7 +357,7 @@ class _Inside:
             raise StateLost(f"site {self.site} has no state of exchange {tag}.")
         own = own_lower(self.app.algorithm, self.side.states[tag])
         if own is not None:
-            _, rest = trainable(self.app.begin()[1], "y")
+            _, rest = trainable(self.app.begin(self.prepared)[1], "y")
             save_arrays({"y": eqx.combine(own, rest)}, self.folder / LOWER)
         return {}, b""
 
