@@ -16,7 +16,7 @@ from ..given import JSON
 from ..metrics import STOPPED
 from ..processes import of as over
 from ..result import Result, save_best, save_variables
-from .folder import BEST, CHECKPOINT, HISTORY, OUTCOME, VARIABLES
+from .folder import BEST, CHECKPOINT, CLIENTS, HISTORY, OUTCOME, VARIABLES
 
 
 @typing.runtime_checkable
@@ -38,7 +38,8 @@ def keep(
 ) -> Result:  # fmt: skip
     """Run it, and leave history.csv, checkpoint.eqx, variables.npz and outcome.json in the folder, however it ends.
 
-    Where it keeps the best x and y, they are in best.npz, with iteration, rounds and value.
+    Where it keeps the best x and y, they are in best.npz, with iteration, rounds and value; how each client fares, where
+    that is asked and known, in clients.csv.
 
     Args:
         place: the folder; what is there is gone on with or replaced.
@@ -73,6 +74,10 @@ def _leave(place: Path, result: Result | None, outcome: Mapping[str, JSON]) -> N
             (place / BEST).unlink(missing_ok=True)  # an earlier run's
         else:
             save_best(result.kept, place / BEST)
+        if result.clients is None:
+            (place / CLIENTS).unlink(missing_ok=True)
+        else:
+            result.clients.write(place / CLIENTS)
     tell(place, outcome)
 
 
