@@ -198,6 +198,14 @@ class Run:
         here = self._execution.holds_clients
         return columns(self._by_client, here or self._share is not False, here or self._share is True)
 
+    def _tell_of_sites(self) -> None:
+        """Warn, where nothing of the clients' metrics will be known here."""
+        if self._by_client and not self._execution.holds_clients and self._share is False:
+            warn(
+                "client_metrics: each site's numbers stay at the site, in metrics.csv of its folder, and the history "
+                "has none: App(share_metrics='mean') has it take their mean, App(share_metrics=True) each site's."
+            )
+
     def _check_known(self, column: str) -> None:
         """Refuse to keep by a column of clients' numbers that stay with them."""
         name = column.removesuffix(SUFFIX)
@@ -355,6 +363,7 @@ class Run:
     def _iterate(self) -> None:
         """The first row, stretches up to the goal or until it is stopped, the last row."""
         self.lower.tell()
+        self._tell_of_sites()
         self._prepare()
         if not self.history:
             self._record([self._row(None)])

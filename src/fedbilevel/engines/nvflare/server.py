@@ -127,7 +127,7 @@ def federate(
     try:
         weights = engine.meet(app, asked)
         tell(folder, {"status": "running", "workers": engine.transport.workers})
-        data = placeholder_data(engine.schemas, len(names), weights)  # the sites have looked at their rows
+        data = placeholder_data(engine.schemas, len(names), weights, names)  # the sites have looked at their rows
         if asked is None:
             _configure(folder, lambda: Sampled(app, tuple(names)).plan("nvflare").config(len(names)))
             result = keep(app.describe(data, engine), folder, resume=resume, every=0.0, callbacks=[AtTheEnd(engine)])
@@ -274,7 +274,7 @@ class OverNetwork(Messaging):
             made.purpose, made.roster = Purpose("scoring", self.purpose.left, algorithm.turns), self.roster
         else:
             assert isinstance(algorithm, Validation)
-            made.purpose = Purpose("validation")
+            made.purpose = Purpose("validation", loss=algorithm.loss, clients=bool(algorithm.metrics))
         made.watch = lambda r: write(dataclasses.replace(r, iteration=r.iteration - 1))  # what it comes after
         return made
 
