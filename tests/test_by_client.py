@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ import fedbilevel as fb
 from fedbilevel.callbacks import Checkpoint
 from fedbilevel.threefry import new_key
 from helpers.quadratic import flat, quadratic
+from helpers.users import as_users_do
 
 Q = quadratic(seed=3, clients=5)
 WEIGHTED = fb.FederatedData.stack(Q.inner, Q.outer, "rows")  # clients count by their rows
@@ -237,6 +239,45 @@ def test_modules_and_what_a_metric_reads_count_as_they_are_now():
     np.testing.assert_allclose(above(), share(0.0), rtol=1e-12)
     level["at"] = 2.0
     np.testing.assert_allclose(above(), share(2.0), rtol=1e-12)
+
+
+def test_a_module_is_seen_whole():
+    module = eqx.nn.MLP(4, 1, 3, 1, activation=jnp.tanh, key=new_key(0))
+    loss = lambda x, y, row: (
+        0.5 * (y(row["a"])[0] - row["b"]) ** 2
+        + jnp.exp(x) * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(eqx.filter(y, eqx.is_array)))
+    )
+    metrics = {"size": lambda x, y, row: jnp.abs(y(row["a"])[0])}
+    data = fb.FederatedData.stack(Q.outer, Q.outer, [1, 2, 3, 4, 10])
+    given = fb.Problem(loss, loss), data, LOCKSTEP, jnp.zeros(()), module
+    result = fb.solve(*given, 2, key=new_key(0), check=False, client_metrics=metrics)
+    expected = [np.abs(jax.vmap(result.y)(jnp.asarray(rows["a"]))).mean() for rows in Q.outer]
+    np.testing.assert_allclose(result.clients.columns["size"], expected, rtol=1e-12)
+    np.testing.assert_allclose(result.evaluate(given[0], data, metrics).columns["size"], expected, rtol=1e-12)
+
+
+def test_in_32_bits_as_users_run_it():
+    with as_users_do():
+        q = quadratic(seed=3, clients=5)
+        given = q.problem, q.data, LOCKSTEP, q.x, q.y
+        result = fb.solve(*given, 3, key=new_key(1), check=False, client_metrics=METRICS)
+        numbers = by_hand(result.x, result.y, q.outer)
+    np.testing.assert_allclose(np.stack(list(result.clients.columns.values()), 1), numbers, rtol=1e-6)
+    assert result.protocol.each_row[0].bytes_up == 5 * 3 * 12
+
+
+def test_states_of_clients_on_disk_change_nothing(tmp_path):
+    one, other = (solve(3, fb.Simulation(client_state=where)) for where in ("memory", tmp_path))
+    assert str(one.clients) == str(other.clients)
+    np.testing.assert_array_equal(one.history.column("size"), other.history.column("size"))
+
+
+def test_clients_with_lower_variables_of_their_own_have_the_mean_y_in_the_history():
+    algorithm = fb.FedBiOAccLocal(inner_lr=0.02, hessian_lr=0.02, outer_lr=0.02)
+    for engine in (fb.Simulation(), fb.Loopback()):
+        result = solve(2, engine, algorithm=algorithm)
+        found = np.stack(list(result.clients.columns.values()), 1)
+        np.testing.assert_allclose(found, by_hand(result.x, result.y), rtol=1e-12)
 
 
 def test_train_and_tune_have_them():
