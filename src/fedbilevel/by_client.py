@@ -45,9 +45,9 @@ class ByClient:
     Args:
         function: (x, y, row) -> a real number, or a pair of them. `row` is one of the client's outer rows, as the outer loss
             sees it; the client's number is the mean over its rows. Of a pair (numerator, denominator) it is the ratio of the
-            two means: `(hit, positive)`, each 0 or 1, for a true-positive rate. Of a batched problem it is a function of
-            (x, y, examples, weights), as the losses are, which returns the weighted mean or a pair of such. It may be
-            `fb.validation_loss`: the client's outer loss.
+            two means: `(hit, positive)`, each 0 or 1, for a true-positive rate. Of a batched problem, or one in PyTorch, it
+            is a function of (x, y, examples, weights), as the losses are, which returns the weighted mean or a pair of
+            such. It may be `fb.validation_loss`: the client's outer loss.
         worst: "min", where high is good, as with an accuracy, or "max", where low is good, as with a loss. None: "max" for
             `fb.validation_loss`, "min" for all else.
     """
@@ -193,7 +193,7 @@ class Measure:
     Attributes:
         name, worst: as the user has them.
         level: whose rows it is taken on.
-        function: None: the level's loss.
+        function: None: the level's loss, or what is `asked` of a problem of another framework.
     """
 
     name: str
@@ -201,11 +201,15 @@ class Measure:
     level: Literal["inner", "outer"] = "outer"
     function: Settled | None = None
     batched: bool = False
+    asked: Callable[..., tuple] | None = None
 
     def sums(self, problem: Problem, x: PyTree, y: PyTree, rows: Rows) -> Sums:
         """Over a client's rows."""
         real = jnp.result_type(float)
         weight = jnp.sum(rows.weights).astype(real)
+        if self.asked is not None:
+            found = tuple(each.astype(real) for each in self.asked(problem, x, y, rows))
+            return Sums(found[0], found[1] if len(found) > 1 else weight, weight)
         if self.function is None:
             value = (problem.inner_value if self.level == "inner" else problem.outer_value)(x, y, rows)
             return Sums(value.astype(real), weight, weight)
@@ -272,11 +276,8 @@ def _measure(
 ) -> Measure:
     if metric.function is validation_loss:
         return Measure(name, metric.way)
-    check(
-        not problem.on_host,
-        f"the client metric {name!r} cannot be taken, for the problem is in PyTorch, whose rows compiled programs do not "
-        "see: client_metrics= takes fb.validation_loss alone there, each client's outer loss.",
-    )
+    if problem.on_host:
+        return _asked(name, metric, problem, variables, data)
     x_rest, y_rest = map(without_marks, rests)
     given, batched = metric.function, problem.batched
     whole = lambda x, y, *rows: given(eqx.combine(x, x_rest), eqx.combine(y, y_rest), *rows)
@@ -302,6 +303,23 @@ def _measure(
         ),
     )
     return Measure(name, metric.way, "outer", function, batched)
+
+
+def _asked(
+    name: str, metric: ByClient, problem: Problem, variables: tuple[PyTree, PyTree], data: FederatedData
+) -> Measure:
+    """Of a problem of another framework: it is called once, on some rows."""
+    _check_taken(name, metric.function, True)
+    try:
+        asked = problem.measuring(metric.function, *variables, data)
+    except InputError as error:
+        raise InputError(
+            f"the client metric {name!r} must return one real number for a batch, or a pair of them (numerator, "
+            f"denominator); {error}."
+        ) from error.__cause__
+    except Exception as error:  # whatever the user's function raises
+        raise InputError(f"the client metric {name!r} failed: {norms.explained(error)}") from error
+    return Measure(name, metric.way, asked=asked)
 
 
 def _is_scalar(value: PyTree) -> bool:
