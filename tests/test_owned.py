@@ -351,6 +351,26 @@ def test_training_checks_metrics_and_estimates_take_blocks():
     assert apart(h[0]["own"], M * np.asarray(exact["own"])) < 1e-8  # a block's own gradient is that times 1 / p_i
 
 
+def test_how_each_client_fares_is_measured_with_its_own_blocks():
+    data, metrics = rows(), {"miss": lambda x, y, row: outer(x, y, row)}
+    for engine in (fb.Simulation(cohort=2), fb.Loopback()):
+        result = solved(fb.Lockstep(**STEPS), 2, engine=engine, client_metrics=metrics)
+        x, y = owned.unmarked((result.x, result.y))
+        own = [({**x, "own": x["own"][i]}, {**y, "head": y["head"][i]}) for i in range(M)]
+        of = lambda at, rows: np.mean(jax.vmap(lambda row: outer(*at, row))(rows))
+        each = [of(own[i], data.outer.alone(i).rows) for i in range(M)]
+        assert apart(result.clients.columns["miss"], np.stack(each)) < 1e-12
+        found = result.evaluate(BLOCKS, data, metrics)
+        assert apart(found.columns["miss"], np.stack(each)) < 1e-12
+        alone = data.outer.alone(2).rows
+        said = result.predict(lambda x, y, row: row["a"][:OWN] @ y["head"] + x["all"], alone, client=2)
+        assert apart(said, np.asarray(alone["a"])[:, :OWN] @ np.asarray(y["head"][2]) + np.asarray(x["all"])) < 1e-12
+        with pytest.raises(fb.InputError, match="name it, client=0 to 3"):
+            result.predict(lambda x, y, row: x["all"], alone)
+        with pytest.raises(fb.InputError, match="from 0 to 3; got 4"):
+            result.predict(lambda x, y, row: x["all"], alone, client=4)
+
+
 def test_blocks_of_unlike_lengths():
     """One weight a training row: client i's rows index its own."""
     draw = np.random.default_rng(5)

@@ -25,6 +25,7 @@ from .errors import InputError, check
 from .federation import Index
 from .foreign import without_marks
 from .metrics import Metric, validation_loss
+from .owned import bare, own, unmarked
 from .problem import Problem, Rows, blocks_of, describe, own_oracles
 from .program import Settled, settled
 
@@ -276,11 +277,12 @@ def _measure(
 ) -> Measure:
     if metric.function is validation_loss:
         return Measure(name, metric.way)
+    variables = own(variables[0], 0), own(variables[1], 0)  # as one client has them
     if problem.on_host:
         return _asked(name, metric, problem, variables, data)
-    x_rest, y_rest = map(without_marks, rests)
+    x_rest, y_rest = (unmarked(without_marks(rest)) for rest in rests)
     given, batched = metric.function, problem.batched
-    whole = lambda x, y, *rows: given(eqx.combine(x, x_rest), eqx.combine(y, y_rest), *rows)
+    whole = lambda x, y, *rows: given(eqx.combine(bare(x), x_rest), eqx.combine(bare(y), y_rest), *rows)
     _check_taken(name, given, batched)
     rows = jax.eval_shape(lambda level: level.client(0).all(), data.outer)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows.examples)

@@ -20,6 +20,7 @@ from .errors import InputError, check
 from .evaluation import evaluate
 from .given import Whole, whole_number
 from .metrics import STOPPED
+from .owned import bare, nodes, own
 from .predictions import Prepared, predict
 from .problem import Problem
 from .protocol.table import Protocol
@@ -169,7 +170,8 @@ class Result:
                 function of many rows, rows first in what it returns. Of a problem in PyTorch it takes all rows.
             rows: a pytree of arrays, rows first; or, with `prepared`, what that takes, such as a table.
             prepared: what makes rows of it, by its method `rows`: as the rows were made that x and y were trained on.
-            client: at whose y, where every client has one of its own: its place among the clients. None: at `y`.
+            client: at whose y, or with whose blocks (`per_client`), where every client has its own: its place among the
+                clients. None: at `y`.
             batched: whether the model takes many rows.
             batch_size: how many rows at a time.
 
@@ -180,8 +182,24 @@ class Result:
             InputError: something cannot be used, the model fails, or y stays at the sites.
         """
         self._check_y("predicted with")
+        blocks = nodes((self.x, self.y))
+        if blocks:
+            place = self._place(client, len(blocks[0]))
+            x, y = (bare(own(variable, place)) for variable in (self.x, self.y))
+            return predict(model, x, y, rows, prepared, batched, batch_size)
         y = self.y if client is None else self._own_y(client)
         return predict(model, self.x, y, rows, prepared, batched, batch_size)
+
+    @staticmethod
+    def _place(client: Whole | None, many: int) -> int:
+        check(
+            client is not None,
+            f"x or y has leaves per client, and a model is told one client's: name it, client=0 to {many - 1}.",
+        )
+        assert client is not None
+        place = whole_number(client, 0, f"client= is a client's place, from 0 to {many - 1}")
+        check(place < many, f"client= is a client's place, from 0 to {many - 1}; got {place}.")
+        return place
 
     def _check_y(self, what: str) -> None:
         check(
@@ -195,8 +213,7 @@ class Result:
             bool(many),
             "client= is for clients that have a y of their own (clients_y), and these have none: leave it out.",
         )
-        place = whole_number(client, 0, f"client= is a client's place, from 0 to {many - 1}")
-        check(place < many, f"client= is a client's place, from 0 to {many - 1}; got {place}.")
+        place = self._place(client, many)
         return jax.tree.map(lambda leaf: leaf[place] if hasattr(leaf, "ndim") else leaf, self.clients_y)
 
     @property

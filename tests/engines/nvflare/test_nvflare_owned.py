@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from helpers import apps, tabled
 from helpers.network import call, close, same_books
 
 pytest.importorskip("nvflare")
@@ -81,3 +83,31 @@ def test_blocks_over_the_network(algorithm, how, tmp_path):
         own, others = set(blocks[:, client].ravel()), set(np.delete(blocks, client, axis=1).ravel())
         assert own & set(numbers)
         assert not others & set(numbers)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("how", [["--poc"], []], ids=["provisioned", "simulator"])
+def test_blocks_with_tables_and_metrics_by_client(how, tmp_path):
+    """Each site's own penalty, tables that sites agree on, and how each site fares, in one app."""
+    words = {
+        "jnp.exp(x) * y": 'jnp.exp(x["own"] + x["all"]) * y',
+        "jnp.full(columns, -3.0)": '{"own": fb.per_client(np.zeros(3)), "all": jnp.full(columns, -3.0)}',
+        "iterations=8": 'iterations=8, client_metrics={"loss": fb.validation_loss, "right": right}, share_metrics=True',
+        "    def start(": """    def right(x, y, row):
+        return ((row["a"] @ y["weight"] + y["bias"] > 0) == (row["b"] == 1)) * 1.0
+
+    def start(""",
+    }
+    text = tabled.text()
+    for old, new in words.items():
+        assert old in text
+        text = text.replace(old, new)
+    file = apps.write(tmp_path, text, "")
+    out, simulated = tmp_path / "network", tmp_path / "simulated"
+    call("run", file, "--engine", "nvflare", "--out", out, *how)
+    call("run", file, "--out", simulated)
+    close(out, simulated, 1e-5)
+    same_books(out, simulated)
+    assert (out / "prepared.json").read_text() == (simulated / "prepared.json").read_text()
+    numbers = lambda folder: pd.read_csv(folder / "clients.csv").set_index("client")[["loss", "right"]]
+    pd.testing.assert_frame_equal(numbers(out), numbers(simulated), rtol=1e-5)

@@ -142,7 +142,7 @@ class Agreement:
     @functools.cached_property
     def _measures(self) -> tuple[Measure, ...]:
         """The app's client metrics."""
-        x, y = self._app.begin()
+        x, y = self._app.begin(self._data.prepared)
         rests = trainable(x, "x")[1], trainable(y, "y")[1]
         return measures(checked(self._app.client_metrics), self.problem, self.variables, rests, self._data)
 
