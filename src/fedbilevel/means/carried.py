@@ -86,8 +86,8 @@ def check_can(algorithm: Algorithm) -> None:
     why = why_not(type(numbered(algorithm)))
     check(
         why is None,
-        f"{title_of(algorithm)} cannot have an outer loss of means (outer_means=): {why}, which a mean over all clients does "
-        "not meet. Take an algorithm that averages before it composes, such as Lockstep or AggITD.",
+        f"{title_of(algorithm)} cannot have an outer loss of means (outer_means=): {why}, which a mean over all clients "
+        "does not meet. Take an algorithm that averages before it composes, such as Lockstep or AggITD.",
     )
 
 
