@@ -16,7 +16,7 @@ from fedbilevel.callbacks import Checkpoint
 from fedbilevel.means.carried import Carried
 from fedbilevel.pace.automatic import numbered
 from fedbilevel.protocol import running
-from helpers.of_means import of_means
+from helpers.of_means import inner, of_means
 from helpers.quadratic import flat
 
 KEY = jax.random.key(0)
@@ -84,6 +84,34 @@ def test_an_iteration_is_that_of_the_tangent():
     by_hand = fb.solve(plain, Q.data, fb.Lockstep(**STEPS), Q.x, Q.y, 2, key=KEY)
     carried = solve(fb.Lockstep(**STEPS), 2)  # in both iterations the means are those of the start
     np.testing.assert_allclose(flat((carried.x, carried.y)), flat((by_hand.x, by_hand.y)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", each(n for n in ALGORITHMS if n not in REFUSED))
+def test_a_mean_that_is_said_as_one_runs_as_it_does(name):
+    """F the identity: what is sent and done is that of the plain outer loss, but for what the server draws."""
+    given = {"truncation": "full", "batch_size": None, "same_cohort": False}
+    algorithm = busy(name)
+    known = {f.name for f in dataclasses.fields(algorithm)}
+    algorithm = dataclasses.replace(algorithm, **{k: v for k, v in given.items() if k in known})
+    loss = lambda x, y, row: Q.problem.outer_means(x, y, row)["loss"]
+    problems = (
+        fb.Problem(inner, loss),
+        fb.Problem(inner, outer_means=lambda *a: {"f": loss(*a)}, outer_of=lambda m: m["f"]),
+    )
+    plain, means = (fb.solve(problem, Q.data, algorithm, Q.x, Q.y, 3, key=KEY) for problem in problems)
+    np.testing.assert_allclose(flat((means.x, means.y)), flat((plain.x, plain.y)), rtol=1e-11, atol=1e-13)
+    assert means.history[-1]["rounds"] == plain.history[-1]["rounds"] + 1
+
+
+def test_a_run_goes_back_with_half_its_steps():
+    sharp = lambda x: jnp.where(x > 1, 1000.0, 1.0)  # a thousand times as curved once x has passed one
+    steep = lambda x, y, row: 0.5 * (y - row - 3) ** 2 + 0.5 * sharp(x) * y**2 + 1e-3 * x * y
+    means = lambda x, y, row: {"y": (y - 3) ** 2, "x": (x - 2) ** 2}
+    problem = fb.Problem(steep, outer_means=means, outer_of=lambda m: 0.5 * m["y"] + 0.5 * m["x"])
+    data = fb.FederatedData.stack([jnp.zeros(1), jnp.ones(1)], [jnp.zeros(1), jnp.ones(1)])
+    algorithm = fb.Lockstep(inner_lr=2e-4, hessian_lr="auto", outer_lr=0.05)
+    end = fb.solve(problem, data, algorithm, jnp.zeros(()), jnp.zeros(()), 400, key=KEY, check=False)
+    assert abs(end.x - 2) < 1e-3 and end.history[-1]["halvings"] >= 1
 
 
 @pytest.mark.parametrize("name", each(n for n in ALGORITHMS if checked(n)[1] is not None and n not in REFUSED))
