@@ -38,7 +38,7 @@ def brings(reply: PyTree) -> bool:
     return any(map(is_told, jax.tree.leaves(reply, is_leaf=is_told)))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Notes:
     """What was noted.
 
