@@ -137,3 +137,19 @@ def test_the_gap_is_halved_with_no_step_given():
         assert gap[1] < 0.5 * gap[0]
         accuracy = [float(task.metrics["test_accuracy"](task.x, y)) for y in (before, after)]
         assert accuracy[1] > accuracy[0] - 0.02
+
+
+@pytest.mark.slow
+def test_cohorts_and_minibatches_find_it_too():
+    """By a running mean of the means."""
+    with jax.enable_x64(False):
+        task, found = fair(seed=0), []
+        algorithm = fb.AggITD(inner_rounds=3, truncation="full", batch_size=64)
+        end = fb.solve(
+            task.problem, task.data, algorithm, task.x, task.y, rounds=600, key=task.key,
+            engine=fb.Simulation(cohort=4, dropout=0.2), evaluate_every=600,
+        )  # fmt: skip
+        for x in (task.x, end.x):
+            y = fb.reference.solution(task.problem, task.data, x, task.y)
+            found.append(float(fb.reference.outer_value(task.problem, task.data, x, y)))
+        assert found[1] < found[0] - 0.09
