@@ -1,6 +1,7 @@
 """`validation_loss`: f(x, y) averaged over the federation, by one exchange at a row of the history.
 
-x and y go to all clients, and each says one number, the outer loss over its rows. It is a server program of its own
+x and y go to all clients, and each says one number, the outer loss over its rows; where the outer loss is one of means
+(`Problem(outer_means=...)`), its own means, of whose mean F is taken here. It is a server program of its own
 beside the run's, so that every engine has it as it has algorithms.
 """
 
@@ -16,10 +17,12 @@ from jaxtyping import Array, Float, PyTree
 
 from .algorithm import Algorithm, State
 from .best import goal
+from .compiled import CHEAPLY, run
 from .data import FederatedData
 from .engines.base import Execution
 from .federation import Client, Federation
 from .metrics import Metric, validation_loss
+from .problem import Problem
 from .protocol.table import Protocol
 
 NAME = validation_loss.__name__  # what it is called where `keep=` alone asks for it
@@ -44,14 +47,15 @@ def judged(metrics: Mapping[str, Metric]) -> list[str]:
 class Validation(Algorithm):
     """The server program: it asks everybody, whatever the cohort, and the mean is that of the clients' weights."""
 
-    def step(self, fed: Federation, state: State) -> tuple[State, dict[str, Float[Array, ""]]]:
-        """The state as it is, and the loss there."""
+    def step(self, fed: Federation, state: State) -> tuple[State, dict[str, PyTree]]:
+        """The state as it is, and the loss there, or the means that it is made of."""
         everyone = fed.draw_cohort(fed.clients)
         return state, {NAME: fed.average(self.validation_loss, state.x, state.y, cohort=everyone)}
 
-    def validation_loss(self, client: Client, x: PyTree, y: PyTree) -> Float[Array, ""]:
-        """f_i(x, y) over all of the client's outer rows."""
-        return client.problem.outer_value(x, y, client.outer)
+    def validation_loss(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
+        """f_i(x, y) over all of the client's outer rows; or its means, where the outer loss is one of means."""
+        problem = client.problem
+        return (problem.outer_value if problem.outer_means is None else problem.means)(x, y, client.outer)
 
 
 class Judged(NamedTuple):
@@ -99,4 +103,11 @@ class Judge:
         start = dataclasses.replace(start, iteration=iteration)
         _, record = self._execution.advance(Validation(), start, 1, np.inf)
         spent = (record.rounds[0], record.bytes_down[0], record.bytes_up[0]) if record.done else record.spent
-        return Judged(float(record.info[NAME][-1]), *spent)
+        found = jax.tree.map(lambda leaf: leaf[-1], record.info[NAME])
+        problem = self._execution.problem
+        value = found if problem.outer_means is None else run(_value_of, problem, None, found, options=CHEAPLY)
+        return Judged(float(value), *spent)
+
+
+def _value_of(problem: Problem, _: None, *means: PyTree) -> Float[Array, ""]:
+    return problem.value_of(*means)
