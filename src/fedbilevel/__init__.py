@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is fir
     from .algorithm import Algorithm, Info, State, Truncation, count, option, rate
     from .algorithms.shipped import *  # noqa: F403  AggITD and all the others
     from .app import App
+    from .by_client import ByClient
+    from .client_table import ClientTable
     from .data import FederatedData
     from .description import Description
     from .engines import Faults

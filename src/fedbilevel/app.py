@@ -25,6 +25,7 @@ from jaxtyping import Array, Key, PyTree
 from .algorithm import Algorithm
 from .best import goal
 from .bundle import Bundle, Modules, bundle, checked_patterns, declared_files
+from .by_client import ClientMetrics, Share, check_names, checked, checked_share
 from .callbacks.base import Callback
 from .callbacks.listeners import listed
 from .cohorts import check_cohort
@@ -35,7 +36,7 @@ from .engines.faults import Faults
 from .errors import InputError, check
 from .foreign import native
 from .given import JSON, Whole, whole_number
-from .metrics import checked_metrics
+from .metrics import checked_metrics, names_taken
 from .problem import Problem
 from .rows.one import as_array
 from .rows.values import Columns, Whose, columns_apart, whole
@@ -79,6 +80,11 @@ class App:
         keep: by what the best x and y are kept beside the last, as in "test_loss:min", as by `solve(keep=)`.
         prepare: `load` returns (inner table, outer table), as they are, and sites make rows of them by what they agree on
             before the run begins, in two exchanges (`Prepare` says what travels); None: `load` returns rows.
+        client_metrics: name -> fn(x, y, row) -> scalar, or `ByClient`: how each site fares on its outer rows, as
+            `solve` takes them. Each site writes its own numbers to metrics.csv in its folder, whatever it shares.
+        share_metrics: what of them leaves a site. False: nothing. "mean": the history has the mean over the sites; a
+            site's reply is its weighted number, from which the server makes the mean, and it keeps the mean alone.
+            True: each site's own; the history has the worst as well, and clients.csv at the server is the table.
 
     Attributes:
         origin: the file that defines it and the modules that it has loaded, if `load_app` has read it.
@@ -105,6 +111,8 @@ class App:
     callbacks: Sequence[Callback] | Callable[[], Sequence[Callback]] = ()
     keep: str | None = None
     prepare: Prepare | None = None
+    client_metrics: ClientMetrics = dataclasses.field(default_factory=dict)
+    share_metrics: Share = False
 
     def __post_init__(self):
         check(isinstance(self.problem, Problem), f"App(problem=...) is a fedbilevel.Problem; got {self.problem!r}.")
@@ -119,7 +127,8 @@ class App:
         check(self.precision in (32, 64), f"App(precision=...) is 32 or 64; got {self.precision!r}.")
         good = isinstance(self.name, str) and self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
         check(good, f"App(name=...) is letters, digits, dots, dashes and underscores; got {self.name!r}.")
-        checked_metrics(self.metrics)
+        check_names(checked(self.client_metrics), names_taken(checked_metrics(self.metrics)))
+        checked_share(self.share_metrics)
         checked_patterns(self.files)
         if not callable(self.callbacks):
             listed(self.callbacks, "App(callbacks=...)")
@@ -202,13 +211,15 @@ class App:
             data=data, start=lambda: self.begin(data.prepared), rounds=self.rounds,
             engine=engine, metrics=self.metrics, evaluate_every=self.evaluate_every, name=self.name,
             check=False, precision=self.precision, callbacks=self.callbacks, keep=self.keep,
+            client_metrics=self.client_metrics, share_metrics=self.share_metrics,
         )  # fmt: skip
 
     def task(self, data: FederatedData, seed: int | None = None) -> Task:
         """The problem on all sites' sample data, for one seed; None: the app's own."""
         x, y = self.begin(data.prepared)
         key = self.key if seed is None else jax.random.key(seed)
-        return Task(self.name, "app", self.problem, data, x, y, self.metrics, key)
+        how = self.client_metrics, self.share_metrics
+        return Task(self.name, "app", self.problem, data, x, y, self.metrics, key, *how)
 
     def check_sites(self, sites: int) -> None:
         """Refuse a cohort or a number of replies that so many sites cannot give."""

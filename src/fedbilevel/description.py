@@ -11,6 +11,7 @@ import jax
 from jaxtyping import PyTree
 
 from .algorithm import Algorithm
+from .by_client import ClientMetrics, Share, checked, measures
 from .callbacks.base import Callback
 from .callbacks.listeners import listed
 from .data import FederatedData
@@ -25,6 +26,7 @@ from .result import Result
 from .solve import solve
 from .tables.prepared import Prepared
 from .validation import Validation, asked, judged
+from .variables import trainable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class Description:
         check: whether the problem is looked at first, as by `solve(check=)`.
         precision: 32 or 64 bits; None: as the process is set.
         name: what it is called in progress.
+        client_metrics, share_metrics: how each client fares, and what of it travels, as `solve` takes them.
     """
 
     problem: Problem
@@ -63,6 +66,8 @@ class Description:
     check: bool = True
     precision: int | None = None
     name: str = "run"
+    client_metrics: ClientMetrics = dataclasses.field(default_factory=dict)
+    share_metrics: Share = "mean"
 
     def run(self, *, callbacks: Sequence[Callback] = (), resume: str | os.PathLike[str] | None = None) -> Result:
         """Run it.
@@ -81,6 +86,7 @@ class Description:
                 self.problem, data, self.algorithm, x, y, self.iterations, rounds=self.rounds, key=self.key,
                 engine=self.engine, callbacks=[*callbacks, *own], metrics=self.metrics,
                 evaluate_every=self.evaluate_every, keep=self.keep, resume=resume, check=self.check,
+                client_metrics=self.client_metrics, share_metrics=self.share_metrics,
             )  # fmt: skip
 
     def protocol(self) -> Protocol:
@@ -88,9 +94,13 @@ class Description:
         with self.bits():
             data, (x, y), engine = self.rows(), self.begin(), self.engine or Simulation()
             found = protocol(self.algorithm, self.problem, data, x, y, engine)
-            if not judged(asked(self.keep, self.metrics)):
+            loss, by_client = bool(judged(asked(self.keep, self.metrics))), checked(self.client_metrics)
+            if not (loss or by_client):
                 return found
-            each_row = protocol(Validation(), self.problem, data, x, y, engine).exchanges
+            variables, rests = zip(trainable(x, "x"), trainable(y, "y"), strict=True)
+            metrics = measures(by_client, self.problem, variables, rests, data)
+            program = Validation(loss, metrics, self.share_metrics, data.clients)
+            each_row = protocol(program, self.problem, data, x, y, engine).exchanges
             return dataclasses.replace(found, each_row=each_row)
 
     @property

@@ -76,7 +76,7 @@ def checked_metrics(metrics: Mapping[str, Metric] | None, diagnostics: Iterable[
     if metrics is None:
         return {}
     check(isinstance(metrics, Mapping), f"metrics= maps names to functions of (x, y); got {metrics!r}.")
-    taken = {*COLUMNS, *_BESIDE, *(field.name for field in dataclasses.fields(Info)), *diagnostics}
+    taken = names_taken(diagnostics)
     for name, metric in metrics.items():
         check(isinstance(name, str) and name, f"a metric's name is a text, not empty; got {name!r}.")
         check(callable(metric), f"the metric {name!r} is a function of (x, y); got {metric!r}.")
@@ -85,6 +85,15 @@ def checked_metrics(metrics: Mapping[str, Metric] | None, diagnostics: Iterable[
             f"a metric cannot be named {name!r}, for the history has a column of that name: name it otherwise.",
         )
     return dict(metrics)
+
+
+def names_taken(diagnostics: Iterable[str] = ()) -> set[str]:
+    """The names of the history's other columns.
+
+    Args:
+        diagnostics: the names of what the algorithm tells of an iteration.
+    """
+    return {*COLUMNS, *_BESIDE, *(field.name for field in dataclasses.fields(Info)), *diagnostics}
 
 
 def check_diagnostics(algorithm: str, names: Iterable[str]) -> None:

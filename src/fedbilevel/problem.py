@@ -252,6 +252,14 @@ class Problem(eqx.Module):
         """d2_yy g v in each of several ways to take it, by name, for a look at whether they agree; {}: there is one."""
         return {}
 
+    def measuring(self, function: Callable, x: PyTree, y: PyTree, data: PyTree) -> Callable[..., tuple] | None:
+        """A metric of rows, as programs ask for it, (problem, x, y, rows) -> its weighted means; None: they trace it.
+
+        Raises:
+            InputError: it returns no number and no pair of them.
+        """
+        return None
+
     def serving(self, program: Callable[[], PyTree]) -> PyTree:
         """What a compiled program returns, while its oracles are answered: for a problem that is `on_host`."""
         return program()

@@ -246,6 +246,18 @@ def _settled(optimizer: optax.GradientTransformation, x: PyTree) -> optax.Gradie
     return optimizer._replace(init=Settled(optimizer.init, name), update=Settled(optimizer.update, name))
 
 
+def settled(function: Callable[..., PyTree], *args: PyTree) -> tuple[Settled, PyTree]:
+    """(The same function, equal to others that compute the same at these arguments; the shapes of what it returns)."""
+    traced = trace(function, *args)
+    found = canonical([traced.jaxpr])
+    if found.helpers:  # JAX may know them with numbers of an earlier call
+        with _HELPERS(next(_fresh)):
+            traced = trace(function, *args)
+            found = canonical([traced.jaxpr])
+    own = next(_fresh) if found.objects else 0  # called while it runs: a digest cannot see into them
+    return Settled(function, digest_of((found.digest, own))), traced.out
+
+
 class Settled:
     """A function that is equal to others of the same digest."""
 

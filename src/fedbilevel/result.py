@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
@@ -13,8 +13,15 @@ from jaxtyping import PyTree
 
 from . import arrays
 from .best import Best
+from .by_client import ClientMetrics
+from .client_table import ClientTable
+from .data import FederatedData
 from .errors import InputError, check
+from .evaluation import evaluate
+from .given import Whole, whole_number
 from .metrics import STOPPED
+from .predictions import Prepared, predict
+from .problem import Problem
 from .protocol.table import Protocol
 
 if TYPE_CHECKING:
@@ -93,6 +100,8 @@ class Result:
             mean, by the clients' weights. None for other algorithms, and over a network, where they stay at the sites.
         stopped: the reason for which a callback stopped the run; None where none did.
         compiled: how its program was compiled, "quick" or "full" (see `Simulation`).
+        clients: how each client fares at the last row of the history, by `client_metrics=`: a `ClientTable`. None without
+            them, and over a network where the sites' numbers stay at the sites.
         kept: what `best` gives; None without `keep=`, or where no row had a finite value.
     """
 
@@ -106,6 +115,7 @@ class Result:
     stopped: str | None = None
     compiled: str = "full"
     kept: Best | None = None
+    clients: ClientTable | None = None
 
     def best(self) -> Best:
         """The best x and y, by what `solve(keep=)` named: x, y, iteration, rounds, value.
@@ -120,6 +130,74 @@ class Result:
                 "there is no best: keep= was not given, as in solve(keep='test_loss:min'), or no row had a finite value."
             )
         return self.kept
+
+    def evaluate(
+        self,
+        problem: Problem,
+        data: FederatedData,
+        metrics: ClientMetrics | None = None,
+        client_batch: Whole | None = None,
+    ) -> ClientTable:
+        """How each client fares at the last x and y, on any rows: those of the run, or others such as test rows.
+
+        Where every client has a lower variable of its own (`clients_y`), each is taken at its own: the data then has the
+        same clients in the same order. Nothing is exchanged or counted: the rows are here.
+
+        Args:
+            problem: the run's.
+            data: whose OUTER rows metrics are taken on; of test rows alone, `FederatedData.stack(test, test)`.
+            metrics: as `solve(client_metrics=)`; None: the columns inner_loss and outer_loss, each on its level's rows.
+            client_batch: how many clients at a time, to bound memory; None: all.
+
+        Returns:
+            A `ClientTable`: `print` it; `.mean`, `.worst`, `.to_dataframe()`.
+
+        Raises:
+            InputError: something cannot be used, a metric is not finite at a client, or y stays at the sites.
+        """
+        self._check_y("evaluated")
+        return evaluate(problem, data, self.x, self.y, metrics, self.clients_y, client_batch)
+
+    def predict(
+        self, model: Callable[..., PyTree], rows: Any, prepared: Prepared | None = None, *, client: Whole | None = None,
+        batched: bool = False, batch_size: Whole = 1024,
+    ) -> PyTree:  # fmt: skip
+        """What a model says of new rows at the last x and y.
+
+        Args:
+            model: (x, y, row) -> an array or a pytree of them, as the losses see x, y and a row; with `batched` a
+                function of many rows, rows first in what it returns. Of a problem in PyTorch it takes all rows.
+            rows: a pytree of arrays, rows first; or, with `prepared`, what that takes, such as a table.
+            prepared: what makes rows of it, by its method `rows`: as the rows were made that x and y were trained on.
+            client: at whose y, where every client has one of its own: its place among the clients. None: at `y`.
+            batched: whether the model takes many rows.
+            batch_size: how many rows at a time.
+
+        Returns:
+            What the model returns, arrays of JAX with one axis more in front, of rows; tensors for a problem in PyTorch.
+
+        Raises:
+            InputError: something cannot be used, the model fails, or y stays at the sites.
+        """
+        self._check_y("predicted with")
+        y = self.y if client is None else self._own_y(client)
+        return predict(model, self.x, y, rows, prepared, batched, batch_size)
+
+    def _check_y(self, what: str) -> None:
+        check(
+            self.y is not None or self.clients_y is not None,
+            f"y stays at the sites, so that nothing can be {what} here: let the algorithm share it (share_lower=True).",
+        )
+
+    def _own_y(self, client: Whole) -> PyTree:
+        many = len(jax.tree.leaves(self.clients_y)[0]) if self.clients_y is not None else 0
+        check(
+            bool(many),
+            "client= is for clients that have a y of their own (clients_y), and these have none: leave it out.",
+        )
+        place = whole_number(client, 0, f"client= is a client's place, from 0 to {many - 1}")
+        check(place < many, f"client= is a client's place, from 0 to {many - 1}; got {place}.")
+        return jax.tree.map(lambda leaf: leaf[place] if hasattr(leaf, "ndim") else leaf, self.clients_y)
 
     @property
     def seconds(self) -> float:

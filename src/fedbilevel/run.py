@@ -18,9 +18,11 @@ from . import cache
 from .algorithm import Algorithm
 from .beginning import first_state
 from .best import Kept, goal
+from .by_client import BAD, SUFFIX, ClientMetrics, Column, Share, check_names, checked, checked_share, columns, measures
 from .callbacks.base import Callback
 from .callbacks.checkpoint import load, load_kept
 from .callbacks.listeners import Listeners
+from .client_table import ClientTable, named, table
 from .cohorts import check_cohort
 from .component import title_of
 from .data import FederatedData
@@ -30,14 +32,14 @@ from .diagnosis.swing import Trail
 from .diagnosis.swinging import tell
 from .engines.base import Carry, Engine, Execution, Record
 from .engines.simulation import Simulation
-from .errors import Diverged, InputError, RunError, check
+from .errors import Diverged, InputError, RunError, check, warn
 from .foreign import as_given
 from .given import JSON, Whole, whole_number
 from .identity import Identity
 from .keys import KeyLike, as_key, threefry
 from .means.carried import begins, fewest_of, measuring, rounds_first
 from .memory import seldom_collecting
-from .metrics import STOPPED, Metric, check_diagnostics, checked_metrics, measured
+from .metrics import STOPPED, Metric, check_diagnostics, checked_metrics, measured, names_taken
 from .own_lower import Away, Lower
 from .problem import Problem, bind
 from .program import settle
@@ -49,7 +51,7 @@ from .recovery import Back, recovery, saved_snapshot
 from .result import EMPTY, History, Result, Row
 from .sanity import check_sane
 from .validation import NAME as VALIDATION
-from .validation import Judge, asked, judged
+from .validation import Judge, Judged, Validation, asked, judged
 from .variables import trainable
 from .watch import Seen, precision
 
@@ -66,6 +68,7 @@ class Run:
     Args:
         problem, data, algorithm, x, y, iterations, rounds, key, engine, callbacks, metrics, evaluate_every, keep, resume:
             as `solve` takes them.
+        client_metrics, share_metrics: as `solve` takes them.
         sane: whether the problem is looked at before the first iteration: `check` of `solve`.
         upper: whether the upper level is looked at too; not where x stays.
         heats: where `algorithm` is a race, when its worse candidates are dropped.
@@ -74,6 +77,7 @@ class Run:
     Attributes:
         algorithm, history, protocol, metrics: what runs, its rows so far, its protocol, and its metrics by name.
         lower: where its lower variable is.
+        clients: how each client fares at the last row of the history; None where that is not asked, or not known here.
         kept: the best x and y so far; None without `keep=`.
         processes: those that it runs over.
         carry: the state after `iteration` iterations.
@@ -106,6 +110,8 @@ class Run:
         upper: bool = True,
         heats: Heats | None = None,
         most_bytes: Whole | None = None,
+        client_metrics: ClientMetrics | None = None,
+        share_metrics: Share = "mean",
     ):
         cache.begin()
         check_kinds(problem, data, algorithm)
@@ -120,6 +126,9 @@ class Run:
         self._x, self._x_rest = trainable(x, "x")
         self._y, self._y_rest = trainable(y, "y")
         self.algorithm, self.metrics = settle(algorithm, self._x), checked_metrics(metrics)
+        self._by_client = checked(client_metrics)
+        self._share: Share = share_metrics
+        checked_share(share_metrics)
         bound, engine, key = bind(problem, self._x_rest, self._y_rest), engine or Simulation(), check_key(key)
 
         # not `self`: a run that held itself would stay in memory, with its states, until garbage is looked for
@@ -137,7 +146,7 @@ class Run:
             asks = check_cohort(getattr(engine, "cohort", None), data.clients)
             self._running = as_it_runs(algorithm, bound, data, *start, asks)
             self._execution: Execution = begun(self._running)
-            rows = judged(asked(keep, self.metrics, list(_fields(self._execution.protocol.info))))
+            rows = self._by_client or judged(asked(keep, self.metrics, list(_fields(self._execution.protocol.info))))
             less = _measuring_less(self._running, self._execution.protocol, self._budget, bool(rows))
             if less is not None:
                 self._running, self._execution = less, begun(less)
@@ -153,8 +162,11 @@ class Run:
             self.protocol = dataclasses.replace(self.protocol, rounds_rarely=rounds_first(less))
         check_diagnostics(title_of(algorithm), _fields(self.protocol.info))
         checked_metrics(metrics, _fields(self.protocol.info))
+        check_names(self._by_client, {*names_taken(_fields(self.protocol.info)), *self.metrics})
+        self.metrics |= self._of_clients()
         told = [name for name, value in self._scalars().items() if value is not None]
         if self.kept is not None:
+            self._check_known(self.kept.goal.metric)
             self.kept.goal.known([*self.metrics, *told, VALIDATION])
         self.metrics = asked(keep, self.metrics, told)
         self.lower = Lower(self._execution, algorithm, state, self._y_rest)
@@ -179,18 +191,49 @@ class Run:
         self._recent: deque[Seen] = deque(maxlen=_RECENT)
         self._last_row: Row | None = None
         self._refused: str | None = None  # what a metric failed with
+        self.clients: ClientTable | None = None
+        self._told: set[str] = set()  # client metrics that have been warned of
         if resume is not None:
             self._resume(resume)
 
+    def _of_clients(self) -> dict[str, Metric]:
+        """The columns of the client metrics, as far as they are known here."""
+        here = self._execution.holds_clients
+        return columns(self._by_client, here or self._share is not False, here or self._share is True)
+
+    def _tell_of_sites(self) -> None:
+        """Warn, where nothing of the clients' metrics will be known here."""
+        if self._by_client and not self._execution.holds_clients and self._share is False:
+            warn(
+                "client_metrics: each site's numbers stay at the site, in metrics.csv of its folder, and the history "
+                "has none: App(share_metrics='mean') has it take their mean, App(share_metrics=True) each site's."
+            )
+
+    def _check_known(self, column: str) -> None:
+        """Refuse to keep by a column of clients' numbers that stay with them."""
+        name = column.removesuffix(SUFFIX)
+        there = column in self.metrics or name not in self._by_client
+        needed = (
+            "App(share_metrics=True) lets each one's leave it"
+            if column != name
+            else ("App(share_metrics='mean') lets their mean be taken")
+        )
+        check(there, f"keep= names {column}, and the sites' numbers stay at the sites: {needed}.")
+
     def _judging(self, data: FederatedData) -> Judge | None:
-        """What measures the loss of the federation, where that is asked for."""
-        if not judged(self.metrics):
+        """What is asked of the clients at a row of the history, where something is."""
+        loss = bool(judged(self.metrics))
+        if not (loss or self._by_client):
             return None
         check(
             not self.lower.away,
-            f"{VALIDATION} cannot be measured, for y stays at the sites: let the algorithm share it (share_lower=True).",
+            f"{' and '.join([VALIDATION] * loss + list(self._by_client))} cannot be measured, for y stays at the sites: let "
+            "the algorithm share it (share_lower=True).",
         )
-        return Judge(self._execution, self._x, self._y, data)
+        rests = self._x_rest, self._y_rest
+        found = measures(self._by_client, self._execution.problem, (self._x, self._y), rests, data)
+        program = Validation(loss, found, self._share, data.clients)
+        return Judge(self._execution, self._x, self._y, data, program)
 
     @property
     def _reserve(self) -> int:
@@ -214,7 +257,8 @@ class Run:
 
     def _check_budget(self) -> None:
         least, name = self.protocol.rounds_most + fewest_of(self._running), title_of(self.algorithm)
-        rows = f", and {VALIDATION} {self._reserve} at the start and the end" if self._reserve else ""
+        what = " and ".join([VALIDATION] * bool(judged(self.metrics)) + ["the client metrics"] * bool(self._by_client))
+        rows = f", and {what} {self._reserve} at the start and the end" if self._reserve else ""
         check(
             self._budget is None or self._budget >= least + 2 * self._reserve,
             f"{self._budget} rounds are too few: one iteration of {name} takes up to {least}{rows}.",
@@ -322,6 +366,7 @@ class Run:
     def _iterate(self) -> None:
         """The first row, stretches up to the goal or until it is stopped, the last row."""
         self.lower.tell()
+        self._tell_of_sites()
         self._prepare()
         if not self.history:
             self._record([self._row(None)])
@@ -332,6 +377,7 @@ class Run:
             self._listeners.advance(self)
         if self.history[-1]["iteration"] != self.iteration:
             self._record([self._row(self._last_info) | self._restored()])
+        self._look_again()
         if self.stopped is not None:
             self.history.stop(self.stopped)
         if self.kept is not None and self.kept.best is None:
@@ -360,7 +406,7 @@ class Run:
             spare -= self.protocol.rounds_rarely if begins(self.carry.state) else 0
             left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
         paced = 1 if self._pace is None else max(1, int(_STRETCH / max(self._pace, 1e-9)))
-        row_by_row = self.metrics or self.kept is not None or self._listeners.row_by_row
+        row_by_row = self.metrics or self._by_client or self.kept is not None or self._listeners.row_by_row
         to_row = self._every - self.iteration % self._every if row_by_row else left
         to_snapshot = left if self._recovery is None else self._recovery.until_snapshot(self.iteration)
         to_heat = left if self._heats is None else self._heats.until(self.iteration) or left
@@ -567,9 +613,13 @@ class Run:
             message, self._refused = self._refused, None
             raise RunError(message, self._result())
 
-    def _measured(self, x: PyTree, y: PyTree, loss: float) -> tuple[dict[str, float], str | None]:
-        """(The metrics, what failed): one that does while running leaves its place empty, and ends the run."""
-        found, refused = dict.fromkeys(judged(self.metrics), loss), None
+    def _measured(self, x: PyTree, y: PyTree, asked: dict[str, float]) -> tuple[dict[str, float], str | None]:
+        """(The metrics, what failed): one that does while running leaves its place empty, and ends the run.
+
+        Args:
+            asked: those that the clients have said.
+        """
+        found, refused = dict(asked), None
         for name, metric in self.metrics.items():
             if name in found:
                 continue
@@ -582,32 +632,76 @@ class Run:
         return found, refused
 
     def _row(self, info: PyTree, iteration: int | None = None) -> Row:
-        loss = self._loss()
+        asked = self._asked()
         row = {"iteration": self.iteration if iteration is None else iteration, **self._figures()}
         row["seconds"] = round(row["seconds"], 6)
         if self.metrics:
             x, y = self.given()
             y = Away() if self.lower.away else y
-            found, refused = self.processes.said(lambda: self._measured(x, y, loss))
+            found, refused = self.processes.said(lambda: self._measured(x, y, asked))
             row, self._refused = row | found, self._refused or refused
         turn = {"turn": EMPTY if info is None else self._last_turn}
         halvings = {} if self._recovery is None else {"halvings": self._recovery.halvings}
         race = {} if self._heats is None else {"candidates": self.candidates}
         return row | self._diagnostics(info) | turn | halvings | race
 
-    def _loss(self) -> float:
-        """f(x, y) over the federation where the run is, if it is asked for; what it takes is counted."""
+    def _asked(self) -> dict[str, float]:
+        """What the clients say where the run is, by column, if they are asked; what it takes is counted."""
         if self._judge is None:
-            return EMPTY
-        before = self._restored().get(judged(self.metrics)[0])
-        if before is not None:  # it was measured and counted before the run was interrupted
-            return float(before)
+            return {}
+        names = [*judged(self.metrics), *(name for name, each in self.metrics.items() if isinstance(each, Column))]
+        restored = self._restored()
+        before = {name: float(restored[name]) for name in names if name in restored}
+        counted = bool(restored) and len(before) == len(names)  # before the run was interrupted
+        if counted:
+            return before
+        found = self._measure_clients(self._judge)
+        said = self._said_by_clients(found)
+        self._spend(found.rounds, found.bytes_down, found.bytes_up)
+        return {**dict.fromkeys(judged(self.metrics), found.value), **said}
+
+    def _measure_clients(self, judge: Judge) -> Judged:
         x, y = self.carry.state.x, self.carry.state.y
         if self.lower.own:
             y, _ = trainable(self.lower.one(self.carry), "y")
-        found = self._judge(x, y, self.iteration)
-        self._spend(found.rounds, found.bytes_down, found.bytes_up)
-        return found.value
+        return judge(x, y, self.iteration)
+
+    def _look_again(self) -> None:
+        """Make the table where the last row was counted before the run was interrupted: what is here costs nothing."""
+        if self.clients is None and self._by_client and self._judge is not None and self._execution.holds_clients:
+            self._said_by_clients(self._measure_clients(self._judge))
+
+    def _said_by_clients(self, told: Judged) -> dict[str, float]:
+        """The columns of the client metrics, and the table, where it is known."""
+        found, metrics, names = told.found, list(self._by_client), self._data.names
+        if found.mean is None or found.bad is None:
+            return {}
+        judge = self._judge
+        assert judge is not None
+        if found.each is not None:
+            here = self._execution.holds_clients
+            rows = self._data.count("outer") if here else None
+            self.clients = table(judge.measures, found, names, None if rows is None else rows.tolist())
+        for k in np.flatnonzero(found.bad):
+            those = [] if found.each is None else np.flatnonzero(found.each.status[:, k] == BAD)
+            self._not_finite(metrics[k], named(names, those) if len(those) else "a client")
+        worst = {} if self.clients is None else self.clients.worst
+        said = {name: float(value) for name, value in zip(metrics, found.mean, strict=True)}
+        said |= {name + SUFFIX: value for name, value in worst.items()}
+        return {name: said[name] for name, each in self.metrics.items() if isinstance(each, Column)}
+
+    def _not_finite(self, name: str, who: str) -> None:
+        """Refuse a client metric that is not finite at the start; warn of it later, once."""
+        what = f"the client metric {name!r} is not a finite number at {who}"
+        check(
+            self.iteration > 0,
+            f"{what}, at the start: a row's number must be finite; return a pair (numerator, denominator) where some rows "
+            "do not count.",
+        )
+        if name in self._told:
+            return
+        self._told.add(name)
+        warn(f"{what} after {self.iteration} iterations: the history has no {name} there.")
 
     def _diagnostics(self, info: PyTree) -> dict[str, float]:
         """Scalars of the algorithm's diagnostics as columns; NaN at the start, where there are none yet."""
@@ -644,7 +738,7 @@ class Run:
         how, kept = self._execution.way, None if self.kept is None else self.kept.result(both)
         if kept is not None:
             kept = kept._replace(**dict(zip("xy", self._given(kept.x, kept.y), strict=True)))
-        return Result(x, y, self.history, self.protocol, state, self.iteration, own, stopped, how, kept)
+        return Result(x, y, self.history, self.protocol, state, self.iteration, own, stopped, how, kept, self.clients)
 
 
 @contextlib.contextmanager

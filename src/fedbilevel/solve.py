@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import PyTree
 
 from .algorithm import Algorithm
+from .by_client import ClientMetrics, Share
 from .callbacks.base import Callback
 from .data import FederatedData
 from .engines.base import Engine
@@ -38,6 +39,8 @@ def solve(
     keep: str | None = None,
     resume: str | os.PathLike[str] | None = None,
     check: bool = True,
+    client_metrics: ClientMetrics | None = None,
+    share_metrics: Share = "mean",
 ) -> Result:
     """Minimise f(x, y*(x)) over x.
 
@@ -59,6 +62,13 @@ def solve(
         check: look, before the first iteration, whether the problem can mean what it says: whether the losses depend on
             what they need, and whether the inner loss curves upwards in y at the start. One compiled call on some of
             the rows; no round, no byte. A resumed run is not checked again.
+        client_metrics: name -> fn(x, y, row) -> scalar, a metric of ONE client: the mean over its outer rows, taken
+            where they are. A pair of scalars is a ratio of means, and `fedbilevel.ByClient` says who is the worst. At
+            each row of the history x and y go to all clients, in one exchange for all metrics (`validation_loss` too):
+            the columns NAME, the mean over the clients by their weights, and NAME_worst. `result.clients` is the table
+            at the end.
+        share_metrics: what of clients' numbers travels, and is counted: what the mean takes ("mean"), each client's
+            own too (True), nothing (False). In one process all are known whatever it says.
 
     Returns:
         A `Result`.
@@ -72,7 +82,7 @@ def solve(
     run = Run(
         problem=problem, data=data, algorithm=algorithm, x=x, y=y, iterations=iterations, rounds=rounds, key=key,
         engine=engine, callbacks=callbacks, metrics=metrics, evaluate_every=evaluate_every, keep=keep, resume=resume,
-        sane=check,
+        sane=check, client_metrics=client_metrics, share_metrics=share_metrics,
     )  # fmt: skip
     return run.go()
 

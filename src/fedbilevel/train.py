@@ -12,6 +12,7 @@ from . import errors
 from .algorithms.components.inner_step import rounds_of_first
 from .algorithms.components.steps import Rate
 from .algorithms.training import Training
+from .by_client import ClientMetrics
 from .callbacks.base import Callback
 from .cohorts import check_cohort
 from .data import FederatedData
@@ -45,6 +46,7 @@ def train(
     keep: str | None = None,
     resume: str | os.PathLike[str] | None = None,
     check: bool = True,
+    client_metrics: ClientMetrics | None = None,
 ) -> Result:
     """Minimise g(x, y) over y, at the x given: with settings as they are, or at those that were found.
 
@@ -64,7 +66,7 @@ def train(
             to ask everybody (20 at most) at the start, in one in iterations 1, 2, 4, 8, and so on.
         local_steps: local steps a round.
         batch_size: rows of a minibatch, fresh for every local step; None for all rows.
-        callbacks, metrics, evaluate_every, keep, resume: as `solve` takes them.
+        callbacks, metrics, evaluate_every, keep, resume, client_metrics: as `solve` takes them.
         check: look, before the first iteration, whether the inner loss depends on y and curves
             upwards in it.
 
@@ -83,13 +85,13 @@ def train(
     if algorithm.pace.measures:
         _check_one_dtype(y)
         cohort = check_cohort(getattr(engine, "cohort", None), data.clients)
-        rows = judged(asked(keep, metrics or {}))
+        rows = client_metrics or judged(asked(keep, metrics or {}))
         room = max(budget - 2, 2) if rows else budget  # start and end are measured in a round each (`Run`)
         algorithm = _within(algorithm, room, rounds_of_first(data.clients, cohort))
     run = Run(
         problem=problem, data=data, algorithm=algorithm, x=x, y=y, rounds=budget, key=key, engine=engine,
         callbacks=callbacks, metrics=metrics, evaluate_every=evaluate_every, keep=keep, resume=resume,
-        sane=check, upper=False,
+        sane=check, upper=False, client_metrics=client_metrics,
     )  # fmt: skip
     return run.go()
 

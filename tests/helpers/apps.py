@@ -43,6 +43,19 @@ DIGITS = """
     app = fb.App(name="digits", problem=task.problem, start=lambda: (task.x, task.y), load=load, ALGORITHM)
 """
 
+FARES = CLOSED_FORM.replace(
+    "    app = fb.App(",
+    """
+    def low(x, y, e):
+        return e["a"] @ y < e["b"] - 2.0
+
+    def rate(x, y, e):
+        return low(x, y, e) & (e["b"] > 2.5), e["b"] > 2.5
+
+    app = fb.App(
+        client_metrics={"low": low, "rate": rate},""",
+)  # how each site fares
+
 LOCKSTEP = "algorithm=fb.Lockstep(inner_lr=0.02, hessian_lr=0.02, outer_lr=0.1, local_steps=2)"
 
 

@@ -50,7 +50,13 @@ def accuracy(x, y):
     return float((model(y, inputs).argmax(1) == label).float().mean())
 
 
+def right(x, y, batch, weights):
+    inputs, label = batch
+    return (weights * (model(y, inputs).argmax(1) == label)).sum()
+
+
 app = fb.App(
+    client_metrics={{"right": right}}, share_metrics=True,
     problem=ft.Problem(inner, outer), load=load, metrics={{"accuracy": accuracy}}, keep="accuracy:max",
     start=lambda: ({{"weights": torch.zeros(3), "penalty": torch.tensor(-3.0)}}, model.parameters()), {settings},
 )
@@ -77,6 +83,10 @@ def test_a_run_is_its_simulation(algorithm, tmp_path):
     call("run", file, "--engine", "nvflare", "--clients", 3, "--out", out, *["--poc"] * (algorithm == "lockstep"))
     call("run", file, "--clients", 3, "--out", simulated)
     close(out, simulated, 1e-5)
+    fares = [
+        {line["client"]: float(line["right"]) for line in lines(place / "clients.csv")} for place in (out, simulated)
+    ]
+    assert fares[0] == pytest.approx(fares[1], rel=1e-6) and len(fares[0]) == 3
     for name in ("rounds", "bytes_down", "bytes_up"):
         assert [one[name] for one in lines(out / "history.csv")] == [
             one[name] for one in lines(simulated / "history.csv")

@@ -181,3 +181,55 @@ def test_blocks_that_belong_to_clients_are_those_of_the_twin():
         assert isinstance(one, torch.Tensor)
         np.testing.assert_allclose(one.numpy(), np.asarray(other), rtol=1e-10)
     assert results[0].history[-1]["bytes_up"] == results[1].history[-1]["bytes_up"]
+
+
+SIZES = (4, 6, 9)
+
+
+def low(x, y, batch, weights):
+    return (weights * (batch[0] @ y["w"] < batch[1])).sum()
+
+
+def rate(x, y, batch, weights):
+    high = batch[1] > 0.5
+    return (weights * ((batch[0] @ y["w"] < batch[1]) & high)).sum(), (weights * high).sum()
+
+
+@pytest.fixture
+def regression():
+    draw = np.random.default_rng(0)
+    rows = [(torch.tensor(draw.normal(size=(n, 3))), torch.tensor(draw.normal(size=n))) for n in SIZES]
+    outer = lambda x, y, batch, w: (w * 0.5 * (batch[0] @ y["w"] - batch[1]) ** 2).sum()
+    inner = lambda x, y, batch, w: outer(x, y, batch, w) + 0.5 * torch.exp(x["r"]) * (y["w"] ** 2).sum()
+    start = {"r": torch.zeros((), dtype=torch.float64)}, {"w": torch.ones(3, dtype=torch.float64)}
+    return ft.Problem(inner, outer), fb.FederatedData.stack(rows, rows, "rows"), start, rows
+
+
+@pytest.mark.parametrize("engine", [fb.Simulation(), fb.Loopback()], ids=["sim", "loop"])
+def test_how_each_client_fares_is_what_torch_says_of_its_rows(regression, engine):
+    problem, data, (x, y), rows = regression
+    metrics = {"low": low, "rate": rate, "loss": fb.validation_loss}
+    how = {"key": jax.random.key(0), "engine": engine, "client_metrics": metrics}
+    result = fb.solve(problem, data, fb.Lockstep(inner_lr=0.02, hessian_lr=0.02, outer_lr=0.02), x, y, 3, **how)
+    hits = [a @ result.y["w"] < b for a, b in rows]
+    lows = [hit.double().mean().item() for hit in hits]
+    rates = [((hit & (b > 0.5)).sum() / (b > 0.5).sum()).item() for hit, (_, b) in zip(hits, rows, strict=True)]
+    np.testing.assert_allclose(result.clients.columns["low"], lows, rtol=1e-12)
+    np.testing.assert_allclose(result.clients.columns["rate"], rates, rtol=1e-6)
+    np.testing.assert_allclose(result.clients.mean["low"], np.average(lows, weights=SIZES), rtol=1e-12)
+    np.testing.assert_allclose(result.history[-1]["loss_worst"], result.clients.columns["loss"].max(), rtol=1e-15)
+    assert str(result.evaluate(problem, data, metrics)) == str(result.clients)
+    said = result.predict(lambda x, y, batch: batch[0] @ y["w"], rows[1])
+    torch.testing.assert_close(said, rows[1][0] @ result.y["w"])
+
+
+def test_client_metrics_that_cannot_be_meant_are_refused(regression):
+    problem, data, (x, y), _ = regression
+    bad = {
+        r"is called as fn\(x, y, examples, weights\), and it takes other arguments": lambda x, y, row: 1.0,
+        r"must return one real number for a batch, .* it returned tensors of shapes \(4, 3\)": lambda x, y, b, w: b[0],
+        "failed: TypeError": lambda x, y, b, w: b["z"],
+    }
+    for sentence, metric in bad.items():
+        with pytest.raises(fb.InputError, match="the client metric 'odd' " + sentence):
+            fb.solve(problem, data, fb.Lockstep(), x, y, 1, key=jax.random.key(0), client_metrics={"odd": metric})

@@ -161,8 +161,11 @@ class _Simulated(Execution):
         return (self._chosen or "full") if asked == "auto" else asked
 
     def another(self, algorithm: Algorithm, state: PyTree, data: FederatedData, key: Key[Array, ""]) -> _Simulated:
-        protocol = plan(self.engine, self.problem, data, algorithm, state, self.protocol.cohort, iteration)
-        return _Simulated(self.engine, self.problem, self.data, key, protocol, iteration)  # rows lie where they lay
+        engine = dataclasses.replace(
+            self.engine, client_state=IN_MEMORY
+        )  # what runs beside keeps little, and not for long
+        protocol = plan(engine, self.problem, data, algorithm, state, self.protocol.cohort, iteration)
+        return _Simulated(engine, self.problem, self.data, key, protocol, iteration)  # rows lie where they lay
 
     def follow(self, way: str) -> None:
         self._chosen = way

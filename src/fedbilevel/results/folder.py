@@ -27,10 +27,12 @@ from ..tables.prepared import PREPARED
 
 CONFIG, HISTORY, CHECKPOINT = "config.json", "history.csv", "checkpoint.eqx"
 VARIABLES, BEST, OUTCOME, ROUNDS, RUNS = "variables.npz", "best.npz", "outcome.json", "rounds.csv", "runs"
-CANDIDATES = "candidates.csv"
+CANDIDATES, CLIENTS = "candidates.csv", "clients.csv"
 TABLES = "tables"  # in outcome.json, what agreeing on them took
 
-_OF_A_RUN = (HISTORY, CHECKPOINT, VARIABLES, BEST, OUTCOME, ROUNDS, CANDIDATES, PREPARED, "nvflare.log")
+_OF_A_RUN = (
+    HISTORY, CHECKPOINT, VARIABLES, BEST, CLIENTS, OUTCOME, ROUNDS, CANDIDATES, PREPARED, "nvflare.log",
+)  # fmt: skip
 _TABLES = ("summary.csv", "summary.md", "cost.csv", "cost.md", "cost.png")
 _NETWORK = ("nvflare", "poc", "job", "sites")  # folders of a run over a network on this machine
 _SIGNS = (CONFIG, HISTORY, OUTCOME)  # any of them makes a folder ours; the first is younger than the others

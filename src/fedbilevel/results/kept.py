@@ -17,7 +17,7 @@ from ..metrics import STOPPED
 from ..processes import of as over
 from ..result import Result, save_best, save_variables
 from ..tables.prepared import PREPARED, Prepared, load_prepared
-from .folder import BEST, CHECKPOINT, HISTORY, OUTCOME, VARIABLES
+from .folder import BEST, CHECKPOINT, CLIENTS, HISTORY, OUTCOME, VARIABLES
 
 
 @typing.runtime_checkable
@@ -43,7 +43,7 @@ def keep(
     """Run it, and leave history.csv, checkpoint.eqx, variables.npz and outcome.json in the folder, however it ends.
 
     Where it keeps the best x and y, they are in best.npz, with iteration, rounds and value. Where its rows were tables,
-    prepared.json says how they became rows.
+    prepared.json says how they became rows. How each client fares, where that is asked and known, is in clients.csv.
 
     Args:
         place: the folder; what is there is gone on with or replaced.
@@ -90,6 +90,10 @@ def _leave(place: Path, result: Result | None, outcome: Mapping[str, JSON]) -> N
             (place / BEST).unlink(missing_ok=True)  # an earlier run's
         else:
             save_best(result.kept, place / BEST)
+        if result.clients is None:
+            (place / CLIENTS).unlink(missing_ok=True)
+        else:
+            result.clients.write(place / CLIENTS)
     tell(place, outcome)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from .. import cache
 from ..algorithm import Algorithm
 from ..arrays import held, on_device
+from ..by_client import ClientMetrics, Share
 from ..callbacks.base import Callback
 from ..data import FederatedData
 from ..datasets import DATASETS, Dataset, Facts, load
@@ -57,6 +58,7 @@ class Task:
         problem, data, x, y: the problem, the clients' data, and the start.
         metrics: name -> fn(x, y) -> scalar.
         key: the run's key, derived from the seed.
+        client_metrics, share_metrics: how each client fares, and what of it travels, as `fb.solve` takes them.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Task:
     y: PyTree
     metrics: Mapping[str, Metric]
     key: Key[Array, ""]
+    client_metrics: ClientMetrics = dataclasses.field(default_factory=dict)
+    share_metrics: Share = "mean"
 
     def describe(self, algorithm: Algorithm, **how: Unpack[How]) -> Description:
         """A run on it, described: `task.describe(algorithm, rounds=300).run()`.
@@ -77,7 +81,8 @@ class Task:
         """
         return Description(
             problem=self.problem, algorithm=algorithm, data=self.data, start=(self.x, self.y), key=self.key,
-            metrics=self.metrics, **{"name": self.name, **how},
+            metrics=self.metrics, client_metrics=self.client_metrics, share_metrics=self.share_metrics,
+            **{"name": self.name, **how},
         )  # fmt: skip
 
 

@@ -58,6 +58,7 @@ LITTLE = 2.0**24  # operations of a batch, up to which several threads take long
 _FEW = 4  # rows that losses are looked at on
 _LOOKS: Kept[Known] = Kept(64)
 _LIVE: weakref.WeakValueDictionary[int, Host] = weakref.WeakValueDictionary()
+_METRICS: weakref.WeakValueDictionary[str, Metric] = weakref.WeakValueDictionary()
 _count = itertools.count(1)
 
 
@@ -75,6 +76,7 @@ class Asked:
         name: of the oracle.
         says: the digest of what the losses compute; "" where it was not asked.
         x, y: the structures of the variables.
+        metric: the digest of a metric that is asked for in place of the outer loss; "": none is.
         rows: that of the rows, alone in a tuple; () where their numbers are given. Not None: JAX's caches compare
             parameters of programs of like hashes, and jaxlib 0.10 cannot compare a structure with None.
     """
@@ -84,6 +86,7 @@ class Asked:
     x: Structure
     y: Structure
     rows: tuple[Structure, ...]
+    metric: str = ""
 
     def __call__(self, batch: tuple[int, ...], number: np.ndarray, *args: np.ndarray) -> list[np.ndarray]:
         return _LIVE[int(number.reshape(-1)[0])].answer(self, batch, args)
@@ -132,6 +135,24 @@ class Known:
     without: str = ""
     work: float = 0.0
     depends: dict[tuple[str, str], list[bool]] = dataclasses.field(default_factory=dict)
+
+
+class Metric:
+    """A number of a metric of a batch, as a program comes for it: known by what it computes.
+
+    Args:
+        function: (x, y, batch, weights) -> a number, or a pair.
+        place: of the number in the pair; None: it is no pair.
+    """
+
+    def __init__(self, function: Loss, place: int | None):
+        self.function, self.place = function, place
+        self.says = f"{digest(function, function)} {place}"
+        _METRICS[self.says] = self
+
+    def __call__(self, x: PyTree, y: PyTree, batch: PyTree, weights: torch.Tensor) -> torch.Tensor:
+        found = self.function(x, y, batch, weights)
+        return torch.as_tensor(found if self.place is None else found[self.place]).to(weights.dtype)
 
 
 class Host:
@@ -190,6 +211,13 @@ class Host:
             look(level, ats[-1])
             found[level, "x"], found[level, "y"] = depends(level, ats[-1])
         return Known(*way_of(ats[0]), max(map(work, ats)), found)
+
+    def tried(self, function: Loss, x: PyTree, y: PyTree, data: FederatedData) -> Any:
+        """What a metric returns for some rows."""
+        x, y = (jax.tree.map(lambda leaf: tensor_of(np.array(leaf)), tree) for tree in (x, y))
+        rows = self._few(data.outer)
+        count, kind = len(jax.tree.leaves(rows)[0]), jax.tree.leaves(y)[0].dtype
+        return function(x, y, rows, torch.full((count,), 1 / count, dtype=kind))
 
     def _few(self, level: Level) -> PyTree:
         """Some rows of the first client, in memory of their own."""
@@ -269,6 +297,7 @@ class Host:
         else:
             batch = asked.rows[0].unflatten([rows_of(leaf[:count]) for leaf in rows])
         loss = self.outer if asked.name.startswith("outer") else self.inner
+        loss = _METRICS[asked.metric] if asked.metric else loss
         at = At(loss, asked.x, asked.y, x, y, batch, tensor_of(weights[:count]).to(y[0].dtype))
         return _ORACLES[asked.name](at, v, self.known.way)
 

@@ -22,7 +22,7 @@ from ..errors import InputError, check
 from ..jaxprs import each_on_host
 from ..owned import own
 from ..problem import Rows, describe, told_by
-from .host import Asked, Host, Name, Numbers
+from .host import Asked, Host, Metric, Name, Numbers
 
 
 class Problem(base.Problem):
@@ -108,6 +108,17 @@ class Problem(base.Problem):
         object.__setattr__(other, "number", on_device(np.asarray(host.number, np.int32)))
         return other
 
+    def measuring(self, function: Callable, x: PyTree, y: PyTree, data: FederatedData) -> Measuring:
+        found = self.host.tried(function, x, y, data)
+        several = isinstance(found, tuple | list)
+        values = [torch.as_tensor(each) for each in (found if several else (found,))]
+        shapes = [tuple(each.shape) for each in values]
+        check(
+            len(values) in (1, 2) and not any(shapes) and not any(map(torch.is_complex, values)),
+            f"it returned tensors of shapes {', '.join(map(str, shapes))}",
+        )
+        return Measuring(tuple(Metric(function, k if several else None) for k in range(len(values))))
+
     # The oracles ----------------------------------------------------------------------------------------------------
 
     def inner_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
@@ -131,17 +142,33 @@ class Problem(base.Problem):
     def outer_gradients(self, x: PyTree, y: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
         return self._ask("outer_gradients", (x, y), x, y, rows)
 
-    def _ask(self, name: Name, like: PyTree, x: PyTree, y: PyTree, rows: Rows, *v: PyTree) -> PyTree:
+    def _ask(self, name: Name, like: PyTree, x: PyTree, y: PyTree, rows: Rows, *v: PyTree, metric: str = "") -> PyTree:
         numbered = isinstance(rows.examples, Numbers)
         structure = () if numbered else (jax.tree.structure(rows.examples),)
         self.host.check_second(name)
-        asked = Asked(name, self.host.says, jax.tree.structure(x), jax.tree.structure(y), structure)
+        asked = Asked(name, self.host.says, jax.tree.structure(x), jax.tree.structure(y), structure, metric)
         leaves, out = jax.tree.flatten(like)
         leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         given = jax.tree.leaves((x, y, *v, rows.examples, rows.weights, rows.count))
         with told_by(self):
             found = each_on_host(asked, leaves, self.number, *map(jnp.asarray, given))
         return jax.tree.unflatten(out, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """A metric of a batch, as a program asks for it; equal to others that compute the same."""
+
+    metrics: tuple[Metric, ...] = dataclasses.field(compare=False)
+    says: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "says", tuple(each.says for each in self.metrics))
+
+    def __call__(self, problem: Problem, x: PyTree, y: PyTree, rows: Rows) -> tuple[Array, ...]:
+        """Its number, or the two of a pair, with the rows' weights."""
+        like = jax.ShapeDtypeStruct((), jax.tree.leaves(y)[0].dtype)
+        return tuple(problem._ask("outer_value", like, x, y, rows, metric=says) for says in self.says)
 
 
 def _number(x: PyTree, y: PyTree) -> jax.ShapeDtypeStruct:

@@ -100,6 +100,7 @@ class Tuning:
                     algorithms=None if self.algorithms is None else list(self.algorithms.values()),
                     batch_size=self.batch_size, metrics=task.metrics, evaluate_every=plan.evaluate_every, keep=plan.keep,
                     callbacks=[*callbacks, *listed(plan.source.callbacks, "callbacks=")], resume=resume, check=plan.check,
+                    client_metrics=task.client_metrics, share_metrics=task.share_metrics,
                 )  # fmt: skip
         except RunError as error:
             if isinstance(error.result, Tuned):

@@ -15,6 +15,7 @@ from .. import errors
 from ..algorithm import Algorithm
 from ..algorithms.lockstep import Lockstep
 from ..best import goal
+from ..by_client import ClientMetrics, Share
 from ..callbacks.base import Callback
 from ..data import FederatedData
 from ..engines.base import Engine
@@ -95,6 +96,8 @@ def tune(
     keep: str | None = None,
     resume: str | os.PathLike[str] | None = None,
     check: bool = True,
+    client_metrics: ClientMetrics | None = None,
+    share_metrics: Share = "mean",
 ) -> Tuned:
     """Minimise f(x, y*(x)) over x in one federated run, with no step size and no algorithm to choose.
 
@@ -117,8 +120,8 @@ def tune(
         candidates: how many race, the first of those; 1 for no race. By default all, or fewer where the rounds are few.
         batch_size: rows of a minibatch, fresh for every local step; None for all rows. Not with `algorithms=`.
         max_bytes: of payload, down and up, over all clients: the run ends before it exceeds them.
-        callbacks, metrics, evaluate_every, keep, resume, check: as `solve` takes them. The history's rows are the leader's;
-            its column `candidates` says how many raced.
+        callbacks, metrics, evaluate_every, keep, resume, check, client_metrics, share_metrics: as `solve` takes them.
+            The history's rows are the leader's; its column `candidates` says how many raced.
 
     Returns:
         A `Tuned`.
@@ -150,7 +153,7 @@ def tune(
     run = Run(
         problem=problem, data=data, algorithm=running, x=x, y=y, rounds=budget, key=key, engine=engine,
         callbacks=callbacks, metrics=metrics, evaluate_every=evaluate_every, keep=keep, resume=resume, sane=check,
-        heats=heats, most_bytes=purse,
+        heats=heats, most_bytes=purse, client_metrics=client_metrics, share_metrics=share_metrics,
     )  # fmt: skip
     try:
         return _tuned(run, run.go(), table if heats is None else heats.table)

@@ -86,6 +86,49 @@ def test_each_part_of_a_reply_is_combined_in_its_way(tmp_path):
     nothing_left(tmp_path)
 
 
+@pytest.mark.network
+@pytest.mark.parametrize(("share", "poc"), [("False", False), ("'mean'", False), ("True", False), ("True", True)])
+def test_how_each_site_fares_is_the_simulations_and_stays_there_unless_it_is_shared(tmp_path, share, poc):
+    how = f"iterations=6, evaluate_every=2, weights='rows', share_metrics={share}, {apps.LOCKSTEP}"
+    file = apps.write(tmp_path, apps.FARES, how)
+    call("run", file, "--out", tmp_path / "simulated")
+    out = tmp_path / "network"
+    told = call("run", file, "--out", out, "--engine", "nvflare", *(["--poc"] if poc else []))
+    close(out, tmp_path / "simulated", 1e-12)
+    same_books(out, tmp_path / "simulated")
+    assert ("each site's numbers stay at the site" in told) == (share == "False")
+    rows, expected = ([dict(line) for line in lines(place / "history.csv")] for place in (out, tmp_path / "simulated"))
+    known = {"False": [], "'mean'": ["low", "rate"], "True": ["low", "low_worst", "rate", "rate_worst"]}[share]
+    columns = {"low", "low_worst", "rate", "rate_worst"}
+    assert [name for name in rows[0] if name in columns] == known
+    for name in known:
+        np.testing.assert_allclose(*([float(row[name]) for row in each] for each in (rows, expected)), rtol=1e-12)
+    table = {line["client"]: line for line in lines(tmp_path / "simulated" / "clients.csv")}
+    for site in ("site-1", "site-2", "site-3"):
+        (own,) = out.rglob(f"{site}/metrics.csv")
+        last = lines(own)[-1]
+        assert (last["low"], last["rate"]) == (table[site]["low"], table[site]["rate"]) and last["iteration"] == "6"
+    assert (out / "clients.csv").exists() == (share == "True")
+    number = float(table["site-2"]["low"])
+    server = b"".join(file.read_bytes() for file in out.iterdir() if file.is_file())
+    assert (repr(number).encode() in server) == (share == "True") and np.float64(number).tobytes() not in server
+    if share == "True":
+        shared = {line["client"]: line for line in lines(out / "clients.csv")}
+        assert shared == {
+            name: {key: text for key, text in line.items() if key != "rows"} for name, line in table.items()
+        }
+    nothing_left(tmp_path)
+
+
+@pytest.mark.network
+def test_the_best_cannot_be_kept_by_what_stays_at_the_sites(tmp_path):
+    file = apps.write(tmp_path, apps.FARES, f"iterations=2, share_metrics='mean', {apps.LOCKSTEP}")
+    told = call("run", file, "--out", tmp_path / "out", "--engine", "nvflare", "--keep", "low_worst:max", code=2)
+    assert "keep= names low_worst, and the sites' numbers stay at the sites: App(share_metrics=True)" in " ".join(
+        told.split()
+    )
+
+
 def test_a_job_for_an_operator(fedbilevel, tmp_path):
     file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=10, {apps.LOCKSTEP}")
     code, printed, errors = fedbilevel("deploy", file, "--out", tmp_path / "jobs", "--clients", 3)

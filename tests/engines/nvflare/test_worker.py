@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import dataclasses
 import json
 import os
 import signal
@@ -204,7 +206,7 @@ class Raced(Asked):
 
 
 def plain_purpose(purpose):
-    return {"name": purpose.name, "left": list(purpose.left), "turns": purpose.turns}
+    return {**dataclasses.asdict(purpose), "left": list(purpose.left)}
 
 
 @pytest.fixture
@@ -292,6 +294,94 @@ def test_who_is_scored_races(raced):
         header = {"place": 0, "tag": (0, 0, 0), "sent": [], "wanted": [True, True], "counted": FIRST, "kept": FIRST}
         with pytest.raises(WorkerSaid, match=r"no candidates of a race of 3|scored while they race"):
             one.ask("answer", b"", **header, purpose=plain_purpose(Purpose("scoring", left, turns)))
+
+
+def numbers_of(rows):
+    """(low, rate) at y = 0, by hand."""
+    low, high = rows["b"] > 2.0, rows["b"] > 2.5
+    return np.array([low.mean(), (low & high).sum() / high.sum()])
+
+
+@pytest.fixture
+def faring(tmp_path):
+    made = []
+
+    def start(share, **options):
+        file = apps.write(tmp_path, apps.FARES, f"iterations=6, share_metrics={share}, {apps.LOCKSTEP}")
+        made.append(Asked(file, tmp_path / "state", **options))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.worker.end()
+
+
+def fares(one, iteration, attempt=0, loss=False):
+    """What the server hears of a row of the history, in numbers."""
+    purpose = Purpose("validation", loss=loss, clients=True)
+    protocol = Agreement(one.app, placeholder_data(one.rows["rows"], 3, None), 3).means(purpose).protocol
+    (site,) = protocol.sites.values()
+    wanted = (True,) * len(site.up)
+    header = {"place": 0, "tag": (iteration, 0, attempt), "sent": [], "counted": FIRST, "kept": FIRST}
+    header["wanted"] = list(wanted)
+    payload = b"".join(np.zeros(leaf.shape, leaf.dtype).tobytes() for leaf in jax.tree.leaves(site.message))
+    told = one.ask("answer", payload, **header, purpose=plain_purpose(purpose))[1]
+    parts = reply_parts(site.reply, wanted)
+    return decode(parts, told, wanted), protocol
+
+
+def test_a_sites_own_numbers_stay_there(faring, tmp_path):
+    one = faring("False")
+    own = numbers_of(one.app.rows("site-2")[1])
+    assert ((own > 0) & (own <= 1)).all() and own[0] < 1
+    for iteration in (0, 2, 4):
+        fares(one, iteration)
+    ((done,), _) = fares(one, 4, attempt=1)
+    assert done.dtype == np.int8 and done == 1
+    told = b"".join(one.said)
+    forms = np.float64(own[0]).tobytes(), np.float32(own[0]).tobytes(), repr(float(own[0])).encode()
+    assert not any(form in told for form in forms) and forms[2] in (tmp_path / "state" / "metrics.csv").read_bytes()
+    with (tmp_path / "state" / "metrics.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["iteration"] for line in lines] == ["0", "2", "4"]  # what was tried again once
+    np.testing.assert_allclose([[float(line["low"]), float(line["rate"])] for line in lines], [own] * 3, rtol=1e-12)
+
+
+def test_what_the_app_says_is_shared_is(faring):
+    one = faring("'mean'")
+    own = numbers_of(one.app.rows("site-2")[1])
+    ((sums,), _) = fares(one, 0)
+    np.testing.assert_allclose(sums, [[own[0], 1, 0], [own[1], 1, 0]], rtol=1e-12)
+    other = faring("True")
+    ((loss, sums, values, status), protocol) = fares(other, 0, loss=True)
+    np.testing.assert_allclose(values[1], own, rtol=1e-12)
+    np.testing.assert_array_equal(status, [[0, 0], [1, 1], [0, 0]])
+    assert values[[0, 2]].max() == np.finfo(float).min and loss > 0
+    assert str(protocol).count("maximum") == 2
+
+
+def test_a_site_that_goes_on_keeps_the_lines_that_stay(faring, tmp_path):
+    one, file = faring("False"), tmp_path / "state" / "metrics.csv"
+    for iteration in (0, 2, 4):
+        fares(one, iteration)
+    first = file.read_text()
+    one.worker.end()
+    other = faring("False", resume=True)
+    assert file.read_text() == first
+    fares(other, 2)
+    assert [line.split(",")[0] for line in file.read_text().splitlines()] == ["iteration", "0", "2"]
+    other.worker.end()
+    faring("False")
+    assert not file.exists()
+
+
+def test_a_validation_that_the_app_does_not_have_is_refused(asked):
+    one = asked()
+    header = {"place": 0, "tag": (0, 0, 0), "sent": [], "wanted": [True], "counted": FIRST, "kept": FIRST}
+    for loss, clients in ((True, True), (False, False)):
+        purpose = plain_purpose(Purpose("validation", loss=loss, clients=clients))
+        with pytest.raises(WorkerSaid, match="asks for the outer loss, or for the client metrics that the app has"):
+            one.ask("answer", b"", **header, purpose=purpose)
 
 
 def test_restarted_it_runs_with_who_is_left(raced):
@@ -389,7 +479,7 @@ def test_a_worker_tells_of_its_tables_what_is_agreed_on_and_makes_rows_of_them(t
 
     with as_users_do():
         prepared = app.data(list(tables)).prepared
-        derived = derive(app, placeholder_data([schema(prepared.one())] * 2, 2, None, prepared), 2)
+        derived = derive(app, placeholder_data([schema(prepared.one())] * 2, 2, None, prepared=prepared), 2)
     setup = {
         "index": 1, "sites": 2, "cohort": 2, "seed": SEED, "scale": None, "resume": False,
         "protocol": fingerprint(derived),

@@ -18,15 +18,18 @@ class Purpose:
     """What an exchange is for: which of the programs that server and clients both know it belongs to.
 
     Attributes:
-        name: the run's own program, the loss of a row of the history (`validation`), or the scores of candidates that race
-            (`race.scoring`).
+        name: the run's own program, what is asked at a row of the history (`validation`), or the scores of candidates
+            that race (`race.scoring`).
         left: of a race, who is left of the candidates; nobody where there is no race.
         turns: of training before candidates are judged.
+        loss, clients: whether a validation asks for the outer loss, and for the clients' metrics.
     """
 
     name: Literal["run", "validation", "scoring"] = "run"
     left: tuple[int, ...] = ()
     turns: int = 0
+    loss: bool = True
+    clients: bool = False
 
 
 RUN = Purpose()

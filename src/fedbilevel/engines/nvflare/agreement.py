@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from jaxtyping import Array, Key, PyTree
 from ...algorithm import Algorithm
 from ...app import App, apart, placeholder
 from ...bundle import Bundle, Told
+from ...by_client import Measure, checked, measures
 from ...data import FederatedData
 from ...errors import RunError, check
 from ...given import Received
@@ -39,11 +41,15 @@ from .messages import Described, Entry, Racing, read
 
 
 def placeholder_data(
-    schemas: list[str], sites: int, weights: list[float] | None, prepared: Prepared | None = None
+    schemas: list[str],
+    sites: int,
+    weights: list[float] | None,
+    names: list[str] | None = None,
+    prepared: Prepared | None = None,
 ) -> FederatedData:
     """A federation of one row of zeros a site, weighted if weights are given; `prepared` is how tables become rows."""
     inner, outer = (placeholder(text) for text in schemas)
-    data = FederatedData.stack([inner] * sites, [outer] * sites, weights)
+    data = FederatedData.stack([inner] * sites, [outer] * sites, weights, names)
     return data if prepared is None else data.with_prepared(prepared)
 
 
@@ -87,7 +93,7 @@ class Agreement:
 
     def __init__(self, app: App, data: FederatedData, cohort: int, racing: Racing | None = None):
         self.problem, self.variables, _ = begin(app, data.prepared)
-        self._data, self._cohort = data, cohort
+        self._app, self._data, self._cohort = app, data, cohort
         self._running = app.algorithm
         if racing is not None:
             named = None if racing.entries is None else list(candidates(racing.entries, app.algorithm).values())
@@ -116,7 +122,7 @@ class Agreement:
             RunError: there is none of that purpose.
         """
         x, y = self.variables
-        running = Validation() if purpose.name == "validation" else self.running(purpose.left)
+        running = self._validation(purpose) if purpose.name == "validation" else self.running(purpose.left)
         state = running.init(x, y)
         if purpose.name == "scoring":
             if not isinstance(running, Race) or purpose.turns not in (0, TURNS):
@@ -126,6 +132,20 @@ class Agreement:
                 candidates_of(running, state, self._data.clients, self._cohort),
             )
         return Meaning(running, state, trace(running, self.problem, self._data, state, self._cohort))
+
+    def _validation(self, purpose: Purpose) -> Validation:
+        """What is asked at a row of the history; what of it leaves a site is the app's to say."""
+        metrics = self._measures if purpose.clients else ()
+        if purpose.clients != bool(metrics) or not (purpose.loss or metrics):
+            raise RunError("a validation asks for the outer loss, or for the client metrics that the app has.")
+        return Validation(purpose.loss, metrics, self._app.share_metrics, self._data.clients)
+
+    @functools.cached_property
+    def _measures(self) -> tuple[Measure, ...]:
+        """The app's client metrics."""
+        x, y = self._app.begin()
+        rests = trainable(x, "x")[1], trainable(y, "y")[1]
+        return measures(checked(self._app.client_metrics), self.problem, self.variables, rests, self._data)
 
 
 def candidates(entries: Iterable[Entry], own: Algorithm) -> dict[str, Algorithm]:

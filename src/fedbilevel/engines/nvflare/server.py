@@ -131,7 +131,8 @@ def federate(
     try:
         weights = engine.meet(app, asked)
         tell(folder, {"status": "running", "workers": engine.transport.workers})
-        data = placeholder_data(engine.schemas, len(names), weights, engine.prepared)  # sites have looked at their rows
+        # the sites have looked at their rows
+        data = placeholder_data(engine.schemas, len(names), weights, names, engine.prepared)
         if asked is None:
             _configure(folder, lambda: Sampled(app, tuple(names)).plan("nvflare").config(len(names)))
             result = keep(app.describe(data, engine), folder, resume=resume, every=0.0, callbacks=[AtTheEnd(engine)])
@@ -207,7 +208,7 @@ class Collab(Engine):
         if app.weights == "rows":
             weights, scales = shares([counts for name in self.names if (counts := said[name]["counts"])])
         cohort = check_cohort(app.cohort, len(self.names))
-        data = placeholder_data(self.schemas, len(self.names), weights, self.prepared)
+        data = placeholder_data(self.schemas, len(self.names), weights, prepared=self.prepared)
         racing = None if tuning is None else self._racing(app, data, tuning)
         derived = derive(app, data, cohort, racing)
         check, totals = app.check and not self.resume, None if scales is None else tuple(scales)
@@ -310,7 +311,7 @@ class OverNetwork(Messaging):
             made.purpose, made.roster = Purpose("scoring", self.purpose.left, algorithm.turns), self.roster
         else:
             assert isinstance(algorithm, Validation)
-            made.purpose = Purpose("validation")
+            made.purpose = Purpose("validation", loss=algorithm.loss, clients=bool(algorithm.metrics))
         made.watch = lambda r: write(dataclasses.replace(r, iteration=r.iteration - 1))  # what it comes after
         return made
 

@@ -6,10 +6,12 @@ a reply, not the run, and starts again with the state that it left on disk. The 
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import os
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +27,10 @@ if TYPE_CHECKING:  # at run time they are imported where they are needed, in the
     from ...tables.prepared import Prepared
     from ...tables.wanted import Prepare as Wanted
     from ..messaging.client_side import ClientSide
-    from ..messaging.transport import Purpose
+    from ..messaging.transport import Purpose, Request
     from .messages import Answer, Finish, Load, Measure, Prepare, Restart
 
+METRICS = "metrics.csv"  # a site's own numbers, in its folder
 LOWER = "lower.npz"  # a site's own lower variable at the end of a run, in its folder
 START_SECONDS = 600.0  # within which a worker has loaded its site's rows
 
@@ -135,6 +138,38 @@ def _in_words(error: Exception) -> dict[str, str]:
     }
 
 
+class Notes:
+    """A CSV file with a line for each row of the history; what a run has given up is replaced when it comes again."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def add(self, iteration: int, names: Sequence[str], numbers: Sequence[float | str]) -> None:
+        """A line; those of this iteration and later ones were given up."""
+        held = self._lines()
+        header, line = ["iteration", *names], [str(iteration), *map(str, numbers)]
+        kept = [one for one in held[1:] if int(one[0]) < iteration]
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        if held and held[0] == header and len(kept) == len(held) - 1:
+            with self._file.open("a", newline="") as file:
+                csv.writer(file).writerow(line)
+            return
+        beside = self._file.with_suffix(".new")
+        with beside.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *(kept if held and held[0] == header else []), line])
+        os.replace(beside, self._file)
+
+    def forget(self) -> None:
+        """There are no lines."""
+        self._file.unlink(missing_ok=True)
+
+    def _lines(self) -> list[list[str]]:
+        if not self._file.is_file():
+            return []
+        with self._file.open(newline="") as file:
+            return list(csv.reader(file))
+
+
 class _Inside:
     """What a worker holds.
 
@@ -155,6 +190,7 @@ class _Inside:
     def __init__(self, app: str, site: str, folder: Path):
         self.file, self.site, self.folder = app, site, folder
         self.prepared: Prepared | None = None
+        self.notes = Notes(folder / METRICS)
 
     def do(self, what: str, payload: bytes, header: dict) -> tuple[dict, bytes]:
         from ...errors import noting
@@ -250,7 +286,7 @@ class _Inside:
         app, scale, made = self.app, message.scale, self._rows_made(message.prepared)
         weights = None if scale is None else [1.0] * message.sites
         schemas = [schema(level) for level in self.rows]
-        data = placeholder_data(schemas, message.sites, weights, self.prepared)
+        data = placeholder_data(schemas, message.sites, weights, prepared=self.prepared)
         self.agreed, self.asked = Agreement(app, data, message.cohort, message.racing), message
         first = self.agreed.first
         expect(
@@ -280,7 +316,7 @@ class _Inside:
 
         algorithm, state, protocol = self.agreed.means(purpose)
         problem = freeze(self.problem, *self.agreed.variables, self.held)
-        first = client_state(algorithm, own(state, self.asked.index)) if purpose.name == "run" else None
+        first = None if purpose.name == "scoring" else client_state(algorithm, own(state, self.asked.index))
         return ClientSide(
             problem, self.mine, as_leaves(algorithm), protocol, client_key(self.asked.seed, purpose),
             self.asked.index, first, Methods(), self.site,
@@ -325,8 +361,10 @@ class _Inside:
         before, request = compiling(), message.request(payload)
         side = self._side(request.purpose)
         numbers = side.answer(request)
-        if side.keeps:
+        if side is self.side and side.keeps:
             self._save()
+        if request.purpose.clients:
+            self._note(request)
         return {"traced": dict(Methods.traced), "compiling": compiling() - before}, numbers
 
     def restart(self, payload: bytes, message: Restart) -> tuple[dict, bytes]:
@@ -361,6 +399,18 @@ class _Inside:
             save_arrays({"y": eqx.combine(own, rest)}, self.folder / LOWER)
         return {}, b""
 
+    def _note(self, request: Request) -> None:
+        """Write down how this site fares: a line for each row of the history, of which no site's number need be part."""
+        from ...by_client import EMPTY, GIVEN
+        from ...validation import Validation
+
+        asked, tag = self.agreed.means(request.purpose).algorithm, request.tag
+        assert isinstance(asked, Validation)
+        kept = self._side(request.purpose).states[tag].kept
+        pairs = zip(kept.value.tolist(), kept.status.tolist(), strict=True)
+        numbers = [value if status == GIVEN else "" if status == EMPTY else "nan" for value, status in pairs]
+        self.notes.add(tag[0], [each.name for each in asked.metrics], numbers)
+
     # What is kept on disk -------------------------------------------------------------------------------------------
 
     @property
@@ -370,6 +420,8 @@ class _Inside:
     def _store(self, resume: bool) -> None:
         """Take up the states that an earlier worker left, or forget them."""
         (self.folder / LOWER).unlink(missing_ok=True)
+        if not resume:
+            self.notes.forget()
         if not self.side.keeps:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
