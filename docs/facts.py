@@ -21,6 +21,7 @@ from fedbilevel.algorithm import Algorithm  # noqa: E402
 from fedbilevel.algorithms import ALGORITHMS  # noqa: E402
 from fedbilevel.algorithms.about import about, summary  # noqa: E402
 from fedbilevel.datasets import DATASETS  # noqa: E402
+from fedbilevel.means.carried import why_not  # noqa: E402
 from fedbilevel.results import pipe_table  # noqa: E402
 from fedbilevel.settings import STEPS  # noqa: E402
 from fedbilevel.tasks import TASKS  # noqa: E402
@@ -141,6 +142,12 @@ def steps() -> str:
     )
 
 
+def of_means() -> str:
+    """Which algorithms can have an outer loss of means, and why others cannot."""
+    lines = ([f"`{kind.__name__}`", why_not(kind) or "yes"] for kind in ALGORITHMS.values())
+    return table(["algorithm", "outer loss of means"], lines)
+
+
 def _steps(kind: type[Algorithm]) -> list[str]:
     fields = {field.name: field for field in dataclasses.fields(kind)}
 
@@ -191,6 +198,7 @@ MADE: dict[str, Callable[[], str]] = {
     "algorithm-names": lambda: listed(kind.__name__ for kind in ALGORITHMS.values()),
     "algorithm-pages": algorithm_pages,
     "steps": steps,
+    "means": of_means,
     "blocks": blocks,
     "tasks": _tasks,
     "task-names": lambda: ", ".join(TASKS),

@@ -221,3 +221,22 @@ def test_an_equation_is_done_again_on_other_values():
 
     np.testing.assert_allclose(again(2.0), function(2.0))
     np.testing.assert_allclose(jax.grad(again)(2.0), 7 * 3 * np.cos(2.0))  # the rule is kept
+
+
+def test_arrays_of_a_loop_cannot_be_used_after_it():
+    kept = []
+
+    def turn(t, carry):
+        kept.append(carry)
+        assert jaxprs.usable((carry, t))
+        return carry + 1
+
+    def whole(x):
+        kept.append(x)
+        assert jaxprs.usable((x, np.ones(2), 1.0))
+        out = jax.lax.fori_loop(0, 2, turn, x)
+        assert [jaxprs.usable(each) for each in kept] == [True, *[False] * (len(kept) - 1)]
+        return jax.lax.cond(out[0] > 0, lambda: out if jaxprs.usable(x) else x, lambda: x)
+
+    assert jax.vmap(jax.jit(whole))(jnp.zeros((3, 2))).shape == (3, 2)
+    assert not jaxprs.usable(kept[0]) and jaxprs.usable(jnp.zeros(2))

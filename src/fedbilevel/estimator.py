@@ -8,6 +8,7 @@ from jaxtyping import Array, Key, PyTree
 
 from .algorithm import Algorithm, State
 from .beginning import first_state
+from .cohorts import check_cohort
 from .data import FederatedData
 from .diagnosis import of_estimate
 from .engines.base import Carry, Engine
@@ -17,9 +18,10 @@ from .federation import Federation
 from .foreign import as_given
 from .jaxprs import Tracer
 from .keys import KeyLike, one_key, threefry
-from .pace.automatic import Auto, measure, ready, with_numbers
+from .means.carried import measure_steps
+from .pace.automatic import found_in, numbered, with_numbers
 from .problem import Problem, bind
-from .protocol import Protocol, check_kinds
+from .protocol import Protocol, check_kinds, running
 from .template import Template
 from .variables import trainable
 
@@ -66,10 +68,12 @@ class Estimator:
         y, y_rest = trainable(y, "y")
         engine, bound, state = engine or Simulation(), bind(problem, x_rest, y_rest), State(x, y)
         self._marks = x_rest, y_rest
-        self.algorithm = _measured(ready(algorithm, x), engine, bound, data, state)
-        self._execution = engine.bind(bound, data, self.algorithm, state, jax.random.key(0), estimate)
+        cohort = check_cohort(engine.cohort, data.clients)
+        self.algorithm = _measured(running(algorithm, bound, data, x, y, cohort), engine, bound, data, state)
+        runs = running(self.algorithm, bound, data, x, y, cohort, estimate)
+        self._execution = engine.bind(bound, data, runs, state, jax.random.key(0), estimate)
         self.protocol = self._execution.protocol
-        self._once = self._execution.once(self.algorithm, state)
+        self._runs, self._once = runs, self._execution.once(runs, state)
         self._x, self._y = Template(x, x_rest, "x", "the estimator"), Template(y, y_rest, "y", "the estimator")
 
     def __call__(self, x: PyTree, y: PyTree, key: KeyLike) -> tuple[PyTree, PyTree]:
@@ -116,15 +120,15 @@ class Estimator:
         self._x.check_finite(state.x)
         self._y.check_finite(state.y)
         execution = self._execution.anew(key)
-        raise Diverged(of_estimate(execution, self.algorithm, Carry(state, None, 0), Carry(after, None, 1)))
+        raise Diverged(of_estimate(execution, self._runs, Carry(state, None, 0), Carry(after, None, 1)))
 
 
 def _measured(algorithm: Algorithm, engine: Engine, problem: Problem, data: FederatedData, at: State) -> Algorithm:
     """The algorithm with numbers for all its steps, those that are "auto" found once, at the templates."""
-    if not isinstance(algorithm, Auto):
-        return algorithm
+    if not found_in(algorithm):
+        return numbered(algorithm)
     first = first_state(algorithm, at.x, at.y)
-    execution = engine.bind(problem, data, algorithm, first, jax.random.key(0), measure)
+    execution = engine.bind(problem, data, algorithm, first, jax.random.key(0), measure_steps)
     _, record = execution.advance(algorithm, execution.start(algorithm, first), 1, np.inf)
     return with_numbers(algorithm, {name: float(value[-1]) for name, value in record.info.items()})
 

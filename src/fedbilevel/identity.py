@@ -27,6 +27,7 @@ from .compiled import run
 from .data import FederatedData, Level
 from .engines.base import Execution
 from .given import JSON
+from .oracles import around_all
 from .owned import own
 from .problem import Problem
 from .processes import apart
@@ -181,6 +182,7 @@ def _measured(problem: Problem, _: None, x: PyTree, y: PyTree, data: FederatedDa
         tree,
     )
     u, v = direction(y, 0.0), direction(y, 1.0)
+    problem = around_all(problem, data, x, y)
 
     everybodys = x, y, u, v
 

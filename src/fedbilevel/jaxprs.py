@@ -4,9 +4,9 @@ Traced programs and what runs them (`ClosedJaxpr`, `Jaxpr`, `JaxprEqn`, `Var`, `
 program without what its results do not need (`dce_jaxpr`), a value inside a trace (`Tracer`), what a trace knows of a
 value (`ShapedArray`), which trace we are in (`get_opaque_trace_state`), random bits without a key array
 (`threefry_2x32`), how events of compiling are called (`COMPILING`), calls of Python by a compiled program (`on_host`, and
-`each_on_host` under vmap), an equation done again (`bound`), a number that gives way as Python's do (`weakly`),
-where JAX asks for what it has compiled before (`compilation_cache`, whose `_cache` is a `CacheInterface`) and
-`jaxlib_version`. A test holds each to what we rely on.
+`each_on_host` under vmap), an equation done again (`bound`), whether arrays belong to a trace that has ended (`usable`),
+a number that gives way as Python's do (`weakly`), where JAX asks for what it has compiled before (`compilation_cache`,
+whose `_cache` is a `CacheInterface`) and `jaxlib_version`. A test holds each to what we rely on.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ import numpy as np
 from jax._src import compilation_cache
 from jax._src.callback import emit_python_callback
 from jax._src.compilation_cache_interface import CacheInterface
+from jax._src.core import trace_ctx
 from jax._src.lax.lax import _convert_element_type
 from jax.core import ShapedArray, Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, get_opaque_trace_state, jaxpr_as_fun
@@ -26,6 +27,7 @@ from jax.interpreters import batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.typing import ArrayLike
 from jaxlib.version import __version__ as jaxlib_version
+from jaxtyping import PyTree
 
 COMPILING = "/jax/core/compile/"  # how the events of tracing, lowering and compiling begin; also what a cache gives
 
@@ -48,8 +50,19 @@ __all__ = [
     "jaxpr_as_fun",
     "on_host",
     "threefry_2x32",
+    "usable",
     "weakly",
 ]
+
+
+def usable(tree: PyTree) -> bool:
+    """Whether the arrays of a pytree can be used here: those of a loop's body, say, cannot after it."""
+    open_ones, trace = [], trace_ctx.trace
+    while trace is not None:
+        open_ones.append(trace)
+        trace = getattr(trace, "parent_trace", None)
+    tracers = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, Tracer)]
+    return all(any(leaf._trace is each for each in open_ones) for leaf in tracers)
 
 
 def bound(whole: Jaxpr, eqn: JaxprEqn, given: Sequence[ArrayLike]) -> list[jax.Array]:

@@ -29,6 +29,9 @@ def check_losses(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: Row
     alone = own(x, 0), own(y, 0)  # as one client has them
     x, y = map(bare, alone)
     for level, rows in (("inner", inner), ("outer", outer)):
+        if level == "outer" and problem.outer_means is not None:
+            found |= _of_means(problem, x, y, rows)
+            continue
         theirs = getattr(type(problem), f"{level}_value") is not getattr(Problem, f"{level}_value")
         if theirs:  # the problem brings its own oracles: judge what those return
             traced = _trace(problem, f"{level}_value", alone, (rows,), f"{level} loss")
@@ -109,6 +112,39 @@ def _with_and_without_key(problem: Problem, variables: tuple, data: tuple, rows:
         ) from error.__cause__
 
 
+def _of_means(problem: Problem, x: PyTree, y: PyTree, rows: Rows) -> dict[str, Traced]:
+    """The programs of an outer loss of means: of what a row adds, and of F."""
+    first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows.examples)
+    data = (rows.examples, rows.weights) if problem.batched else (first,)
+    takes = "a batch" if problem.batched else "one example"
+    each = _trace(problem, "outer_means", (x, y), data, "function outer_means")
+    leaves = jax.tree.leaves(each.out)
+    numbers = all(
+        isinstance(leaf, (jax.ShapeDtypeStruct, bool, int, float)) and not is_complex(leaf) for leaf in leaves
+    )
+    check(
+        leaves and numbers,
+        lambda: (
+            f"outer_means must return a pytree of real numbers or arrays for {takes}; it returned {describe(each.out)}."
+        ),
+    )
+    floating = all(jnp.issubdtype(getattr(leaf, "dtype", int), jnp.floating) for leaf in leaves)
+    check(
+        not problem.batched or floating,
+        lambda: (
+            f"with batched=True outer_means must return floating-point means over the rows, by their weights; it returned "
+            f"{describe(each.out)}."
+        ),
+    )
+    means = jax.eval_shape(problem.means, x, y, rows)
+    of = _trace(problem, "outer_of", (means,), (), "function outer_of of the means")
+    check(
+        isinstance(of.out, jax.ShapeDtypeStruct) and of.out.shape == () and jnp.issubdtype(of.out.dtype, jnp.floating),
+        lambda: f"outer_of must return a floating-point scalar for the means; it returned {describe(of.out)}.",
+    )
+    return {"outer_means": each, "outer_of": of}
+
+
 def _features(problem: Problem, x: PyTree, data: tuple) -> Traced:
     traced = _trace(problem, "features", (x,), data, "features function")
     phi = traced.out
@@ -133,7 +169,8 @@ def _trace(problem: Problem, name: str, variables: tuple, data: tuple, what: str
     except InputError:
         raise
     except Exception as error:  # whatever the user's function raises, on whatever shapes
-        raise InputError(f"the {what} failed on {describe(data[0])}: {norms.explained(error)}") from error
+        given = data[0] if data else variables[0]
+        raise InputError(f"the {what} failed on {describe(given)}: {norms.explained(error)}") from error
 
 
 def trace_oracle(problem: Problem, name: str, *args: PyTree) -> Traced:

@@ -10,6 +10,7 @@ oracles (a model in another framework, finite differences, clipped gradients) wi
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -149,7 +150,9 @@ class Problem(eqx.Module):
 
     Args:
         inner: g(x, y, example) -> scalar, the lower-level loss of one example; `example` is one row of the client's data.
-        outer: f(x, y, example) -> scalar, the upper-level loss of one example.
+        outer: f(x, y, example) -> scalar, the upper-level loss of one example. Or instead of it
+        outer_means: m(x, y, example) -> pytree of numbers, or of short arrays: what one example adds to each mean, and
+        outer_of: F(means) -> scalar, of the means over rows and clients of what `outer_means` returns (see below).
         batched: the losses take `(x, y, examples, weights)` instead, where leaves of `examples` are (rows, ...) and
             `weights` (rows,) sum to one, and return the weighted mean. Rows of weight zero are padding and must not count.
         features: phi(x, example) -> pytree of arrays, a step that does not depend on y (a network's frozen body). The
@@ -162,6 +165,13 @@ class Problem(eqx.Module):
             loss is to be deterministic: in `reference`, in scores, and where the problem is looked at. The outer loss
             judges, and draws nothing.
 
+    With `outer_means` and `outer_of` the upper level is f(x, y) = F(M(x, y)), M the mean that f itself would be: over each
+    client's rows, then over clients by their weights. So what is no mean of rows (a gap between two groups' error rates,
+    an F1 score, a ratio) is made of means of numerators and of denominators, and never of clients' own ratios: return
+    `{"errors": group * error, "rows": group}`, and divide in `outer_of`. A mean loss may be one of the means. With
+    batched=True it is m(x, y, examples, weights), and returns the weighted means. What `outer_means` returns are real
+    numbers; of booleans and whole numbers the share and the mean are taken.
+
     x, y and an example are pytrees of arrays (equinox modules too). The library takes the weighted means over rows
     and clients, so clients of different sizes are exact. Every oracle takes `rows: Rows` and returns a pytree like x or
     like y (values: a scalar). The lower-level loss should be strongly convex in y for the hypergradient to exist.
@@ -170,21 +180,45 @@ class Problem(eqx.Module):
     on_host: ClassVar[bool] = False  # whether its oracles are Python's, called by compiled programs
 
     inner: Loss
-    outer: Loss
+    outer: Loss | None = None
     batched: bool = eqx.field(static=True, default=False)
     features: Callable[..., PyTree] | None = None
     random: bool = eqx.field(static=True, default=False)
+    outer_means: Callable[..., PyTree] | None = None
+    outer_of: Callable[[PyTree], Float[Array, ""]] | None = None
+    around: PyTree = eqx.field(init=False, default=None)  # the means at which F is taken linearly, where they are known
 
     def __check_init__(self):
-        if (
-            "random" not in self.__dict__
-        ):  # a subclass with an `__init__` of its own, from before there was such a field
-            object.__setattr__(self, "random", False)
-        for level in ("inner", "outer"):
+        later = {"random": False, "outer_means": None, "outer_of": None, "around": None}
+        for name, value in later.items():
+            if (
+                name not in self.__dict__
+            ):  # a subclass with an `__init__` of its own, from before there was such a field
+                object.__setattr__(self, name, value)
+        for level in ("inner", "outer") if self.outer_means is None and self.outer_of is None else ("inner",):
             loss = getattr(self, level)
             check(callable(loss), f"Problem({level}=...) takes a function (x, y, example) -> scalar, not {loss!r}.")
+        self._check_means()
         phi = self.features
         check(phi is None or callable(phi), f"Problem(features=...) takes a function (x, example), not {phi!r}.")
+
+    def _check_means(self):
+        means, of = self.outer_means, self.outer_of
+        if means is None and of is None:
+            return
+        check(
+            callable(means) and callable(of),
+            "an outer loss of means needs both outer_means= (x, y, example) -> pytree of numbers, and outer_of= (their "
+            f"means) -> scalar; got {means!r} and {of!r}.",
+        )
+        check(
+            self.outer is None,
+            "Problem takes outer=, or outer_means= and outer_of=, one of the two: let a mean loss be one of the means.",
+        )
+        check(
+            not own_oracles(type(self)),
+            f"{type(self).__name__} brings oracles of its own, and outer_means= needs those that are derived: leave it out.",
+        )
 
     # What a problem of another framework does in its own way -------------------------------------------------------
 
@@ -193,7 +227,8 @@ class Problem(eqx.Module):
         return dataclasses.replace(
             self,
             inner=_Completed(self.inner, x_rest, y_rest),
-            outer=_Completed(self.outer, x_rest, y_rest),
+            outer=None if self.outer is None else _Completed(self.outer, x_rest, y_rest),
+            outer_means=None if self.outer_means is None else _Completed(self.outer_means, x_rest, y_rest),
             features=None if self.features is None else _CompletedFeatures(self.features, x_rest),
         )
 
@@ -252,10 +287,52 @@ class Problem(eqx.Module):
             return None
         return phi(x, examples) if self.batched else jax.vmap(lambda example: phi(x, example))(examples)
 
-    @_by_blocks
     def outer_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
-        """f(x, y): the weighted mean of the outer loss over the rows."""
-        return self._mean(self.outer, x, y, rows)
+        """f(x, y): the weighted mean of the outer loss over the rows.
+
+        Of means it is F of the means over these very rows; or, where `around` says which means all clients have, the
+        tangent of F there: F(A) + <F'(A), M - A>, of which the clients' mean is F(A) where A is the mean of their M.
+        """
+        if self.outer_means is None or self.around is not None:
+            return self._outer_value(x, y, rows)
+        total = jnp.sum(rows.weights)
+        means = self.means(x, y, rows)
+        value = self.value_of(jax.tree.map(lambda leaf: leaf / total.astype(leaf.dtype), means))
+        return total.astype(value.dtype) * value
+
+    @_by_blocks
+    def means(self, x: PyTree, y: PyTree, rows: Rows) -> PyTree:
+        """M(x, y): the weighted means of `outer_means` over the rows, like what it returns, in floating point."""
+        assert self.outer_means is not None
+        x, y = bare(x), bare(y)
+        if self.batched:
+            return self.outer_means(x, y, rows.examples, rows.weights)
+        own = jax.vmap(lambda example: jax.tree.map(jnp.asarray, self.outer_means(x, y, example)))  # pyright: ignore[reportOptionalCall]
+        mean = lambda leaf: jnp.tensordot(rows.weights.astype(leaf.dtype), leaf, axes=1)
+        real = lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf.astype(rows.weights.dtype)
+        return jax.tree.map(lambda leaf: mean(real(leaf)), own(rows.examples))
+
+    def value_of(self, means: PyTree) -> Float[Array, ""]:
+        """F of means over all clients."""
+        assert self.outer_of is not None
+        return self.outer_of(means)
+
+    def at_means(self, means: PyTree) -> Problem:
+        """The same problem, with F taken linearly around these means over all clients."""
+        other = copy.copy(self)
+        object.__setattr__(other, "around", means)
+        return other
+
+    @_by_blocks
+    def _outer_value(self, x: PyTree, y: PyTree, rows: Rows) -> Float[Array, ""]:
+        if self.outer_means is None:
+            assert self.outer is not None
+            return self._mean(self.outer, x, y, rows)
+        value, slope = jax.value_and_grad(self.value_of)(self.around)
+        total = jnp.sum(rows.weights).astype(value.dtype)
+        away = lambda mean, at, along: jnp.sum((mean - total.astype(mean.dtype) * at) * along).astype(value.dtype)
+        parts = jax.tree.leaves(jax.tree.map(away, self.means(x, y, rows), self.around, slope))
+        return total * value + sum(parts[1:], parts[0])
 
     @_by_blocks
     def inner_gradient(self, x: PyTree, y: PyTree, rows: Rows) -> PyTree:
@@ -282,9 +359,16 @@ class Problem(eqx.Module):
         with told_of_reverse_rules():
             return jax.grad(directional)(x)
 
-    @_by_blocks
     def outer_gradients(self, x: PyTree, y: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
-        """(d_x f, d_y f) at (x, y), like x and like y."""
+        """(d_x f, d_y f) at (x, y), like x and like y: those of `outer_value`."""
+        if self.outer_means is None or self.around is not None:
+            return self._outer_gradients(x, y, rows)
+        total = jnp.sum(rows.weights)
+        own = jax.tree.map(lambda leaf: leaf / total.astype(leaf.dtype), self.means(x, y, rows))
+        return self.at_means(own)._outer_gradients(x, y, rows)
+
+    @_by_blocks
+    def _outer_gradients(self, x: PyTree, y: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:
         return jax.grad(self.outer_value, argnums=(0, 1))(x, y, rows)
 
     def _mean(self, loss: Loss, x: PyTree, y: PyTree, rows: Rows, *more: PyTree) -> Float[Array, ""]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from .data import FederatedData
 from .indices import outside
+from .oracles import around_all
 from .owned import own
 from .problem import Problem, Rows
 
@@ -43,6 +44,7 @@ class Point(NamedTuple):
 def checks(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, tolerance: float) -> Iterator[Check]:
     """Every check of a problem on its first clients and on all rows' indices."""
     keys, names = jax.random.split(jax.random.key(0), 5), data.names
+    problem = around_all(problem, data, x, y)  # a client's own means may have no group in their denominators
     for level in ("inner", "outer"):
         for client in range(data.clients):
             yield f"{names[client]}: {level} indices", _indices(problem, data, level, client, *own((x, y), client))

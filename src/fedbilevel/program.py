@@ -80,7 +80,7 @@ def known_as(problem: Problem, program: Program | None) -> Problem:
         return problem
     frozen = copy.copy(problem)
     object.__setattr__(frozen, "_program", program)
-    for name in ("inner", "outer", "features") if program.convolves else ():
+    for name in ("inner", "outer", "features", "outer_means") if program.convolves else ():
         loss = getattr(problem, name)
         if loss is not None and not isinstance(loss, ByProducts):
             object.__setattr__(frozen, name, ByProducts(loss))

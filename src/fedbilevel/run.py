@@ -23,6 +23,7 @@ from .callbacks.base import Callback
 from .callbacks.checkpoint import load, load_kept
 from .callbacks.listeners import Listeners
 from .client_table import ClientTable, named, table
+from .cohorts import check_cohort
 from .component import title_of
 from .data import FederatedData
 from .diagnosis import LEAST, diagnose, largest
@@ -36,13 +37,14 @@ from .foreign import as_given
 from .given import JSON, Whole, whole_number
 from .identity import Identity
 from .keys import KeyLike, as_key, threefry
+from .means.carried import begins, fewest_of, measuring, rounds_first
 from .memory import seldom_collecting
 from .metrics import STOPPED, Metric, check_diagnostics, checked_metrics, measured, names_taken
 from .own_lower import Away, Lower
-from .pace.automatic import Auto, measures_first, ready
 from .problem import Problem, bind
 from .program import settle
 from .protocol import Protocol, check_kinds
+from .protocol import running as as_it_runs
 from .race.heats import Heats, heats_in, narrowed, smaller
 from .race.racing import Race
 from .recovery import Back, recovery, saved_snapshot
@@ -141,7 +143,8 @@ class Run:
         self._begun, self._data, self._heats = begun, data, heats
         self._most_bytes = None if most_bytes is None else int(most_bytes)
         with seldom_collecting():
-            self._running = ready(algorithm, self._x)
+            asks = check_cohort(getattr(engine, "cohort", None), data.clients)
+            self._running = as_it_runs(algorithm, bound, data, *start, asks)
             self._execution: Execution = begun(self._running)
             rows = self._by_client or judged(asked(keep, self.metrics, list(_fields(self._execution.protocol.info))))
             less = _measuring_less(self._running, self._execution.protocol, self._budget, bool(rows))
@@ -156,7 +159,7 @@ class Run:
         self._identity = Identity(self._execution, self.algorithm, *whole, data, self._every)
         self.protocol = self._execution.protocol
         if less is not None:
-            self.protocol = dataclasses.replace(self.protocol, rounds_rarely=less.first)
+            self.protocol = dataclasses.replace(self.protocol, rounds_rarely=rounds_first(less))
         check_diagnostics(title_of(algorithm), _fields(self.protocol.info))
         checked_metrics(metrics, _fields(self.protocol.info))
         check_names(self._by_client, {*names_taken(_fields(self.protocol.info)), *self.metrics})
@@ -253,7 +256,7 @@ class Run:
         return 1 if self._heats is None else len(self._heats.left)
 
     def _check_budget(self) -> None:
-        least, name = self.protocol.rounds_most, title_of(self.algorithm)
+        least, name = self.protocol.rounds_most + fewest_of(self._running), title_of(self.algorithm)
         what = " and ".join([VALIDATION] * bool(judged(self.metrics)) + ["the client metrics"] * bool(self._by_client))
         rows = f", and {what} {self._reserve} at the start and the end" if self._reserve else ""
         check(
@@ -400,7 +403,7 @@ class Run:
             left = (self._most_iterations or 0) - self.iteration
         else:  # the last iterations one by one, as long as another one may fit
             spare = self._budget - self.rounds - self._reserve - self._kept_for_heats
-            spare -= self.protocol.rounds_rarely if measures_first(self.carry.state) else 0
+            spare -= self.protocol.rounds_rarely if begins(self.carry.state) else 0
             left = max(spare // self.protocol.rounds_most, int(spare >= self._fewest_rounds()))
         paced = 1 if self._pace is None else max(1, int(_STRETCH / max(self._pace, 1e-9)))
         row_by_row = self.metrics or self._by_client or self.kept is not None or self._listeners.row_by_row
@@ -747,16 +750,16 @@ def _set_aside(errors: list[RunError]) -> Iterator[None]:
         errors.append(error)
 
 
-def _measuring_less(running: Algorithm, protocol: Protocol, budget: int | None, rows: bool) -> Auto | None:
+def _measuring_less(running: Algorithm, protocol: Protocol, budget: int | None, rows: bool) -> Algorithm | None:
     """What runs where the budget does not hold both an iteration and all that is measured before; else None.
 
     Args:
         rows: whether the first and the last row of the history take a round each.
     """
-    if budget is None or not isinstance(running, Auto):
+    if budget is None:
         return None
     room = max(0, budget - protocol.rounds_most - 2 * rows)
-    return dataclasses.replace(running, first=room) if room < protocol.rounds_rarely else None
+    return measuring(running, room) if room < protocol.rounds_rarely else None
 
 
 def _count(name: str, value: Whole | None) -> int | None:

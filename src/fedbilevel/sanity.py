@@ -34,6 +34,8 @@ _PADDED = 8  # rows of a batch in which padding is looked for, half of them padd
 _NUMBERS = 2**23  # the most numbers in all directions together
 _SMALL = 64  # up to so many numbers in y, mixed signs are looked for in the plane of all directions
 
+_SHOWN = 3  # means that a message names
+
 NO_CHECK = "(check=False, or --no-check, goes on without asking)"
 _NEEDS = {
     ("inner", "y"): "the inner loss does not depend on y, the variable that it is to be minimised over",
@@ -81,6 +83,8 @@ def check_sane(problem: Problem, data: FederatedData, x: PyTree, y: PyTree, uppe
     )
     check_padding(problem, x, y, data)
     v, few = directions(y), _selected(data, ROWS)
+    if upper:
+        check_means(problem, x, y, data)
     figures = measure(problem, x, y, v, data, few)
     if _suspicious(figures, v, y):
         if sum(map(_count, few)) < data.count("inner").sum() + data.count("outer").sum():
@@ -105,6 +109,44 @@ def check_influence(problem: Problem, x: PyTree, y: PyTree, inner: Rows, outer: 
             )
             continue
         check(False, f"{what}: is it {level}(x, y, example), x the upper variable and y the lower one? {NO_CHECK}")
+
+
+def check_means(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> None:
+    """Refuse an outer loss of means that has no value at the start, where a group has no rows, say.
+
+    Raises:
+        InputError: with the means that it has none of.
+    """
+    if problem.outer_means is None:
+        return
+    for rows in (ROWS, None):  # what is missing in some of the rows may be there in all
+        found = run(_means, problem, None, x, y, data.outer.rows, _selected(data, rows)[1], options=CHEAPLY)
+        means, value, slope = jax.tree.map(np.asarray, found)
+        if np.isfinite([value, *map(np.sum, jax.tree.leaves(slope))]).all():
+            return
+    zero = [
+        f"means{jax.tree_util.keystr(path)}{'' if leaf.ndim == 0 else str([int(k) for k in place])}"
+        for path, leaf in jax.tree_util.tree_flatten_with_path(means)[0]
+        for place in np.argwhere(leaf == 0)
+    ]
+    why = (
+        f": {', '.join(zero[:_SHOWN])} {'is' if len(zero) == 1 else 'are'} zero over all clients' outer rows"
+        if zero
+        else ""
+    )
+    check(
+        False,
+        f"outer_of has no finite value or derivative at the start{why}. Give each group that it divides by rows at some "
+        f"client, or leave a group without rows out. {NO_CHECK}",
+    )
+
+
+def _means(
+    problem: Problem, _: None, x: PyTree, y: PyTree, rows: PyTree, blocks: Blocks
+) -> tuple[PyTree, Float[Array, ""], PyTree]:
+    """(The means over some rows, F of them, F' of them)."""
+    means = _mean(lambda block, client: problem.means(owned.own(x, client), owned.own(y, client), block), rows, blocks)
+    return means, *jax.value_and_grad(problem.value_of)(means)
 
 
 def check_padding(problem: Problem, x: PyTree, y: PyTree, data: FederatedData) -> None:
@@ -142,7 +184,13 @@ def _padded(
 
     def value(index: Array) -> Float[Array, ""]:
         examples = jax.tree.map(lambda leaf: entry(leaf, index), rows)
-        return getattr(problem, f"{level}_value")(*owned.own((x, y), 0), Rows(examples, weights, count))
+        given, (own_x, own_y) = Rows(examples, weights, count), owned.own((x, y), 0)
+        if level == "outer" and problem.outer_means is not None:  # F of so few rows may have no value
+            parts = [
+                jnp.sum(leaf).astype(weights.dtype) for leaf in jax.tree.leaves(problem.means(own_x, own_y, given))
+            ]
+            return sum(parts[1:], parts[0])
+        return getattr(problem, f"{level}_value")(own_x, own_y, given)
 
     return jax.lax.map(value, jnp.asarray(index))
 
@@ -357,12 +405,19 @@ def _figures(
         gradient, product = _derivatives(problem, x, y, v, block)
         return _products(v, product), _along(v, gradient)
 
+    of_means = problem.outer_means is not None
+    means = lambda block, client: problem.means(owned.own(x, client), owned.own(y, client), block)
+    at = problem.at_means(_mean(means, rows[1], blocks[1])) if of_means else problem
+
     def upper(block: Rows, client: Array) -> Float[Array, " k"]:
         x, y, v = of(client)
-        return _along(v, problem.outer_gradients(x, y, block)[1])
+        return _along(v, at.outer_gradients(x, y, block)[1])
 
     curvature, inner = _mean(lower, rows[0], blocks[0])
-    return Figures(curvature, inner, _mean(upper, rows[1], blocks[1]))
+    outer = _mean(upper, rows[1], blocks[1])
+    if of_means:  # where a group is missing in these rows nothing is known, and least of all that it is zero
+        outer = jnp.where(jnp.isfinite(outer), outer, 1)
+    return Figures(curvature, inner, outer)
 
 
 def _derivatives(problem: Problem, x: PyTree, y: PyTree, v: PyTree, rows: Rows) -> tuple[PyTree, PyTree]:

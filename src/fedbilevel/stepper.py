@@ -12,15 +12,15 @@ from jaxtyping import Array, Int, PyTree
 
 from .algorithm import Algorithm
 from .beginning import as_leaves, first_state
+from .cohorts import check_cohort
 from .data import FederatedData
 from .engines.base import Program
 from .engines.simulated.programs import Step
 from .engines.simulation import Simulation
 from .errors import check
 from .keys import KeyLike, one_key, threefry
-from .pace.automatic import ready
 from .problem import Problem, bind
-from .protocol import check_kinds
+from .protocol import check_kinds, running
 from .protocol import step as iteration
 from .variables import trainable
 
@@ -70,11 +70,10 @@ def stepper(
     )
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
-    algorithm = ready(algorithm, x)
+    whole = bind(problem, x_rest, y_rest)
+    algorithm = running(algorithm, whole, data, x, y, check_cohort(getattr(engine, "cohort", None), data.clients))
     state = first_state(algorithm, x, y)
-    bound = (engine or Simulation()).bind(
-        bind(problem, x_rest, y_rest), data, algorithm, state, jax.random.key(0), program
-    )
+    bound = (engine or Simulation()).bind(whole, data, algorithm, state, jax.random.key(0), program)
     carry = bound.start(algorithm, state)
     start = Standing(carry.state, carry.client_state)
     return Stepper(bound.step(), as_leaves(algorithm), start)

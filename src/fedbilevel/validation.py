@@ -1,7 +1,8 @@
 """What a run asks of all clients at a row of the history: `validation_loss`, f(x, y), and how each client fares.
 
 x and y go to all clients, and each says its outer loss, or what of its metrics may leave it, in one exchange. It is a server
-program of its own beside the run's, so that every engine has it as it has algorithms.
+program of its own beside the run's, so that every engine has it as it has algorithms. Where the outer loss is one of means
+(`Problem(outer_means=...)`) clients say their means, of whose mean F is taken here.
 
 A client keeps its own numbers as a state. So they are known where the clients' states are (Simulation, Loopback), and stay
 at the sites where they are not.
@@ -22,10 +23,12 @@ from jaxtyping import Array, Float, PyTree
 from .algorithm import Algorithm, State, option
 from .best import goal
 from .by_client import Found, Kept, Measure, Share, at_own_place, numbers, shared
+from .compiled import CHEAPLY, run
 from .data import FederatedData
 from .engines.base import Execution
 from .federation import Client, Federation, Reply, Way
 from .metrics import Metric, validation_loss
+from .problem import Problem
 from .protocol.table import Protocol
 
 NAME = validation_loss.__name__  # what it is called where `keep=` alone asks for it
@@ -75,7 +78,7 @@ class Validation(Algorithm):
         """Nothing is known of the clients yet."""
         return Own(Kept.nothing(len(self.metrics)), y if self.own else None) if self.metrics else None
 
-    def step(self, fed: Federation, state: State) -> tuple[State, dict[str, Array]]:
+    def step(self, fed: Federation, state: State) -> tuple[State, dict[str, PyTree]]:
         """The state as it is, and what the clients said there."""
         everyone = fed.draw_cohort(fed.clients)
         if not self.metrics:
@@ -95,9 +98,10 @@ class Validation(Algorithm):
         found |= {"values": "maximum", "status": "maximum"} if self.share is True else {}
         return found or {"done": "maximum"}
 
-    def validation_loss(self, client: Client, x: PyTree, y: PyTree) -> Float[Array, ""]:
-        """f_i(x, y) over all of the client's outer rows."""
-        return client.problem.outer_value(x, y, client.outer)
+    def validation_loss(self, client: Client, x: PyTree, y: PyTree) -> PyTree:
+        """f_i(x, y) over all of the client's outer rows; or its means, where the outer loss is one of means."""
+        problem = client.problem
+        return (problem.outer_value if problem.outer_means is None else problem.means)(x, y, client.outer)
 
     def client_metrics(self, client: Client, x: PyTree, y: PyTree) -> Reply:
         """How the client fares: it keeps its numbers, and replies with what may leave it, or that it has taken them."""
@@ -166,8 +170,8 @@ class Judge:
         start = dataclasses.replace(start, iteration=iteration)
         carry, record = self._execution.advance(program, start, 1, np.inf)
         spent = (record.rounds[0], record.bytes_down[0], record.bytes_up[0]) if record.done else record.spent
-        told = {name: value[-1] for name, value in record.info.items()}
-        value = float(told.get(NAME, np.nan))
+        told = jax.tree.map(lambda value: value[-1], record.info)
+        value = self._value(told.get(NAME, np.nan))
         if not program.metrics:
             return Judged(value, *spent, Found())
         each = None
@@ -176,3 +180,14 @@ class Judge:
         elif program.share is True:
             each = Kept(np.asarray(told["values"]), np.ones_like(told["values"]), np.asarray(told["status"]))
         return Judged(value, *spent, Found.of(told.get("sums"), each, self._weights))
+
+    def _value(self, told: PyTree) -> float:
+        """The loss, of what was told of it."""
+        problem = self._execution.problem
+        if problem.outer_means is None or not self._program.loss:
+            return float(told)
+        return float(run(_value_of, problem, None, told, options=CHEAPLY))
+
+
+def _value_of(problem: Problem, _: None, *means: PyTree) -> Float[Array, ""]:
+    return problem.value_of(*means)

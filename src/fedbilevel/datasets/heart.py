@@ -79,6 +79,15 @@ def _features(table: np.ndarray) -> np.ndarray:
     return np.stack([of(each) if isinstance(each, str) else of(each[0]) == each[1] for each in every], 1).astype(float)
 
 
+def tables(folder: Path) -> list[np.ndarray]:
+    """The four hospitals' tables, as `read_hospital` gives them.
+
+    Raises:
+        InputError: a file is missing or unusable.
+    """
+    return [read_hospital(_file(folder, name)) for name in HOSPITALS]
+
+
 def heart_disease(folder: Path, seed: int = 0) -> Dataset:
     """The four hospitals' rows, one after the other, with their sites; a quarter of each class of each is for the test.
 
@@ -86,8 +95,7 @@ def heart_disease(folder: Path, seed: int = 0) -> Dataset:
         InputError: a file is missing or unusable.
     """
     train, test = [], []
-    for site, name in enumerate(HOSPITALS):
-        table = read_hospital(_file(folder, name))
+    for site, table in enumerate(tables(folder)):
         ill = (table[:, -1] > 0).astype(np.int32)
         rows, other = stratified(ill, seed)
         features = prepared(table[rows], table[other])

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from ..algorithm import Algorithm
 from ..engines.base import Carry, Execution
-from ..pace.automatic import Auto, found_in, numbered
+from ..pace.automatic import found_in, numbered, stands_in
 from ..watch import attributes
 
 LEAST, _MOST = 50, 200  # iterations repeated
@@ -222,9 +222,10 @@ def changed(algorithm: Kind, field: str, value: float | None = None) -> Kind:
 
 
 def with_settings(algorithm: Kind, settings: Mapping[str, Optimizer]) -> Kind:
-    """The algorithm with other settings; what stands in an `Auto` has them there."""
-    if isinstance(algorithm, Auto):
-        return dataclasses.replace(algorithm, algorithm=dataclasses.replace(algorithm.algorithm, **settings))
+    """The algorithm with other settings; one that stands for another has them there."""
+    within = stands_in(algorithm)
+    if within is not None:
+        return dataclasses.replace(algorithm, algorithm=with_settings(within, settings))
     return dataclasses.replace(algorithm, **settings)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from ..compiled import run
 from ..data import FederatedData
+from ..oracles import around_all
 from ..owned import own
 from ..problem import Problem, Rows
 
@@ -57,6 +58,7 @@ def _found(problem: Problem, _: None, data: FederatedData, x: PyTree, y: PyTree)
 
 def _found_first(problem: Problem, _: None, data: FederatedData, x: PyTree, y: PyTree) -> tuple[PyTree, ...]:
     """The same of the losses and their first derivatives."""
+    problem = around_all(problem, data, x, y)
 
     def one(at: tuple[PyTree, PyTree], inner: Rows, outer: Rows) -> tuple[PyTree, ...]:
         x, y = at

@@ -8,22 +8,26 @@ from ..algorithm import Algorithm
 from ..component import title_of
 from ..engines.base import Carry, Record
 from ..errors import warn
-from ..pace.automatic import Paced, found_in, numbered
+from ..pace.automatic import found_in, numbered
+from ..pace.curvature import Curvature
+from ..pace.outer import Pace
+from ..watch import attributes
 
 _LEAST = 30  # iterations from which on it is said: a short run is one that somebody tries
 
 
 def tell_still(algorithm: Algorithm, carry: Carry, last: Record) -> None:
     """Warn, in a sentence, where x has never moved since the run began or last went back, though it has a way to go."""
-    state = carry.state
-    if "outer_lr" not in found_in(algorithm) or not isinstance(state, Paced) or state.pace is None:
+    held = attributes(carry.state)
+    pace, memory = held.get("pace"), held.get("memory")
+    if "outer_lr" not in found_in(algorithm) or not isinstance(pace, Pace) or not isinstance(memory, Curvature):
         return
-    if carry.iteration < _LEAST or int(np.asarray(state.pace.moves)) > 0:
+    if carry.iteration < _LEAST or int(np.asarray(pace.moves)) > 0:
         return
     length = getattr(last.info, "hypergradient_norm", None)
     if length is not None and not np.asarray(length)[-1] > 0:
         return
-    back, local = int(np.asarray(state.memory.halvings)), getattr(numbered(algorithm), "local_steps", None)
+    back, local = int(np.asarray(memory.halvings)), getattr(numbered(algorithm), "local_steps", None)
     times = "once" if back == 1 else f"{back} times"
     why = f"; the run has gone back {times} and takes shorter steps since" if back else ""
     more = "more rounds" if local is None else f"more rounds or local_steps (now {local})"

@@ -25,7 +25,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
-from typing import final
+from typing import ClassVar, final
 
 import equinox as eqx
 import jax
@@ -72,17 +72,36 @@ def ready(algorithm: Algorithm, x: PyTree) -> Algorithm:
 def measures_first(state: PyTree) -> bool:
     """Whether the next iteration is the first one of a run, in which what is measured takes rounds of its own."""
     several = getattr(state, "members", (state,))  # of a race
-    return any(isinstance(one, Paced) and not np.any(np.asarray(one.memory.iteration)) for one in several)
+    memories = [attributes(one).get("memory") for one in several]
+    return any(isinstance(memory, Curvature) and not np.any(np.asarray(memory.iteration)) for memory in memories)
 
 
 def numbered(algorithm: Algorithm) -> Algorithm:
-    """The algorithm that stands in an `Auto`; another one as it is."""
-    return algorithm.algorithm if isinstance(algorithm, Auto) else algorithm
+    """The algorithm that stands in an `Auto`, and in what else stands for one; another one as it is."""
+    within = stands_in(algorithm)
+    return algorithm if within is None else numbered(within)
+
+
+def stands_in(algorithm: Algorithm) -> Algorithm | None:
+    """The algorithm for which this one stands: as an `Auto`, or as what is made of an `Auto`; None: it is itself."""
+    return algorithm.algorithm if getattr(type(algorithm), "stands_for_one", False) else None  # pyright: ignore
 
 
 def found_in(algorithm: Algorithm) -> tuple[str, ...]:
     """The names of the steps that are found while it runs."""
-    return algorithm.found if isinstance(algorithm, Auto) else ()
+    within = stands_in(algorithm)
+    return algorithm.found if isinstance(algorithm, Auto) else () if within is None else found_in(within)
+
+
+def made_like(algorithm: Algorithm, held: Mapping[str, PyTree]) -> PyTree:
+    """An algorithm's state of its parts by name, as `attributes` gives them; other names do not count."""
+    like = eqx.filter_eval_shape(algorithm.init, held["x"], held["y"])
+    if not dataclasses.is_dataclass(like):
+        return type(like)(**{name: held[name] for name in like._asdict()})
+    kept = getattr(like, "kept", None)
+    inside = {name: held[name] for name in kept} if isinstance(kept, dict) else held.get("kept")
+    own = {f.name: inside if f.name == "kept" else held[f.name] for f in dataclasses.fields(like)}
+    return type(like)(**own)  # pyright: ignore[reportCallIssue]
 
 
 class Paced(State):
@@ -127,6 +146,8 @@ class Auto(Algorithm):
             the first steps are `STEPS`.
         tempo: how many times as long the steps of x are as they are found to be.
     """
+
+    stands_for_one: ClassVar[bool] = True
 
     algorithm: Algorithm
     found: tuple[str, ...] = eqx.field(static=True)
@@ -354,6 +375,6 @@ def measure(algorithm: Algorithm, fed: Federation, state: PyTree) -> tuple[PyTre
     return state, algorithm._steps(fed, algorithm._begun(fed, state))
 
 
-def with_numbers(algorithm: Auto, steps: Mapping[str, float]) -> Algorithm:
+def with_numbers(algorithm: Algorithm, steps: Mapping[str, float]) -> Algorithm:
     """What stands in an `Auto`, with the steps that were found."""
-    return dataclasses.replace(algorithm.algorithm, **steps)
+    return dataclasses.replace(numbered(algorithm), **steps)

@@ -2,5 +2,5 @@
 
 from ..beginning import as_leaves, client_state
 from .abstract import step
-from .derivation import check_kinds, protocol, trace
+from .derivation import check_kinds, protocol, running, trace
 from .table import Exchange, Protocol

@@ -13,10 +13,11 @@ from collections.abc import Hashable
 
 import equinox as eqx
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from .. import owned
-from ..algorithm import Algorithm
+from ..algorithm import Algorithm, State
 from ..beginning import as_leaves, first_state
 from ..cohorts import check_cohort
 from ..compiled import Kept
@@ -24,6 +25,8 @@ from ..component import title_of
 from ..data import FederatedData
 from ..errors import check
 from ..given import Whole
+from ..means.carried import Carried, check_can
+from ..means.seen import brings
 from ..pace.automatic import ready
 from ..problem import Problem, bind
 from ..program import class_of, compiled_as, freeze
@@ -58,9 +61,45 @@ def protocol(
     check_kinds(problem, data, algorithm)
     x, x_rest = trainable(x, "x")
     y, y_rest = trainable(y, "y")
+    cohort, bound = check_cohort(getattr(engine, "cohort", None), data.clients), bind(problem, x_rest, y_rest)
+    algorithm = running(algorithm, bound, data, x, y, cohort)
+    return trace(algorithm, bound, data, first_state(algorithm, x, y), cohort)
+
+
+def running(
+    algorithm: Algorithm,
+    problem: Problem,
+    data: FederatedData,
+    x: PyTree,
+    y: PyTree,
+    cohort: int,
+    program: Program | None = None,
+) -> Algorithm:
+    """The algorithm as it runs: `pace.automatic.ready`, and for an outer loss of means a `Carried` around it.
+
+    Which of its exchanges use the outer loss is seen in one abstract trace of the program.
+
+    Args:
+        problem: over the floating-point arrays of x and y alone (`bind`).
+        program: by default the algorithm's `step`; another one begins with x and y alone.
+
+    Raises:
+        InputError: the losses cannot be used, or the algorithm cannot have an outer loss of means.
+    """
     algorithm = ready(algorithm, x)
-    cohort = check_cohort(getattr(engine, "cohort", None), data.clients)
-    return trace(algorithm, bind(problem, x_rest, y_rest), data, first_state(algorithm, x, y), cohort)
+    if problem.outer_means is None or isinstance(algorithm, Carried):
+        return algorithm
+    check_can(algorithm)
+    problem = freeze(problem, x, y, data)
+    shapes = eqx.filter_eval_shape(problem.means, owned.own(x, 0), owned.own(y, 0), data.outer.client(0).all())
+    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    carried = Carried(algorithm, like)
+    state = first_state(carried, x, y) if program is None else State(x, y)
+    found, _ = discover(program or step, as_leaves(carried), problem, data, state, cohort)
+    using = {path: site.name for path, site in found.sites.items() if brings(site.reply)}
+    if not using:
+        return algorithm
+    return Carried(algorithm, like, tuple(sorted(set(using.values()))), len(min(using)) > 1)
 
 
 def check_kinds(problem: Problem, data: FederatedData, algorithm: Algorithm) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final
 
 import equinox as eqx
 import jax
@@ -53,6 +53,8 @@ class Race(Algorithm):
     Args:
         families: the first setting of the first one is the leader.
     """
+
+    several: ClassVar[bool] = True  # and each is somewhere else
 
     families: tuple[Family, ...]
 

@@ -53,6 +53,19 @@ def outer_value(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> 
     return _value(problem, data, x, y, "outer")
 
 
+def outer_means(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> PyTree:
+    """M(x, y), the means over all clients of which the upper level is made, at the given y: like what `outer_means` returns.
+
+    Raises:
+        InputError: the outer loss is a mean itself; or as `solution`.
+    """
+    check(
+        problem.outer_means is not None,
+        "the outer loss is a mean itself: outer_value(problem, data, x, y) is all of it.",
+    )
+    return _run(_Lower.means, *_enter(problem, data, x, y))
+
+
 def inner_value(problem: Problem, data: FederatedData, x: PyTree, y: PyTree) -> Scalar:
     """g(x, y), the lower-level loss over all clients, at the given y."""
     return _value(problem, data, x, y, "inner")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import owned
 from ..data import FederatedData
+from ..oracles import around
 from ..problem import Problem
 from .judge import Evidence
 from .linear import Count, Flat, Matrix, Product, Refined, Scalar, correct, lanczos, neumann, norm, rounding
@@ -82,6 +83,8 @@ class Lower(NamedTuple):
         return jax.lax.scan(add, zero, (index, p))[0]
 
     def value(self, y: Flat, level: str) -> Scalar:
+        if level == "outer" and self.problem.outer_means is not None:
+            return self.problem.value_of(self.means(y))
         return self.mean(level, getattr(self.problem, f"{level}_value"), self.full(y))
 
     def gradient(self, y: Flat) -> Flat:
@@ -101,8 +104,13 @@ class Lower(NamedTuple):
         cross, curvature = self.mean("inner", both, self.full(y), self.direction(v))
         return cross, self.flat(curvature)
 
+    def means(self, y: Flat) -> PyTree:
+        """Of an outer loss of means: those over all clients."""
+        return self.mean("outer", self.problem.means, self.full(y))
+
     def outer_gradients(self, y: Flat) -> tuple[PyTree, Flat]:
-        d_x, d_y = self.mean("outer", self.problem.outer_gradients, self.full(y))
+        problem = self.problem if self.problem.outer_means is None else around(self.problem, self.means(y))
+        d_x, d_y = self.mean("outer", problem.outer_gradients, self.full(y))
         return d_x, self.flat(d_y)
 
     def hessian(self, y: Flat) -> Matrix:

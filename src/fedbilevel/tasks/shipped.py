@@ -12,3 +12,5 @@ from .bank import bank as bank
 from .scaled import scaled as scaled
 from .hearts import hearts as hearts
 from .cleaning import cleaning as cleaning
+from .fair import fair as fair
+from .fair import fair_age as fair_age

@@ -46,6 +46,8 @@ class Problem(base.Problem):
     batched: bool = eqx.field(static=True, init=False, default=True)
     features: None = eqx.field(init=False, default=None)
     random: bool = eqx.field(static=True, init=False, default=False)
+    outer_means: None = eqx.field(init=False, default=None)
+    outer_of: None = eqx.field(init=False, default=None)
     host: Host = eqx.field(init=False)
     number: Int[Array, ""] = eqx.field(init=False)
 
@@ -57,6 +59,7 @@ class Problem(base.Problem):
                 f"fedbilevel.torch.Problem({level}=...) takes a function (x, y, batch, weights) -> scalar, not "
                 f"{'a module' if isinstance(loss, torch.nn.Module) else repr(loss)}.",
             )
+        assert self.outer is not None  # it is callable
         self.host = Host(self.inner, self.outer)
         self.number = on_device(np.asarray(self.host.number, np.int32))
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Key, PyTree
 
 from ..algorithm import Algorithm
 from ..beginning import first_state
+from ..cohorts import check_cohort
 from ..component import title_of
 from ..data import FederatedData
 from ..engines.base import Carry
@@ -23,8 +24,8 @@ from ..errors import check
 from ..foreign import as_given
 from ..metrics import Metric
 from ..own_lower import Lower
-from ..pace.automatic import ready
 from ..problem import Problem, bind, strong
+from ..protocol import running
 from ..variables import trainable
 
 _ROOM = 1.5e9  # bytes that the rows and hidden values of one exchange may take, over all points at once
@@ -87,9 +88,11 @@ def sweep(
     engine = engine or Simulation()
     inner_x, x_rest = trainable(x, "x")
     inner_y, y_rest = trainable(y, "y")
-    algorithm = ready(dataclasses.replace(algorithm, **grid[0]), inner_x)  # what is not of the grid may be "auto"
+    algorithm = dataclasses.replace(algorithm, **grid[0])
+    whole, asks = bind(problem, x_rest, y_rest), check_cohort(engine.cohort, data.clients)
+    algorithm = running(algorithm, whole, data, inner_x, inner_y, asks)  # what is not of the grid may be "auto"
     state = first_state(algorithm, inner_x, inner_y)
-    execution = engine.bind(bind(problem, x_rest, y_rest), data, algorithm, state, key)
+    execution = engine.bind(whole, data, algorithm, state, key)
     iterations = (rounds - execution.protocol.rounds_rarely) // execution.protocol.rounds_most
     check(iterations >= 1, f"{rounds} rounds are too few for one iteration of {title_of(algorithm)}.")
     size = at_once or _fitting(data, algorithm, execution.protocol.cohort, inner_y)

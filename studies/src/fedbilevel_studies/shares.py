@@ -56,6 +56,7 @@ class Shares(Callback):
     def _parts(self, run: Running) -> tuple[float, float]:
         if self._both is None:
             problem = self.task.problem
+            assert problem.outer is not None  # no study is of an outer loss of means
             bound = lambda each: estimator(each, self.task.data, run.algorithm, run.x, run.y, engine=self.engine)
             self._both = bound(problem), bound(dataclasses.replace(problem, outer=_Blind(problem.outer)))
         try:

@@ -22,6 +22,7 @@ from ...errors import RunError, check
 from ...given import Received
 from ...pace.automatic import ready
 from ...problem import Problem, bind, strong
+from ...protocol import running as as_it_runs
 from ...protocol import trace
 from ...protocol.sites import Site
 from ...protocol.table import Protocol
@@ -112,7 +113,7 @@ class Agreement:
         race = self._running
         if isinstance(race, Race) and tuple(left) != self.first.left:
             race = race.only([race.place(k) for k in left])
-        return ready(race, self.variables[0])
+        return as_it_runs(race, self.problem, self._data, *self.variables, self._cohort)
 
     def means(self, purpose: Purpose) -> Meaning:
         """The program, its first state and its protocol.
