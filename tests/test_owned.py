@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 
 import jax
@@ -17,6 +21,7 @@ from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.cohorts import exchange_key, sample_cohort, stays
 from fedbilevel.engines.messaging.transport import Request
 from fedbilevel.owned import PerClient
+from helpers.places import ROOT, TESTS
 
 M, WIDE, OWN = 4, 3, 2
 STEPS = {"inner_lr": 0.05, "hessian_lr": 0.05, "outer_lr": 0.05}
@@ -268,6 +273,34 @@ def test_cohorts_in_parts_and_on_disk_and_resumed_are_the_same(algorithm, tmp_pa
     on = solved(algorithm, 6, engine=fb.Simulation(cohort=3), callbacks=keeping(), resume=tmp_path / "run")
     assert apart(whole.state, on.state) == 0
     assert on.history.column("bytes_up").tolist() == whole.history.column("bytes_up").tolist()
+
+
+MESH = """
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    import fedbilevel as fb
+    import test_owned as here
+
+    mesh = jax.make_mesh((2,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
+    for kind in (fb.Lockstep, fb.AggITD):
+        for engine in ({}, {"cohort": 3}, {"dropout": 0.4}):
+            runs = (fb.Simulation(mesh=on, **engine) for on in (None, mesh))
+            one, two = (here.solved(kind(**here.STEPS), 3, engine=engine) for engine in runs)
+            assert here.apart(one.state, two.state) < 1e-12, (kind, engine)
+            assert one.history[-1]["bytes_up"] == two.history[-1]["bytes_up"]
+    print(len(jax.devices()), "devices")
+"""
+
+
+@pytest.mark.slow
+def test_two_devices_are_one():
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    path = os.pathsep.join(map(str, (ROOT / "src", TESTS)))
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    words = [sys.executable, "-c", textwrap.dedent(MESH)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "2 devices\n"
 
 
 @pytest.mark.parametrize(
