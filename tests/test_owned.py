@@ -339,6 +339,8 @@ def test_training_checks_metrics_and_estimates_take_blocks():
     data, (x, y) = rows(), start()
     trained = fb.train(BLOCKS, data, x, y, rounds=400, key=jax.random.key(0), inner_lr=0.05)
     assert apart(trained.y, fb.reference.solution(BLOCKS, data, x, y)) < 1e-8
+    found = fb.train(BLOCKS, data, x, y, rounds=200, key=jax.random.key(0))  # with a step that is found
+    assert apart(found.y, trained.y) < 1e-4
     fb.testing.check_problem(BLOCKS, data, x, y)
     result = fb.solve(BLOCKS, data, fb.Lockstep(**STEPS), x, y, 3, key=jax.random.key(0), keep="validation_loss:min")
     loss = fb.reference.outer_value(BLOCKS, data, result.x, result.y)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Hashable
 from typing import ClassVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,7 +203,7 @@ class _Simulated(Execution):
         place = room(self.engine.client_state, title_of(algorithm), one, clients, self.protocol.cohort)
         kept = everybodys(one, clients) if place is None else Version(Store(place, one, clients))
         if jax.tree.leaves(one) and owned.nodes((state.x, state.y)):  # clients begin with blocks of their own
-            each = jax.jit(begun, static_argnums=2)(as_leaves(algorithm), State(state.x, state.y), clients)
+            each = eqx.filter_jit(begun)(as_leaves(algorithm), State(state.x, state.y), clients)
             kept = kept.restored(list(map(np.asarray, jax.tree.leaves(each)))) if isinstance(kept, Version) else each
         self.heavy = place is None and self.engine.mesh is None and _large(kept)
         return Carry(strong(state), kept, 0)
