@@ -12,3 +12,4 @@ from .bank import bank as bank
 from .scaled import scaled as scaled
 from .hearts import hearts as hearts
 from .cleaning import cleaning as cleaning
+from .personal import personal as personal
