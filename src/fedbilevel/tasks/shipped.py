@@ -13,3 +13,4 @@ from .scaled import scaled as scaled
 from .hearts import hearts as hearts
 from .cleaning import cleaning as cleaning
 from .personal import personal as personal
+from .client_weights import client_weights as client_weights
