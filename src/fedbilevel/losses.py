@@ -67,7 +67,8 @@ def _check_scalar(problem: Problem, level: str, out: PyTree) -> None:
 def _check_taken(problem: Problem, level: str, data: tuple) -> None:
     """Refuse a key that nobody declared, or nobody takes."""
     try:
-        signature = inspect.signature(getattr(problem, level))
+        loss = getattr(problem, level)
+        signature = inspect.signature(getattr(loss, "loss", loss))  # the user's own, where it is completed by a rest
     except ValueError:  # a function without one
         return
 

@@ -8,7 +8,7 @@ index their row) the gradient of block i is p_i times that, with p_i the client'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeGuard
 
 import equinox as eqx
@@ -76,6 +76,11 @@ def per_client(blocks: PyTree) -> PerClient:
     Raises:
         InputError: blocks that are no floats, or differ in more than their first axis.
     """
+    check(
+        not isinstance(blocks, Mapping),
+        "per_client(...) takes a list of one array a client, in the order of data.names; got a mapping: pass "
+        "[blocks[name] for name in data.names].",
+    )
     if not isinstance(blocks, list | tuple):
         value = blocks if library_of(blocks) is not None or isinstance(blocks, jax.Array) else np.asarray(blocks)
         _check_floats(value, "per_client(...)")

@@ -457,5 +457,5 @@ def describe(tree: PyTree) -> str:
     leaves = jax.tree.leaves(tree)
     if len(leaves) > _MANY:
         return f"a {type(tree).__name__} of {len(leaves)} arrays, the first {describe(leaves[0])}"
-    text = eqx.tree_pformat(tree, short_arrays=True, width=10_000).replace("\n", " ")
+    text = eqx.tree_pformat(tree, short_arrays=True, struct_as_array=True, width=10_000).replace("\n", " ")
     return text if len(text) <= _LONG else text[:_LONG] + "..."

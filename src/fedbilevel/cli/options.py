@@ -35,7 +35,9 @@ def _without_cache(given: bool) -> bool:
 TaskOrApp = Annotated[str, typer.Argument(help="A task (see `list`), or the Python file of an application of yours.")]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Data set; the task's default is embedded.")]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder that holds the data set's files.")]
-Partition = Annotated[str, typer.Option("--partition", help="iid, shards, dirichlet or quantity.")]
+Partition = Annotated[
+    str | None, typer.Option("--partition", help="iid, shards, dirichlet or quantity; default iid, of personal shards.")
+]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="Concentration of dirichlet and quantity.")]
 Clients = Annotated[int | None, typer.Option("--clients", help="How many clients there are.")]
 Cohort = Annotated[int | None, typer.Option("--cohort", help="How many clients each exchange asks; default all.")]

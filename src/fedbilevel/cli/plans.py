@@ -26,7 +26,7 @@ class Words(TypedDict, total=False):
 
     dataset: str | None
     data_dir: str | None
-    partition: str
+    partition: str | None
     alpha: float | None
     clients: int | None
     cohort: int | None
@@ -103,8 +103,8 @@ def _of_task(task: str, algorithms: list[str], seeds: int, words: Words) -> Plan
             raise unknown_name("task" if known is TASKS else "engine", name, known)
     settings = parse(words.get("sets") or [], {name: algorithm_class(name) for name in algorithms})
     options = Options(
-        dataset=words.get("dataset"), data_dir=words.get("data_dir"), partition=words.get("partition", "iid"),
-        clients=words.get("clients"), alpha=words.get("alpha"),
+        dataset=words.get("dataset"), data_dir=words.get("data_dir"), clients=words.get("clients"),
+        partition=words.get("partition") or TASKS[task].partition, alpha=words.get("alpha"),
     )  # fmt: skip
     iterations, rounds, first = words.get("iterations"), words.get("rounds"), words.get("seed") or 0
     return Plan(

@@ -52,7 +52,7 @@ def run(
     algorithm: Annotated[
         str | None, typer.Option("--algorithm", help="aggitd (a task's default), fednest, ... (see `list`).")
     ] = None,
-    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
+    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition, the start and the run.")] = None,
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
@@ -134,7 +134,7 @@ def compare(
     task: TaskOrApp,
     algorithms: Annotated[str, typer.Option("--algorithms", help="Names, separated by commas.")] = "aggitd,fednest",
     seeds: Annotated[int, typer.Option("--seeds", help="How many seeds, from --seed on.")] = 3,
-    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
+    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="The first seed; 0, or what an application's file says.")
@@ -166,7 +166,7 @@ def protocol(
     algorithm: Annotated[
         str | None, typer.Option("--algorithm", help="aggitd (a task's default), fednest, ... (see `list`).")
     ] = None,
-    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
+    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition and the start.")] = None,
     sets: Sets = None, as_json: Json = False, precision: Precision = 32, no_cache: NoCache = False, keep: Keep = None,

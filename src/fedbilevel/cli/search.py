@@ -47,7 +47,7 @@ def search(
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="How many seeds a point is judged on.")] = 2,
     seed: Annotated[int, typer.Option("--seed", help="The first of them.")] = _FIRST,
-    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
+    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
     sets: Sets = None, precision: Precision = 32, as_json: Json = False, no_cache: NoCache = False,
     out: Annotated[str | None, typer.Option("--out", help="Folder for a table of every point that was tried.")] = None,

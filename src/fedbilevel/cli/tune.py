@@ -75,7 +75,7 @@ def tune(
     algorithms: Annotated[
         str | None, typer.Option("--algorithms", help="Candidates of your own, names separated by commas.")
     ] = None,
-    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = "iid", alpha: Alpha = None,
+    dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition, the start and the run.")] = None,
     out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,

@@ -121,6 +121,7 @@ def _parts(source: object) -> tuple[dict[str, pandas.DataFrame], bool]:
 
 def _by_column(frame: pandas.DataFrame, client: str, name: str) -> dict[str, pandas.DataFrame]:
     """The rows of each client by a column of its name, without the column; clients in the order of their first rows."""
+    check(len(frame) > 0, lambda: f"{name} has no rows: pass one that has.")
     known = lambda: f"{name} has no column {client!r} that says whose a row is: it has {_listed(frame.columns)}."
     check(client in frame.columns, known)
     missing = frame[client].isna().to_numpy()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from .. import cache
+from .. import cache, owned
 from ..algorithm import Algorithm
 from ..arrays import held, on_device
 from ..by_client import ClientMetrics, Share
@@ -131,12 +131,14 @@ class Kind:
         name, summary: its name, and a line about it.
         datasets: the data sets it runs on, the default first.
         build: Options -> Task.
+        partition: how rows are dealt unless one says.
     """
 
     name: str
     summary: str
     datasets: tuple[str, ...]
     build: Callable[[Options], Task]
+    partition: str = "iid"
 
     def __call__(self, options: Options | None = None, **settings: Unpack[Settings]) -> Task:
         """Build the task: `kind(dataset="digits", clients=20, seed=0)`."""
@@ -144,7 +146,7 @@ class Kind:
         for name in settings:
             if name not in names:
                 raise unknown_name(f"option of the task {self.name}", name, names)
-        options = options or Options(**settings)
+        options = options or Options(**{"partition": self.partition, **settings})
         dataset = self.datasets[0] if options.dataset is None else options.dataset
         if dataset not in self.datasets:
             raise unknown_name(f"data set for {self.name}", dataset, self.datasets)
@@ -196,7 +198,8 @@ def validation_loss(outer_loss: Loss, data: FederatedData) -> Metric:
     counts = data.count("outer")
     p = np.full(data.clients, 1 / data.clients) if data.weights is None else np.asarray(data.weights)
     weights = held(np.repeat(p * np.asarray(data.outer.scale) / counts, counts))
-    return lambda x, y: _weighted_loss(outer_loss, x, y, data.outer.rows, weights)
+    whose = on_device(np.repeat(np.arange(data.clients, dtype=np.int32), counts))
+    return lambda x, y: _weighted_loss(outer_loss, x, y, data.outer.rows, weights, whose)
 
 
 def mean_loss(loss: Loss, rows: PyTree) -> Metric:
@@ -207,8 +210,20 @@ def mean_loss(loss: Loss, rows: PyTree) -> Metric:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _weighted_loss(loss: Loss, x: PyTree, y: PyTree, rows: PyTree, weights: Float[Array, " rows"]) -> Float[Array, ""]:
-    losses = jax.vmap(lambda row: loss(x, y, row))(rows)
+def _weighted_loss(
+    loss: Loss,
+    x: PyTree,
+    y: PyTree,
+    rows: PyTree,
+    weights: Float[Array, " rows"],
+    whose: Int[Array, " rows"] | None = None,
+) -> Float[Array, ""]:
+    """The weighted sum of a loss over rows; `whose` says whose blocks each sees, where x or y has any."""
+    if whose is None:
+        losses = jax.vmap(lambda row: loss(x, y, row))(rows)
+    else:
+        seen = lambda client: owned.bare(owned.own((x, y), client))
+        losses = jax.vmap(lambda row, client: loss(*seen(client), row))(rows, whose)
     return jnp.sum(weights.astype(losses.dtype) * losses)
 
 

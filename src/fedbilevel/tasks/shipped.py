@@ -14,3 +14,5 @@ from .hearts import hearts as hearts
 from .cleaning import cleaning as cleaning
 from .fair import fair as fair
 from .fair import fair_age as fair_age
+from .personal import personal as personal
+from .client_weights import client_weights as client_weights
