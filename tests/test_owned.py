@@ -423,6 +423,19 @@ def test_blocks_of_unlike_lengths():
     assert not filled[0, 3:].any() and not filled[2, 2:].any()  # what no row reads stays
 
 
+def test_a_block_that_is_too_short_for_its_rows_is_told():
+    draw = np.random.default_rng(5)
+    client = lambda n: {"a": draw.normal(size=(n, WIDE)), "b": draw.normal(size=n), "place": np.arange(n)}
+    data = fb.FederatedData.stack([client(3), client(5)], [client(4), client(4)], names=["north", "south"])
+    loss = lambda y, row: 0.5 * (row["a"] @ y - row["b"]) ** 2
+    weighted = lambda x, y, row: jax.nn.sigmoid(x["w"][row["place"]]) * loss(y, row) + 0.5 * jnp.sum(y**2)
+    problem, x = fb.Problem(weighted, lambda x, y, row: loss(y, row)), {"w": fb.per_client([np.zeros(2), np.zeros(5)])}
+    with pytest.warns(
+        fb.errors.FedbilevelWarning, match=r"loss of north reads its block of x\['w'\] beyond the 2 entries"
+    ):
+        fb.solve(problem, data, fb.Lockstep(**STEPS), x, np.zeros(WIDE), 5, key=jax.random.key(0), check=False)
+
+
 @pytest.mark.parametrize(
     ("blocks", "sentence"),
     [
@@ -430,6 +443,7 @@ def test_blocks_of_unlike_lengths():
         (np.zeros(()), "first axis is the clients; got a number"),
         (np.zeros((M, 2), int), "floating-point numbers, which are optimised; got int64"),
         ([], "takes one array a client; got none"),
+        ({"north": np.zeros(2)}, "in the order of data.names; got a mapping"),
         ([np.zeros(2), np.zeros((2, 2))], "client 1's is float64[2, 2] and client 0's float64[2]"),
         ([np.zeros(2), np.zeros(2, int)], "of client 1 takes floating-point numbers"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import equinox as eqx
 import jax
@@ -247,6 +248,12 @@ def test_keys_that_are_not_declared_or_not_taken_are_refused(problem, words):
     with pytest.raises(fb.InputError) as error:
         fb.solve(problem, DATA, fb.Lockstep(), X, Y, 4, key=KEY)
     assert words in str(error.value)
+
+
+def test_a_key_that_is_not_declared_is_told_of_where_y_has_settings_too():
+    """The loss is then one that is completed by them, and its own signature is the user's all the same."""
+    with pytest.raises(fb.InputError, match=re.escape("declare it, Problem(..., random=True)")):
+        fb.solve(fb.Problem(inner, outer), DATA, fb.Lockstep(), X, {**Y, "layers": 3}, 4, key=KEY)
 
 
 def test_losses_that_differ_in_what_they_draw_are_two_programs():

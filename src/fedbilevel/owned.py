@@ -8,7 +8,7 @@ index their row) the gradient of block i is p_i times that, with p_i the client'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeGuard
 
 import equinox as eqx
@@ -234,3 +234,22 @@ def check_clients(tree: PyTree, name: str, clients: int) -> None:
                 f"{name}{jax.tree_util.keystr(path)} has blocks of {node.value.shape[0]} clients, and the data has "
                 f"{clients} clients: give one block to each, in the data's order."
             )
+
+
+def beyond(tree: PyTree, name: str, clients: Sequence[str]) -> list[str]:
+    """A sentence for each leaf of which a client's loss has moved numbers beyond its block's end: it was given too few."""
+    found = []
+    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_block)[0]:
+        if not (is_block(node) and node.lengths is not None):
+            continue
+        lengths, value = np.frombuffer(node.lengths, np.int32), np.asarray(node.value)
+        behind = np.arange(value.shape[1]) >= lengths[:, None]
+        moved = behind & (value != 0).reshape(*value.shape[:2], -1).any(axis=2)
+        if moved.any():
+            client = int(np.flatnonzero(moved.any(axis=1))[0])
+            found.append(
+                f"the loss of {clients[client]} reads its block of {name}{jax.tree_util.keystr(path)} beyond the "
+                f"{lengths[client]} entries that it has, which are zeros at first and were trained: give it as many as its "
+                "rows ask for, or sum up no more than they read."
+            )
+    return found

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from . import cache
+from . import cache, owned
 from .algorithm import Algorithm
 from .beginning import first_state
 from .best import Kept, goal
@@ -732,6 +732,9 @@ class Run:
 
     def _result(self) -> Result:
         both = self.variables()
+        names = self._data.names
+        for sentence in (*owned.beyond(both[0], "x", names), *owned.beyond(both[1], "y", names)):
+            warn(sentence)
         x, y = self._given(*both)
         own = as_given(self.lower.everybody(self.carry), self._y_rest)
         state, stopped = self.carry.state, self.history.stopped
