@@ -55,23 +55,18 @@ def load(site):
 
 
 app = fb.App(
-    problem=fb.Problem(inner, outer), load=load, start=start, algorithm=ALGORITHM, iterations=4, cohort=2, precision=64,
+    problem=fb.Problem(inner, outer), load=load, start=start, algorithm=fb.AggITD(), iterations=4, cohort=2, precision=64,
 )
 """
 
 
 @pytest.mark.network
-@pytest.mark.parametrize(
-    ("algorithm", "how"),
-    [("fb.Lockstep()", ["--poc"]), ("fb.AggITD(inner_lr=.1, hessian_lr=.1, outer_lr=.1)", [])],
-    ids=["provisioned", "simulator"],
-)
-def test_blocks_over_the_network(algorithm, how, tmp_path):
+def test_blocks_over_the_network(tmp_path):
     file, seen = tmp_path / "app.py", tmp_path / "seen"
     seen.mkdir()
-    file.write_text(APP.replace("ALGORITHM", algorithm).replace("FOLDER", str(seen)))
+    file.write_text(APP.replace("FOLDER", str(seen)))
     out, simulated = tmp_path / "network", tmp_path / "simulated"
-    call("run", file, "--engine", "nvflare", "--clients", 3, "--out", out, *how)
+    call("run", file, "--engine", "nvflare", "--clients", 3, "--out", out)
     received = {path.stem: np.frombuffer(path.read_bytes()).tolist() for path in seen.glob("*.bin")}
     call("run", file, "--clients", 3, "--out", simulated)
     close(out, simulated, 1e-9)
@@ -86,8 +81,7 @@ def test_blocks_over_the_network(algorithm, how, tmp_path):
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("how", [["--poc"], []], ids=["provisioned", "simulator"])
-def test_blocks_with_tables_and_metrics_by_client(how, tmp_path):
+def test_blocks_with_tables_and_metrics_by_client(tmp_path):
     """Each site's own penalty, tables that sites agree on, and how each site fares, in one app."""
     words = {
         "jnp.exp(x) * y": 'jnp.exp(x["own"] + x["all"]) * y',
@@ -104,7 +98,7 @@ def test_blocks_with_tables_and_metrics_by_client(how, tmp_path):
         text = text.replace(old, new)
     file = apps.write(tmp_path, text, "")
     out, simulated = tmp_path / "network", tmp_path / "simulated"
-    call("run", file, "--engine", "nvflare", "--out", out, *how)
+    call("run", file, "--engine", "nvflare", "--out", out, "--poc")
     call("run", file, "--out", simulated)
     close(out, simulated, 1e-5)
     same_books(out, simulated)
