@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 
 from .places import TESTS
@@ -17,6 +18,14 @@ def only_what_is_installed(name: str) -> None:
     if any(getattr(finder, "name", None) == name for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Installed(name))
+
+
+def is_installed(name: str) -> bool:
+    """Whether `import name` would find something."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 class _Installed:

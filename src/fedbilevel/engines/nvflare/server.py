@@ -218,7 +218,7 @@ class Collab(Engine):
         )  # fmt: skip
         ready = self._all(lambda all_sites: all_sites.prepare(plain(setup)))
         digest = None if self.prepared is None else self.prepared.digest
-        for name in self.names:
+        for name in self.names if digest is not None else ():
             if ready[name].get("prepared") != digest:
                 raise RunError(f"site {name} makes rows of its tables in another way than the server says.")
         if check:
