@@ -280,6 +280,7 @@ def test_clients_with_lower_variables_of_their_own_have_the_mean_y_in_the_histor
         np.testing.assert_allclose(found, by_hand(result.x, result.y), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_train_and_tune_have_them():
     trained = fb.train(Q.problem, Q.data, Q.x, Q.y, rounds=8, key=new_key(0), check=False, client_metrics=METRICS)
     np.testing.assert_allclose(trained.clients.columns["low"], by_hand(Q.x, trained.y)[:, 0], rtol=1e-12)

@@ -100,7 +100,7 @@ def test_references_are_those_of_the_dense_form(weights):
         assert apart(one, other) < 1e-10, of
 
 
-@pytest.mark.parametrize("weights", [None, "rows"])
+@pytest.mark.parametrize("weights", [None, pytest.param("rows", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("algorithm", [fb.Lockstep(**STEPS), fb.AggITD(**STEPS, truncation="full", warm_start_v=True)])
 def test_the_fixed_point_is_that_of_the_dense_form(algorithm, weights):
     result = solved(algorithm, 4000 if isinstance(algorithm, fb.Lockstep) else 2500, weights)
@@ -243,7 +243,7 @@ def made(name: str, more: dict) -> fb.Algorithm:
     return kind(**{key: value for key, value in (STEPS | more).items() if key in fields})
 
 
-SOON = ("lockstep", "aggitd")
+SOON = ("lockstep",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in SOON)) for n in ALGORITHMS])
@@ -368,6 +368,7 @@ def both(result: fb.Result):
     return result.x, result.y
 
 
+@pytest.mark.slow
 def test_training_checks_metrics_and_estimates_take_blocks():
     data, (x, y) = rows(), start()
     trained = fb.train(BLOCKS, data, x, y, rounds=400, key=jax.random.key(0), inner_lr=0.05)

@@ -55,6 +55,7 @@ def test_rows_that_count_otherwise_at_the_levels():
     assert np.linalg.norm(flat(fb.reference.hypergradient(Q.problem, data, end.x, Q.y))) < 1e-7
 
 
+@pytest.mark.slow
 def test_a_batch_of_rows_gives_the_same():
     def batched_inner(x, y, rows, weights):
         return jnp.sum(weights * jax.vmap(lambda row: inner(x, y, row))(rows))
@@ -69,6 +70,7 @@ def test_a_batch_of_rows_gives_the_same():
     assert fb.testing.check_problem(problem, Q.data, Q.x, Q.y).passed
 
 
+@pytest.mark.slow
 def test_block_by_block_it_is_the_same():
     """One client of 20,000 rows beside small ones: its full batch is not padded."""
     q = of_means(False, seed=2, sizes=((40, 20_000), *[(3, 4)] * 12))
@@ -109,6 +111,7 @@ def test_check_problem_passes_where_a_client_lacks_a_group():
     assert fb.testing.check_problem(*GIVEN).passed
 
 
+@pytest.mark.slow
 def test_check_problem_finds_means_that_are_none():
     worst = lambda x, y, rows, weights: {"most": jnp.max(rows["t"] * y["b"])}
     problem = fb.Problem(

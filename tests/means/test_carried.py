@@ -225,6 +225,7 @@ def test_a_budget_of_rounds_holds_the_first_one(budget):
 # With what else there is ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lockstep", "aggitd"])
 def test_with_steps_that_are_found(name):
     algorithm = ALGORITHMS[name](**{} if name == "lockstep" else {"truncation": "full"})
@@ -251,6 +252,7 @@ def test_a_small_budget_measures_less(budget):
     assert end.history[-1]["rounds"] == budget and end.iteration == max(1, budget - 2)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     engine = fb.Simulation(cohort=2, dropout=0.2)
     whole = solve(fb.Lockstep(batch_size=2), 14, ALIKE, engine=engine)
@@ -305,6 +307,7 @@ def test_an_algorithm_of_ones_own_needs_x_and_y_in_its_message():
         solve(Turned(), 1)
 
 
+@pytest.mark.slow
 def test_it_runs_in_32_bits_as_users_run_it():
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         q = of_means(weighted=False)
@@ -317,6 +320,7 @@ def test_it_stands_for_its_algorithm():
     assert isinstance(carried, Carried) and carried.outer_lr == 0.3 and carried.follows == fb.Lockstep.follows
 
 
+@pytest.mark.slow
 def test_blocks_that_belong_to_clients_go_with_it():
     """A weight for each training row, its client's, judged by pooled means: against differences of Phi."""
     rows = [own | {"place": np.arange(len(own["t"]))} for own in Q.inner]
