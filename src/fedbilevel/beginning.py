@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from . import owned
-from .algorithm import Algorithm, State
+from .algorithm import Algorithm
 from .arrays import Concrete
 from .canonical import trace
 from .compiled import Kept
@@ -34,19 +34,15 @@ def first_state(algorithm: Algorithm, x: PyTree, y: PyTree) -> PyTree:
     return _at_once(_init, algorithm, x, y)
 
 
-def first_client_state(algorithm: Algorithm, state: PyTree, client: int = 0) -> PyTree:
+def first_client_state(algorithm: Algorithm, state: PyTree) -> PyTree:
     """What one client keeps, at the start; all begin alike, but for blocks of x and y that are theirs."""
-    return _at_once(client_state, algorithm, owned.own(_variables(state), client))
+    return _at_once(client_state, algorithm, state)
 
 
 def client_state(algorithm: Algorithm, state: PyTree) -> PyTree:
     """As `first_client_state`, within a program."""
     x, y = owned.own((state.x, state.y), 0)
     return strong(jax.tree.map(jnp.asarray, algorithm.client_init(x, y)))
-
-
-def _variables(state: PyTree) -> State:
-    return State(state.x, state.y)
 
 
 def _init(algorithm: Algorithm, x: PyTree, y: PyTree) -> PyTree:

@@ -196,6 +196,13 @@ def collected(replies: PyTree, index: Int[Array, " n"], present: Bool[Array, " n
     return mapped(everybodys, replies)
 
 
+def with_blocks(
+    reply: PyTree, replies: PyTree, index: Int[Array, " n"], present: Bool[Array, " n"] | None, clients: int
+) -> PyTree:
+    """A combined reply, of all but the blocks, with all clients' blocks in it (`collected`)."""
+    return together(reply, collected(replies, index, present, clients))
+
+
 def added(replies: PyTree, index: Int[Array, " n"], clients: int) -> PyTree:
     """All clients' blocks, to which the parts of some are added: as derivatives of the dense form are."""
 

@@ -139,7 +139,6 @@ class FedMBO(Algorithm):
                 going = t < cut
                 message, asked = (fed.when(going, (x, y, lam)), fed.when(going, p)), fed.draw_cohort(1)
                 new = fed.average(self.factor, *message, replies=(going,), cohort=asked, beside=s > 0)
-                new = fed.renewed(new, p)
                 after.append(jax.tree.map(lambda new, old, going=going: jnp.where(going, new, old), new, p))
             return after
 

@@ -79,7 +79,7 @@ class AbstractFederation(TracedFederation):
         reply = combine_replies(combine, owned.without(one), None)
         if owned.nodes(one):
             self._present = jnp.zeros(self.clients, bool)
-            reply = owned.together(reply, owned.collected(one, jnp.zeros(1, jnp.int32), None, self.clients))
+            reply = owned.with_blocks(reply, one, jnp.zeros(1, jnp.int32), None, self.clients)
         return shapes, reply
 
     def _replied_with(self, name: str, method: Method, message: PyTree, wanted: Wanted, key: Key[Array, ""]) -> PyTree:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax.tree
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ..arrays import entry, held, on_device
 from ..data import FederatedData
@@ -50,12 +50,12 @@ from .network import Layer
 CLEAN, WRONG, PENALTY = 0.1, 0.4, 0.01
 
 
-def predict(x: Float[Array, " training"], y: Layer, a: Float[Array, "rows features"]) -> Float[Array, "rows classes"]:
+def predict(x: PyTree, y: Layer, a: Float[Array, "rows features"]) -> Float[Array, "rows classes"]:
     """Logits of a (rows, features)."""
     return a @ y["weight"] + y["bias"][None]
 
 
-def outer_loss(x: Float[Array, " training"], y: Layer, example: Row) -> Float[Array, ""]:
+def outer_loss(x: PyTree, y: Layer, example: Row) -> Float[Array, ""]:
     """Cross-entropy of one example."""
     return cross_entropy(example["a"] @ y["weight"] + y["bias"], example["label"])
 

@@ -35,7 +35,7 @@ from ..data import FederatedData
 from ..datasets import load
 from ..keys import generator
 from ..metrics import Metric
-from ..owned import PerClient, per_client
+from ..owned import per_client
 from ..problem import Problem
 from ..threefry import fold_in
 from .base import (
@@ -44,25 +44,15 @@ from .base import (
     Row,
     Task,
     classification_metrics,
-    cross_entropy,
     deal,
     suited,
     validation_loss,
 )
+from .cleaning import outer_loss, predict
 from .loss_tuning import levels
 from .network import Layer
 
 CLEAN, PENALTY = 0.1, 0.01
-
-
-def predict(x: PerClient, y: Layer, a: Float[Array, "rows features"]) -> Float[Array, "rows classes"]:
-    """Logits of a (rows, features)."""
-    return a @ y["weight"] + y["bias"][None]
-
-
-def outer_loss(x: Float[Array, ""], y: Layer, example: Row) -> Float[Array, ""]:
-    """Cross-entropy of one example."""
-    return cross_entropy(example["a"] @ y["weight"] + y["bias"], example["label"])
 
 
 class InnerLoss(eqx.Module):

@@ -185,7 +185,7 @@ class MessageFederation(Federation):
         if owned.nodes(stacked):
             here = jnp.asarray(index[np.asarray(slots)])
             self._present = owned.answered(here, None, self.clients)
-            reply = owned.together(reply, owned.collected(stacked, here, None, self.clients))
+            reply = owned.with_blocks(reply, stacked, here, None, self.clients)
         return mask_reply(reply, wanted)
 
     def _until_enough(self, exchange: _Exchange, cohort: Cohort) -> tuple[np.ndarray, dict[int, PyTree]]:

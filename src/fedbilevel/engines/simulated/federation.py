@@ -202,7 +202,7 @@ class SimulatedFederation(TracedFederation):
         reply = by_part(combine, owned.without(replies), combined)
         if owned.nodes(replies):
             self._present = owned.answered(index, present, self.clients)
-            reply = owned.together(reply, owned.collected(replies, index, present, self.clients))
+            reply = owned.with_blocks(reply, replies, index, present, self.clients)
         return shapes, reply
 
     def _fetched(self, index: Int[Array, " slots"], mesh: jax.sharding.Mesh) -> tuple[PyTree, PyTree] | None:
