@@ -22,6 +22,7 @@ from fedbilevel.callbacks.checkpoint import FILE
 from fedbilevel.compare import Plan, Shipped, gather
 from fedbilevel.engines.messaging.transport import RUN, START
 from fedbilevel.engines.nvflare.worker import _Inside
+from fedbilevel.jaxprs import COMPILING
 from fedbilevel.result import save_variables
 from fedbilevel.results import report
 from fedbilevel.tasks import Options
@@ -282,22 +283,21 @@ def test_histories_with_other_columns_are_gathered_summarised_and_drawn(tmp_path
 @pytest.mark.slow
 @both_engines
 def test_seconds_of_a_resumed_run_go_on_without_compilation_and_without_the_time_between(tmp_path, engine):
-    """Compilation takes a second and more here, an iteration some milliseconds."""
     algorithm = fb.Lockstep(inner_lr=0.02, hessian_lr=0.02, outer_lr=0.01, batch_size=2)
-    run = lambda n, **options: solve(
-        n, algorithm, engine, callbacks=[Checkpoint(tmp_path), CSV(tmp_path / "h.csv")], **options
-    )
-    jax.clear_caches()
-    part = run(3)
-    jax.clear_caches()  # as in a new process
+
+    def run(n, **options):
+        jax.clear_caches()  # as in a new process
+        compiled, begin = clock.compiling(), time.perf_counter()
+        result = solve(n, algorithm, engine, callbacks=[Checkpoint(tmp_path), CSV(tmp_path / "h.csv")], **options)
+        return result, time.perf_counter() - begin, clock.compiling() - compiled
+
+    part, wall, compiled = run(3)
+    assert 0 < part.seconds < wall - compiled < wall
     time.sleep(0.5)
-    begin = time.perf_counter()
-    resumed = run(6, resume=tmp_path)
-    wall = time.perf_counter() - begin
+    resumed, wall, compiled = run(6, resume=tmp_path)
     seconds = resumed.history.column("seconds")
     assert seconds[3] == part.history[-1]["seconds"] == part.seconds
-    assert 0 < seconds[6] - seconds[3] < 0.2 < wall
-    assert 0 < seconds[3] < 0.2
+    assert 0 < seconds[6] - seconds[3] < wall - compiled < wall
     assert resumed.seconds == seconds[6]
     with (tmp_path / "h.csv").open(newline="") as text:
         assert [float(row["seconds"]) for row in csv.DictReader(text)] == list(seconds)
@@ -307,9 +307,14 @@ def test_the_clock_leaves_compilation_out_once():
     """Compilation within compilation (a jitted function in another) is not taken off twice."""
     slow = jax.jit(lambda a: jnp.linalg.svd(a @ a.T)[1])
     nested = jax.jit(lambda a: slow(jnp.stack([a, a]).sum(0)) + slow(a[:3, :3]).sum())
+    told = []
+    listen = lambda event, seconds, **_: told.append(seconds if event.startswith(COMPILING) else 0.0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
     watch, begin = clock.Stopwatch(), time.perf_counter()
-    jax.block_until_ready(nested(np.eye(4)))
+    try:
+        jax.block_until_ready(nested(np.eye(4)))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
     time.sleep(0.2)
-    wall = time.perf_counter() - begin
-    assert 0.2 <= watch.seconds() < wall
-    assert watch.seconds() < 0.4
+    seconds = watch.seconds()
+    assert 0.2 <= seconds < time.perf_counter() - begin - max(told)
