@@ -316,6 +316,14 @@ REFUSED = {
     "dates": (lambda: made(TABLE.assign(since=pd.Timestamp("2020-01-01"))), r"dates or times in its .*'since'.*drop="),
     "date objects": (lambda: made(TABLE.assign(since=pd.Timestamp("2020-01-01").date())), r"dates or times.*'since'"),
     "periods": (lambda: made(TABLE.assign(since=pd.Period("2020-01"))), "dates or times.*'since'"),
+    "a mark for a missing number": (
+        lambda: made(TABLE.assign(chol=["?" if n % 5 == 0 else str(n) for n in range(len(TABLE))])),
+        r"numbers as text beside '\?' in its .*'chol'.*na_values=\['\?'\].*categories=\['chol'\]",
+    ),
+    "numbers as text": (
+        lambda: made(TABLE.assign(chol=[f"{n}.5" for n in range(len(TABLE))])),
+        r"numbers as text \(such as '0.5'\).*'chol'.*make them numbers, or",
+    ),
     "dates as text": (
         lambda: made(TABLE.assign(since=[f"2020-0{1 + k % 9}-17" for k in range(240)])),
         r"dates as text \(such as '2020-01-17'\).*'since'.*days since a first day",

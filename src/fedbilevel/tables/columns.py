@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 NUMBER, BOOLEAN, CATEGORY, EMPTY = "number", "boolean", "category", "empty"
 _DROP = "leave it out with drop="
+_CODES = 10  # different numbers up to which a column of text may hold codes
+_NUMERAL = re.compile(r"\s*[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?\s*$")
 _DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}([ T]\d{1,2}:\d\d.*)?$")
 
 
@@ -85,6 +87,16 @@ def check_dates(texts: list[str], whose: Whose, name: str) -> None:
     """Refuse texts that are all dates: each would be a category."""
     if len(texts) > 1 and all(map(_DATE.match, texts)):
         raise _odd(whose, name, f"dates as text (such as {shown(min(texts))})", DATES)
+
+
+def check_numbers(texts: list[str], whose: Whose, name: str) -> None:
+    """Refuse texts most of which are numbers, more of them than codes are: each would be a category."""
+    other = [text for text in texts if not _NUMERAL.match(text)]
+    if len(texts) - len(other) > max(_CODES, len(other)):
+        what = f"numbers as text{f' beside {shown(min(other))}' if other else f' (such as {shown(min(texts))})'}"
+        missing = f" (pandas.read_csv(..., na_values=[{min(other)!r}]) reads that as missing)" if other else ""
+        hint = f"make them numbers{missing}, or, if they are codes, name it in categories=[{name!r}]"
+        raise _odd(whose, name, what, hint)
 
 
 def numbers_of(column: pandas.Series, whose: Whose, name: str) -> Float64[np.ndarray, " rows"]:

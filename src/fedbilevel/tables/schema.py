@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import InputError, RunError, check
 from ..rows.values import Whose, columns_apart, shown
-from .columns import BOOLEAN, CATEGORY, EMPTY, NUMBER, check_dates, check_named, kind_of, texts_of
+from .columns import BOOLEAN, CATEGORY, EMPTY, NUMBER, check_dates, check_named, check_numbers, kind_of, texts_of
 from .wanted import CATEGORIES, FREQUENT, Prepare
 
 if TYPE_CHECKING:
@@ -141,6 +141,8 @@ def _seen(column: pandas.Series, wanted: Prepare, whose: Whose, name: str) -> Se
     codes, texts = texts_of(column, whose, name)
     if name not in wanted.categories:
         check_dates(texts, whose, name)
+        if kind == CATEGORY:
+            check_numbers(texts, whose, name)
     if len(texts) > MOST:
         hint = (
             f"leave it out with drop=[{name!r}], or make numbers or fewer categories of it"
