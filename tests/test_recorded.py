@@ -1,4 +1,4 @@
-"""Every algorithm gives the numbers that were recorded, to 1e-12, on both engines in one process."""
+"""Every algorithm gives the numbers that were recorded, to 1e-12: simulated, and, with every option, by Loopback."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ CASES = list(cases())
 RECORDED = recorded()
 
 
+def engines(case):
+    """Loopback runs every option once, with weights; that it is the simulation elsewhere too is shown by test_engines.
+
+    And with "auto" by pace/test_automatic.py.
+    """
+    both = case.setting.startswith("weights") and case.variant != "auto"
+    return (fb.Simulation, fb.Loopback) if both else (fb.Simulation,)
+
+
 def speed(case, engine):
     fast = case.algorithm in FAST and engine is fb.Simulation
     fast = fast and (case.problem, case.variant, case.setting) == ("quadratic", "plain", "weights, dropout")
@@ -26,7 +35,7 @@ def speed(case, engine):
     [
         pytest.param(case, engine, marks=speed(case, engine), id=f"{engine.__name__}: {case}")
         for case in CASES
-        for engine in (fb.Simulation, fb.Loopback)
+        for engine in engines(case)
     ],
 )
 def test_the_numbers_are_those_that_were_recorded(case, engine):

@@ -264,9 +264,10 @@ def test_where_the_default_step_diverges_the_measured_one_does_not():
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in (fb.AggITD, fb.Lockstep) else pytest.mark.slow) for kind in KINDS]
+    "kind", [fb.AggITD, fb.Lockstep, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (fb.FedNest, fb.FedMBO))]
 )
-def test_every_algorithm_measures_alike_in_both_engines(kind):
+def test_what_is_measured_is_alike_in_both_engines(kind):
+    """Of every algorithm in `test_automatic.test_every_algorithm_runs_alike_on_both_engines`."""
     q = quadratic(seed=1, clients=3, sizes=((4, 4),))
     turns = {"inner_rounds": 2} if "inner_rounds" in kind.__dataclass_fields__ else {}
     algorithm = plain(kind, **turns, hessian_lr="auto", local_steps=2, batch_size=2)

@@ -100,15 +100,16 @@ def test_x_is_better(tuned):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{"cohort": 3}, {"weights": True}])
-def test_engines_agree(more):
+@pytest.mark.parametrize(("more", "candidates"), [({"cohort": 3}, 4), ({"weights": True}, 2)])
+def test_engines_agree(more, candidates):
     q = (
         dataclasses.replace(Q, data=fb.FederatedData.stack(Q.inner, Q.outer, weights="rows"))
         if "weights" in more
         else Q
     )
     own = {name: value for name, value in more.items() if name != "weights"}
-    ends = [tune(q, 48, engine=engine(dropout=0.2, **own), batch_size=2) for engine in (fb.Simulation, fb.Loopback)]
+    given = {"batch_size": 2, "candidates": candidates}
+    ends = [tune(q, 48, engine=engine(dropout=0.2, **own), **given) for engine in (fb.Simulation, fb.Loopback)]
     assert fb.testing.distance((ends[0].x, ends[0].y), (ends[1].x, ends[1].y)) <= 1e-10
     assert [each.round for each in ends[0].candidates] == [each.round for each in ends[1].candidates]
     for name in ("rounds", "bytes_down", "bytes_up", "candidates"):

@@ -34,13 +34,12 @@ def submitted(job: Path, out: Path, clients: int, poc: bool) -> tuple[dict, Path
     return json.loads(found.read_text()), found.parent
 
 
-@pytest.mark.parametrize("poc", [False, True], ids=["simulator", "provisioned"])
-def test_a_job_runs_where_nothing_of_the_app_lies(tmp_path, poc):
+def test_a_job_runs_where_nothing_of_the_app_lies(tmp_path):
     file = write(tmp_path / "app")
     call("run", file, "--out", tmp_path / "simulated", "--clients", 2)
     job = export(file, tmp_path / "jobs", {}, 2)
     shutil.rmtree(tmp_path / "app")
-    outcome, folder = submitted(job, tmp_path / "network", 2, poc)
+    outcome, folder = submitted(job, tmp_path / "network", 2, poc=True)
     assert outcome["status"] == "done", outcome
     close(folder, tmp_path / "simulated", 1e-12)
     nothing_left(tmp_path)
