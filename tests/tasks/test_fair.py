@@ -9,7 +9,7 @@ import pytest
 
 import fedbilevel as fb
 from fedbilevel.tasks import fair, fair_age
-from fedbilevel.tasks.fair import GAP, LEAST, PENALTY, ROWS, SOFT, check_groups, draw, known_gap, thirds
+from fedbilevel.tasks.fair import GAP, LEAST, PENALTY, ROWS, SOFT, check_groups, draw, fair_problem, known_gap, thirds
 from helpers import hospitals
 from helpers.differences import check_hypergradient, moved
 from helpers.places import DATA
@@ -118,6 +118,18 @@ def test_groups_that_are_too_small_are_refused():
         check_groups([full], [none], names)
     with pytest.raises(fb.InputError, match="the group 'women' has 0 negative and 0 positive training rows"):
         check_groups([none], [full], names)
+
+
+def test_the_problem_of_rows_of_ones_own_is_the_tasks():
+    task = fb.tasks.fair(seed=0)
+    inner, outer = ([level.alone(i).rows for i in range(10)] for level in (task.data.inner, task.data.outer))
+    problem, x, y = fair_problem(inner, outer, ("men", "women"))
+    value, expected = (float(fb.reference.value(each, task.data, x, y)) for each in (problem, task.problem))
+    assert value == expected
+    assert fb.testing.distance((x, y), (task.x, task.y)) == 0
+    odd = [*inner[:-1], {**inner[-1], "group": inner[-1]["group"] + 1}]
+    with pytest.raises(fb.InputError, match="client 9's training rows have the group 2: it is 0 or 1"):
+        fair_problem(odd, outer)
 
 
 def test_a_partition_is_refused(tmp_path):

@@ -42,7 +42,7 @@ from jaxtyping import Array, Float
 from ..arrays import held, on_device
 from ..data import FederatedData
 from ..datasets.heart import COLUMNS, HOSPITALS, find_heart, prepared, tables
-from ..errors import check
+from ..errors import InputError, check
 from ..keys import generator
 from ..metrics import Metric
 from ..oracles import around_all
@@ -58,7 +58,7 @@ PLACES = np.array([[[-1.0, -0.5], [1.0, 0.0]], [[-1.0, -0.5], [0.0, 1.0]]])  # b
 NOISE = 4  # columns that tell nothing
 TEST, OUTER = 0.3, 0.45  # of the hospitals' rows
 
-Table = Mapping[str, np.ndarray]  # "a" (rows, columns), "label" and "group" (rows,) int32
+Table = Mapping[str, np.ndarray | Array]  # "a" (rows, columns), "label" and "group" (rows,) int32
 Upper = Float[Array, "2 2"]
 
 
@@ -109,24 +109,54 @@ def built(
         InputError: a group has no rows, or too few positives in validation.
     """
     inner, outer = levels
-    check_groups(inner, outer, groups)
+    problem, x, y = fair_problem(inner, outer, groups)
     data = FederatedData.stack(list(inner), list(outer), weights="rows", names=list(names))
+    metrics = test_metrics(test) | {"validation_loss": validation_loss(problem, data)}
+    return Task(name, dataset, problem, data, x, y, metrics, options.keys()[3])
+
+
+def fair_problem(
+    inner: Sequence[Table], outer: Sequence[Table], groups: tuple[str, str] = ("first", "second"),
+    penalty: float = PENALTY,
+) -> tuple[Problem, Upper, Layer]:  # fmt: skip
+    """The problem of rows of one's own, and where x and y start.
+
+    The data is `FederatedData.stack(inner, outer, weights="rows")`: clients count by their rows, at both levels.
+
+    Args:
+        inner: of each client its training rows: "a" (rows, columns) floats, and "label" and "group" (rows,), whole
+            numbers that are 0 or 1.
+        outer: its validation rows, alike.
+        groups: what to call the two groups in messages.
+        penalty: of |y|^2 / 2.
+
+    Returns:
+        (the problem; x, zeros (2, 2); y, {"weight": zeros (columns,), "bias": a zero}).
+
+    Raises:
+        InputError: a label or a group is neither 0 nor 1, a group has no positives or negatives, or fewer than 20
+            positives in validation.
+    """
+    check_groups(inner, outer, groups)
     every = {part: np.concatenate([rows[part] for rows in inner]) for part in ("group", "label")}
     shares = [[np.mean((every["group"] == g) & (every["label"] == k)) for k in (0, 1)] for g in (0, 1)]
-    problem = Problem(
-        InnerLoss(held(np.array(shares)), held(np.array(PENALTY))), outer_means=outer_means, outer_of=outer_of
-    )
-    metrics = test_metrics(test) | {"validation_loss": validation_loss(problem, data)}
-    y = logistic.first(test["a"].shape[1])
-    return Task(name, dataset, problem, data, held(np.zeros((2, 2))), y, metrics, options.keys()[3])
+    inner_loss = InnerLoss(held(np.array(shares)), held(np.array(penalty)))
+    problem = Problem(inner_loss, outer_means=outer_means, outer_of=outer_of)
+    return problem, held(np.zeros((2, 2))), logistic.first(np.shape(inner[0]["a"])[1])
 
 
 def check_groups(inner: Sequence[Table], outer: Sequence[Table], groups: tuple[str, str]) -> None:
     """Refuse groups that are too small.
 
     Raises:
-        InputError: with the group, and how many rows it has.
+        InputError: with the group, and how many rows it has; or a label or group that is neither 0 nor 1, with the client.
     """
+    for what, level in (("training", inner), ("validation", outer)):
+        for client, rows in enumerate(level):
+            for part in ("label", "group"):
+                odd = [value for value in np.unique(rows[part]).tolist() if value not in (0, 1)]
+                if odd:
+                    raise InputError(f"client {client}'s {what} rows have the {part} {odd[0]}: it is 0 or 1.")
     together = lambda level, part: np.concatenate([rows[part] for rows in level])
     for g, name in enumerate(groups):
         for what, level in (("training", inner), ("validation", outer)):
@@ -146,7 +176,7 @@ def check_groups(inner: Sequence[Table], outer: Sequence[Table], groups: tuple[s
 
 def test_metrics(test: Table) -> dict[str, Metric]:
     """test_accuracy, and test_gap: the true-positive rate of the first group less that of the second."""
-    a, label, group = (on_device(test[part]) for part in ("a", "label", "group"))
+    a, label, group = (on_device(np.asarray(test[part])) for part in ("a", "label", "group"))
     return {
         "test_accuracy": lambda x, y: _scores(y, a, label, group)[0],
         "test_gap": lambda x, y: _scores(y, a, label, group)[1],
@@ -214,7 +244,7 @@ def known_gap(y: Layer) -> float:
     return rate(PLACES[0, 1]) - rate(PLACES[1, 1])
 
 
-def _taken(table: Table, rows: np.ndarray) -> dict[str, np.ndarray]:
+def _taken(table: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
     return {part: values[rows] for part, values in table.items()}
 
 
