@@ -136,12 +136,20 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
         tune(resume=tmp_path / "none")
 
 
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_too_few_rounds_for_x_to_move_are_told(rounds):
+    with pytest.warns(
+        fb.errors.FedbilevelWarning, match=rf"x is where it started, after {rounds} rounds?: .*Give more"
+    ):
+        result = tune(rounds=rounds, candidates=1)
+    assert result.rounds == rounds and fb.testing.distance(result.x, Q.x) == 0
+
+
 def test_one_candidate_is_a_run():
     one, own = tune(rounds=20, candidates=1), alone("lockstep", 1.0, 19)
     assert fb.testing.distance((one.x, one.y), (own.x, own.y)) <= 1e-12
     assert one.rounds == 20 and len(one.candidates) == 1 and "candidates" not in one.history.columns
     assert len(tune(rounds=20).candidates) == 1  # there is no room for more
-    assert tune(rounds=1).rounds == 1
 
 
 def test_the_budget_of_bytes_holds(tuned):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import PyTree
 
 from ..algorithm import Algorithm
 from ..component import title_of
@@ -13,16 +14,21 @@ from ..pace.curvature import Curvature
 from ..pace.outer import Pace
 from ..watch import attributes
 
-_LEAST = 30  # iterations from which on it is said: a short run is one that somebody tries
+LEAST = 30  # iterations from which on it is said: a short run is one that somebody tries
+
+
+def never_moved(state: PyTree) -> bool:
+    """Whether x has an automatic step and waits still."""
+    pace = attributes(state).get("pace")
+    return isinstance(pace, Pace) and int(np.asarray(pace.moves)) == 0
 
 
 def tell_still(algorithm: Algorithm, carry: Carry, last: Record) -> None:
     """Warn, in a sentence, where x has never moved since the run began or last went back, though it has a way to go."""
-    held = attributes(carry.state)
-    pace, memory = held.get("pace"), held.get("memory")
-    if "outer_lr" not in found_in(algorithm) or not isinstance(pace, Pace) or not isinstance(memory, Curvature):
+    memory = attributes(carry.state).get("memory")
+    if "outer_lr" not in found_in(algorithm) or not isinstance(memory, Curvature):
         return
-    if carry.iteration < _LEAST or int(np.asarray(pace.moves)) > 0:
+    if carry.iteration < LEAST or not never_moved(carry.state):
         return
     length = getattr(last.info, "hypergradient_norm", None)
     if length is not None and not np.asarray(length)[-1] > 0:

@@ -18,6 +18,7 @@ from ..best import goal
 from ..by_client import ClientMetrics, Share
 from ..callbacks.base import Callback
 from ..data import FederatedData
+from ..diagnosis.still import LEAST, never_moved
 from ..engines.base import Engine
 from ..engines.simulation import Simulation
 from ..given import Whole, whole_number
@@ -156,11 +157,19 @@ def tune(
         heats=heats, most_bytes=purse, client_metrics=client_metrics, share_metrics=share_metrics,
     )  # fmt: skip
     try:
-        return _tuned(run, run.go(), table if heats is None else heats.table)
+        tuned = _tuned(run, run.go(), table if heats is None else heats.table)
     except errors.RunError as error:
         if isinstance(error.result, Result):
             error.result = _tuned(run, error.result, table if heats is None else heats.table)
         raise
+    if tuned.iteration < LEAST and never_moved(tuned.state):  # of longer runs it is told anyhow
+        last = tuned.history[-1]
+        if last.get("hypergradient_norm", 1) != 0:
+            errors.warn(
+                f"x is where it started, after {last['rounds']:g} round{'s' * (last['rounds'] != 1)}: it waits until y has "
+                "settled. Give more rounds."
+            )
+    return tuned
 
 
 def _judged_by(metric: str | None, direction: str | None, metrics: Mapping[str, Metric]) -> Judge | None:
