@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is fir
     from .owned import PerClient, per_client
     from .problem import Problem, Rows
     from .protocol import Protocol, protocol
-    from .result import History, Result
+    from .result import History, Result, load_result
     from .solve import estimate_hypergradient, solve
     from .stepper import Standing, Stepper, stepper
     from .tables.prepare import prepare

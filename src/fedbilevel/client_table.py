@@ -6,11 +6,12 @@ import csv
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .by_client import BAD, EMPTY, GIVEN, NONE, WORST, Found, Measure
+from .given import JSON
 
 if TYPE_CHECKING:
     import pandas
@@ -53,6 +54,28 @@ class ClientTable:
 
         rows = {} if self.rows is None else {"rows": np.asarray(self.rows)}
         return pandas.DataFrame({**rows, **self.columns}, index=pandas.Index(self.names, name="client"))
+
+    def to_dict(self) -> dict[str, JSON]:
+        """Everything in it, for JSON; a number that is not finite is None."""
+        plain = lambda values: [float(value) if np.isfinite(value) else None for value in values]
+        return {
+            "names": list(self.names),
+            "rows": None if self.rows is None else list(map(int, self.rows)),
+            "columns": {name: plain(column) for name, column in self.columns.items()},
+            "mean": dict(zip(self.mean, plain(self.mean.values()), strict=True)),
+            "worst": dict(zip(self.worst, plain(self.worst.values()), strict=True)),
+            "worst_client": dict(self.worst_client),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> ClientTable:
+        """What `to_dict` gave."""
+        number = lambda value: np.nan if value is None else float(value)
+        columns = {name: np.array(list(map(number, values))) for name, values in told["columns"].items()}
+        mean, worst = ({name: number(value) for name, value in told[each].items()} for each in ("mean", "worst"))
+        rows = None if told["rows"] is None else tuple(told["rows"])
+        return cls(tuple(told["names"]), rows, columns, mean, worst, dict(told["worst_client"]), tuple(told["notes"]))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write it as a CSV file; a place without a number is empty."""

@@ -33,6 +33,7 @@ from .problem import Problem
 from .processes import apart
 from .program import Settled, digest
 from .rows.spread import in_order
+from .version import __version__
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _CLIENTS = 4  # whose rows the oracles are compared on
@@ -79,6 +80,20 @@ class Identity:
             "structure": _short(_ADDRESS.sub("", str(jax.tree.structure((x, y))))),
             "data": _numbers((_in_order(data.inner), _in_order(data.outer), data.weights)),
             "losses": digest(execution.problem)[:16],
+        }
+
+    @property
+    def config(self) -> dict[str, JSON]:
+        """What ran, for whoever reads a result later: the fields that are words and numbers, and who wrote it."""
+        digests = ("compile", "start", "other leaves", "structure", "data", "losses")
+        told = {name: value for name, value in self.fields.items() if name not in digests}
+        engine = type(self._execution.engine).__name__
+        return {
+            **told,
+            "engine": engine,
+            "clients": self._data.clients,
+            "fedbilevel": __version__,
+            "jax": jax.__version__,
         }
 
     def saved(self, state: PyTree) -> dict[str, JSON]:

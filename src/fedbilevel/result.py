@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from . import arrays
+from . import arrays, saved
 from .best import Best
 from .by_client import ClientMetrics
 from .client_table import ClientTable
 from .data import FederatedData
 from .errors import InputError, check
 from .evaluation import evaluate
-from .given import Whole, whole_number
+from .given import JSON, Whole, whole_number
 from .metrics import STOPPED
 from .owned import bare, nodes, own
 from .predictions import Prepared, predict
 from .problem import Problem
 from .protocol.table import Protocol
+from .sketch import curve, line, page
+from .version import __version__
 
 if TYPE_CHECKING:
+    import matplotlib.axes
     import pandas
 
 Row: TypeAlias = dict[str, float | str]  # by column: numbers, and the reason where a run was stopped
 
+_FIGURES = ("iteration", "rounds", "value")  # of the best
 EMPTY = float("nan")  # what was not taken: this very object, so that a file can leave the place empty
 
 
@@ -79,6 +83,35 @@ class History(list[Row]):
 
         return pandas.DataFrame(list(self), columns=self.columns)
 
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows as a CSV file; a place where nothing was taken is empty."""
+        saved.write_rows(path, self._plain(), self.columns)
+
+    def plot(self, *columns: str, by: str = "rounds", axes: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+        """Draw columns against another one, with matplotlib.
+
+        Args:
+            columns: their names; none: the metric that tells most (an accuracy, else a loss, else a diagnostic).
+            by: the horizontal axis: "rounds", "bytes_up", "seconds", "iteration" or another column.
+            axes: where to draw; None: a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            InputError: there are no rows, or no such column of numbers.
+        """
+        return curve(self, columns, by, axes)
+
+    def _plain(self) -> list[dict[str, JSON]]:
+        return [{name: None if value is EMPTY else value for name, value in row.items()} for row in self]
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} rows: {line(self)})"
+
+    def _repr_html_(self) -> str:
+        return page(f"History of {len(self)} rows", self)
+
     def column(self, name: str) -> np.ndarray:
         """One column as an array."""
         check(any(name in row for row in self), f"the history has no column {name!r}.")
@@ -101,6 +134,7 @@ class Result:
             mean, by the clients' weights. None for other algorithms, and over a network, where they stay at the sites.
         stopped: the reason for which a callback stopped the run; None where none did.
         compiled: how its program was compiled, "quick" or "full" (see `Simulation`).
+        config: what ran: the algorithm and its settings, the engine, cohort, dropout, key, precision and versions, as JSON.
         clients: how each client fares at the last row of the history, by `client_metrics=`: a `ClientTable`. None without
             them, and over a network where the sites' numbers stay at the sites.
         kept: what `best` gives; None without `keep=`, or where no row had a finite value.
@@ -117,6 +151,28 @@ class Result:
     compiled: str = "full"
     kept: Best | None = None
     clients: ClientTable | None = None
+    config: dict[str, JSON] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        more = f", stopped: {self.stopped}" if self.stopped else ""
+        return (
+            f"{type(self).__name__}({self.protocol.algorithm}, {self.iteration} iterations: {line(self.history)}{more})"
+        )
+
+    def _repr_html_(self) -> str:
+        return page(f"{self.protocol.algorithm}, {self.iteration} iterations", self.history)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write x, y, the history, the protocol, the best and what ran into a folder, which `load_result` reads.
+
+        Numbers are in `variables.npz` (and `best.npz`), which `np.load` reads, rows in `history.csv`, all else in
+        `result.json`. An earlier result there is replaced. The algorithm's state is not in it: `callbacks.Checkpoint`
+        keeps what a run needs to go on. Of an `App` over a network, y and blocks that stay at the sites are not in it.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        _write(self, folder, self.history._plain(), self.history.columns)
 
     def best(self) -> Best:
         """The best x and y, by what `solve(keep=)` named: x, y, iteration, rounds, value.
@@ -222,6 +278,72 @@ class Result:
         return float(self.history[-1]["seconds"]) if self.history else 0.0
 
 
+def leave(result: Result, folder: str | os.PathLike[str], columns: Mapping[str, str | int]) -> None:
+    """As `Result.save`, beside a `history.csv` that is there, which has these constant columns in front."""
+    _write(result, folder, None, [*columns, *result.history.columns], list(columns))
+
+
+def _write(
+    result: Result, folder: str | os.PathLike[str], rows: list[dict[str, JSON]] | None, columns: Sequence[str],
+    texts: Sequence[str] = (),
+) -> None:  # fmt: skip
+    head: dict[str, JSON] = {
+        "version": __version__,
+        "iteration": result.iteration,
+        "stopped": result.stopped,
+        "compiled": result.compiled,
+        "config": result.config,
+        "protocol": result.protocol.to_dict(),
+        "clients": None if result.clients is None else result.clients.to_dict(),
+        "texts": [STOPPED, *texts],
+    }
+    variables = {"x": result.x, "y": result.y, "clients_y": result.clients_y}
+    saved.write(folder, head, variables, None if result.kept is None else _named(result.kept), rows, columns)
+
+
+def load_result(folder: str | os.PathLike[str], like: tuple[PyTree, PyTree] | None = None) -> Result:
+    """What `Result.save` wrote. Nothing in the folder is run or unpickled.
+
+    Args:
+        like: (x, y) structured like the run's start, such as the start itself: x and y come back so, whatever they are
+            made of (equinox modules, tensors of PyTorch once `fedbilevel.torch` is imported). None: each is a dict of
+            JAX's arrays by path, {"layers.0.weight": ...}, or the one array that it was.
+
+    Returns:
+        A `Result`, whose `state` is None.
+
+    Raises:
+        InputError: there is no result in the folder, a file is missing or cut, or x or y is of another structure,
+            shape or dtype than `like`; with the file or the leaf.
+    """
+    check(
+        like is None or (isinstance(like, tuple) and len(like) == 2),
+        f"like= is a pair (x, y) structured like the run's; got {type(like).__name__}.",
+    )
+    found = saved.read(folder)
+    head, last = found.head, found.arrays.get(saved.VARIABLES, {})
+
+    def variable(arrays: dict[str, saved.Leaf], name: str, place: int, lead: tuple[int, ...] = ()) -> PyTree:
+        known = saved.by_path(arrays, name)
+        if like is None or known is None:
+            return known
+        return saved.like(arrays, name, like[place], lead)
+
+    many = [leaf.value.shape[0] for name, leaf in last.items() if name.startswith("clients_y")]
+    own = variable(last, "clients_y", 1, (many[0],)) if many else None
+    best = None
+    if (kept := found.arrays.get(saved.BEST)) is not None:
+        iteration, rounds, value = (kept[name].value.item() for name in _FIGURES)
+        best = Best(variable(kept, "x", 0), variable(kept, "y", 1), iteration, rounds, value)
+    rows = [{name: EMPTY if value is None else value for name, value in row.items()} for row in found.rows]
+    x, y = variable(last, "x", 0), variable(last, "y", 1)
+    clients = None if head["clients"] is None else ClientTable.from_dict(head["clients"])
+    return Result(
+        x, y, History(rows), Protocol.from_dict(head["protocol"]), None, head["iteration"], own, head["stopped"],
+        head["compiled"], best, clients, head["config"],
+    )  # fmt: skip
+
+
 def save_variables(result: Result, path: str | os.PathLike[str]) -> None:
     """Write x, y and clients_y, where there are, to a numpy file: one array a leaf, as `x['weight']`.
 
@@ -232,15 +354,14 @@ def save_variables(result: Result, path: str | os.PathLike[str]) -> None:
 
 def save_best(best: Best, path: str | os.PathLike[str]) -> None:
     """Write the best x and y as `save_variables` does the last, and iteration, rounds and value beside them."""
-    figures = {name: np.asarray(getattr(best, name)) for name in ("iteration", "rounds", "value")}
-    save_arrays({"x": best.x, "y": best.y, **figures}, path)
+    save_arrays(_named(best), path)
+
+
+def _named(best: Best) -> dict[str, PyTree]:
+    return {"x": best.x, "y": best.y, **{name: np.asarray(getattr(best, name)) for name in _FIGURES}}
 
 
 def save_arrays(trees: dict[str, PyTree], path: str | os.PathLike[str]) -> None:
     """Write the arrays of pytrees to a numpy file, each named by its tree and its path in it."""
-    found = {}
-    for name, tree in trees.items():
-        for place, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            if hasattr(leaf, "dtype") and not getattr(leaf.dtype, "hasobject", False):
-                found[name + jax.tree_util.keystr(place)] = arrays.numbers(leaf)
-    arrays.write_named(path, found)
+    found = [leaf for name, tree in trees.items() for leaf in saved.leaves(tree, name)]
+    arrays.write_named(path, {leaf.name: leaf.value for leaf in found})

@@ -741,7 +741,10 @@ class Run:
         how, kept = self._execution.way, None if self.kept is None else self.kept.result(both)
         if kept is not None:
             kept = kept._replace(**dict(zip("xy", self._given(kept.x, kept.y), strict=True)))
-        return Result(x, y, self.history, self.protocol, state, self.iteration, own, stopped, how, kept, self.clients)
+        return Result(
+            x, y, self.history, self.protocol, state, self.iteration, own, stopped, how, kept, self.clients,
+            self._identity.config,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

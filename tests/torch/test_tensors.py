@@ -64,3 +64,25 @@ def test_what_is_no_data_set():
         fb.FederatedData.stack(TensorDataset(*TENSORS), TensorDataset(*TENSORS))
     with pytest.raises(fb.InputError, match="Squares has no rows"):
         fb.FederatedData.stack([Squares(0)], [Squares(0)])
+
+
+def test_saved_results_come_back_as_tensors(tmp_path):
+    module = torch.nn.Linear(2, 1)
+    y = fedbilevel.torch.parameters(module)
+
+    def loss(x, y, batch, weights):
+        a, b = batch
+        return (weights * (torch.func.functional_call(module, y, (a,))[:, 0] - b) ** 2).sum()
+
+    problem = fedbilevel.torch.Problem(
+        lambda x, y, b, w: loss(x, y, b, w) + x.exp() * sum((v**2).sum() for v in y.values()), loss
+    )
+    data = fb.FederatedData.split([(TENSORS[0], TENSORS[1].float())] * 2, 0.5, jax.random.key(0))
+    x = torch.tensor(-3.0)
+    result = fb.solve(problem, data, fb.Lockstep(), x, y, 2, key=jax.random.key(0))
+    result.save(tmp_path)
+    back = fb.load_result(tmp_path, like=(x, y))
+    assert torch.equal(back.x, result.x) and back.y.keys() == y.keys()
+    assert all(isinstance(back.y[name], torch.Tensor) and torch.equal(back.y[name], result.y[name]) for name in y)
+    module.load_state_dict(back.y)
+    assert set(fb.load_result(tmp_path).y) == {"weight", "bias"}

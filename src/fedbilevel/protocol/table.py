@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
@@ -90,6 +91,13 @@ class Protocol:
     def to_dict(self) -> dict[str, JSON]:
         """Everything that can be printed, for JSON."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.compare}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Protocol:
+        """What `to_dict` gave: it prints as it did, and knows no call sites."""
+        exchange = lambda line: Exchange(**{**line, "combine": tuple(line["combine"])})
+        listed = {name: tuple(map(exchange, told[name])) for name in ("exchanges", "each_row", "rarely")}
+        return cls(**{**told, **listed}, sites={}, info=None)
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""

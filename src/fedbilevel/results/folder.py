@@ -4,8 +4,8 @@
     history.csv                   a row per evaluation
     summary.csv, summary.md       a row per algorithm; beside them a figure per metric
     cost.csv, cost.md, cost.png   what `fedbilevel cost` predicts
-    runs/NAME-SEED/               one run each: history.csv, checkpoint.eqx, variables.npz, outcome.json; best.npz if kept,
-                                  prepared.json if its rows were tables
+    runs/NAME-SEED/               one run each: history.csv, checkpoint.eqx, variables.npz, result.json, outcome.json;
+                                  best.npz if kept, prepared.json if its rows were tables
 
 The one run of an application lies in the folder itself, with rounds.csv and the files of the network if it was run over one;
 so does what `tune` leaves, with candidates.csv: who raced, and who was dropped when.
@@ -27,11 +27,11 @@ from ..tables.prepared import PREPARED
 
 CONFIG, HISTORY, CHECKPOINT = "config.json", "history.csv", "checkpoint.eqx"
 VARIABLES, BEST, OUTCOME, ROUNDS, RUNS = "variables.npz", "best.npz", "outcome.json", "rounds.csv", "runs"
-CANDIDATES, CLIENTS = "candidates.csv", "clients.csv"
+CANDIDATES, CLIENTS, RESULT = "candidates.csv", "clients.csv", "result.json"
 TABLES = "tables"  # in outcome.json, what agreeing on them took
 
 _OF_A_RUN = (
-    HISTORY, CHECKPOINT, VARIABLES, BEST, CLIENTS, OUTCOME, ROUNDS, CANDIDATES, PREPARED, "nvflare.log",
+    HISTORY, CHECKPOINT, VARIABLES, BEST, RESULT, CLIENTS, OUTCOME, ROUNDS, CANDIDATES, PREPARED, "nvflare.log",
 )  # fmt: skip
 _TABLES = ("summary.csv", "summary.md", "cost.csv", "cost.md", "cost.png")
 _NETWORK = ("nvflare", "poc", "job", "sites")  # folders of a run over a network on this machine

@@ -15,9 +15,9 @@ from ..errors import RunError, check, with_notes
 from ..given import JSON
 from ..metrics import STOPPED
 from ..processes import of as over
-from ..result import Result, save_best, save_variables
+from ..result import Result, leave
 from ..tables.prepared import PREPARED, Prepared, load_prepared
-from .folder import BEST, CHECKPOINT, CLIENTS, HISTORY, OUTCOME, VARIABLES
+from .folder import CHECKPOINT, CLIENTS, HISTORY, OUTCOME
 
 
 @typing.runtime_checkable
@@ -40,7 +40,9 @@ def keep(
     description: Described, place: Path, *, resume: bool = False, columns: Mapping[str, str | int] | None = None,
     quiet: bool = False, every: float = 30.0, callbacks: Sequence[Callback] = (),
 ) -> Result:  # fmt: skip
-    """Run it, and leave history.csv, checkpoint.eqx, variables.npz and outcome.json in the folder, however it ends.
+    """Run it, and leave history.csv, checkpoint.eqx, what `load_result` reads and outcome.json in the folder.
+
+    So it does however the run ends.
 
     Where it keeps the best x and y, they are in best.npz, with iteration, rounds and value. Where its rows were tables,
     prepared.json says how they became rows. How each client fares, where that is asked and known, is in clients.csv.
@@ -66,10 +68,10 @@ def keep(
         result = description.run(callbacks=[*ours, *callbacks], resume=going_on)
     except RunError as failure:
         if leads:
-            _leave(place, failure.result, {"status": "failed", "sentence": with_notes(failure)})
+            _leave(place, failure.result, columns or {}, {"status": "failed", "sentence": with_notes(failure)})
         raise
     if leads:
-        _leave(place, result, ended(result))
+        _leave(place, result, columns or {}, ended(result))
     return result
 
 
@@ -83,13 +85,9 @@ def _keep_prepared(prepared: Prepared, place: Path, resume: bool) -> None:
     prepared.save(file)
 
 
-def _leave(place: Path, result: Result | None, outcome: Mapping[str, JSON]) -> None:
+def _leave(place: Path, result: Result | None, columns: Mapping[str, str | int], outcome: Mapping[str, JSON]) -> None:
     if result is not None:
-        save_variables(result, place / VARIABLES)
-        if result.kept is None:
-            (place / BEST).unlink(missing_ok=True)  # an earlier run's
-        else:
-            save_best(result.kept, place / BEST)
+        leave(result, place, columns)
         if result.clients is None:
             (place / CLIENTS).unlink(missing_ok=True)
         else:
