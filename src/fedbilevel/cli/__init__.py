@@ -7,7 +7,7 @@ from typing import cast
 
 import typer
 
-from . import added, folders, runs, search, tune
+from . import added, checkup, folders, runs, search, tune
 from .options import app
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C

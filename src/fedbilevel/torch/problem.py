@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -43,6 +43,8 @@ class Problem(base.Problem):
 
     on_host: ClassVar[bool] = True
 
+    inner: Callable[..., Any]  # for type checkers: it gives a tensor
+    outer: Callable[..., Any] | None = None
     batched: bool = eqx.field(static=True, init=False, default=True)
     features: None = eqx.field(init=False, default=None)
     random: bool = eqx.field(static=True, init=False, default=False)
