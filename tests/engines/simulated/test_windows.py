@@ -297,6 +297,39 @@ def test_an_algorithm_that_says_nothing_has_all_blocks():
     same(ran(*case), ran(case[0], fb.Loopback(cohort=2), case[2]))
 
 
+class Choosing(Fading):
+    """Says that it spares others, and asks whom it likes."""
+
+    @property
+    def spares_unasked(self) -> bool:
+        return True
+
+    def step(self, fed, state):
+        return self._asked(fed, state, jnp.asarray([1, 2], jnp.int32))
+
+    def _asked(self, fed, state, cohort):
+        moved = fed.average(self.move, state.x, state.y, cohort=cohort)
+        return fb.State(jax.tree.map(jnp.add, state.x, moved), state.y), {}
+
+
+class Drawing(Choosing):
+    """Asks the cohort that was drawn twice."""
+
+    def step(self, fed, state):
+        cohort = fed.draw_cohort()
+        state = fed.repeat(2, lambda t, state: self._asked(fed, state, cohort)[0], state)
+        return self._asked(fed, state, cohort)
+
+
+def test_an_algorithm_of_ones_own_may_say_that_it_spares_others(whole):
+    case = Drawing(), fb.Simulation(cohort=2), rows()
+    assert windowed(*case)
+    same(ran(*case), whole(*case))
+    same(ran(*case), ran(case[0], fb.Loopback(cohort=2), case[2]))
+    with pytest.raises(fb.InputError, match="Choosing has spares_unasked, and asks clients of its own choice"):
+        ran(Choosing(), *case[1:])
+
+
 # Its parts ---------------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,9 @@ from ...algorithm import Algorithm
 from ...arrays import entry
 from ...blocks import Cut
 from ...cohorts import answered, by_part, client_key, combine_replies, full_weights, stays
+from ...component import title_of
 from ...data import FederatedData, Level
+from ...errors import check
 from ...federation import Client, Combine, Flag, Reply, Way
 from ...problem import Problem, own_oracles
 from ...protocol.sites import Path
@@ -81,6 +83,7 @@ class SimulatedFederation(TracedFederation):
         if static.exchanges and window is None:
             self._draws = draw(key, static.exchanges, data.clients, static.cohort, data.weights)
         self._known: list[_Known] = []
+        self._drawn: list[Int[Array, " cohort"]] = []  # by the program
         if static.cohort == data.clients:
             self._remember(jnp.arange(data.clients, dtype=jnp.int32))
 
@@ -94,6 +97,7 @@ class SimulatedFederation(TracedFederation):
 
     def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
         cohort = super().draw_cohort(size)
+        self._drawn.append(cohort)
         self._remember(cohort)
         return cohort
 
@@ -139,6 +143,11 @@ class SimulatedFederation(TracedFederation):
         cohort: Int[Array, " cohort"] | None,
     ) -> tuple[PyTree, PyTree]:
         chosen = cohort is not None  # by the program
+        check(
+            not chosen or self._window is None or any(cohort is one for one in self._drawn),
+            f"{title_of(self._algorithm)} has spares_unasked, and asks clients of its own choice: ask cohorts from "
+            "fed.draw_cohort(), or leave spares_unasked out.",
+        )
         if cohort is None and self._static.cohort == self.clients and self._known:
             cohort = self._known[0].cohort
         index = self.sample(key) if cohort is None else cohort
