@@ -189,6 +189,16 @@ class Algorithm(Checked):
     paced: ClassVar[bool] = True
     follows: ClassVar[dict[str, str]] = {"x": "outer_lr", "y": "inner_lr", "v": "hessian_lr"}
 
+    @property
+    def spares_unasked(self) -> bool:
+        """Whether an iteration neither moves the blocks (`per_client`) of clients that it does not ask, nor makes numbers of
+        them, and asks cohorts as they are drawn: then `Simulation` touches the others alone. False: it touches all.
+
+        All blocks of the state are meant, whatever holds them. A step of an optimizer, whose momentum fades, or a norm of
+        the whole y is not of that kind; sums of replies are, which are zero for those who were not asked.
+        """
+        return False
+
     def init(self, x: PyTree, y: PyTree) -> PyTree:
         """The state before the first iteration; it must have the fields `x` and `y`."""
         return State(x, y)

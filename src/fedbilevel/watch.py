@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, UInt32
 
 BUCKETS = 32  # numbers of a sketch; an x of no more numbers is sketched without loss
 
@@ -67,14 +68,27 @@ def parts(state: PyTree) -> dict[str, PyTree]:
     return {name: tree for name, tree in found.items() if any(map(eqx.is_inexact_array, jax.tree.leaves(tree)))}
 
 
-def observe(before: PyTree, after: PyTree, xp: ModuleType = jnp) -> Seen:
-    """What an iteration did. `xp` is `jnp` inside compiled programs, `np` outside them."""
+def observe(
+    before: PyTree,
+    after: PyTree,
+    xp: ModuleType = jnp,
+    bounds: PyTree = None,
+    sketch: Callable[[list[Vector]], Sketch] | None = None,
+) -> Seen:
+    """What an iteration did. `xp` is `jnp` inside compiled programs, `np` outside them.
+
+    Args:
+        before, after: the states; or what of them may have changed, where the other two say what is true of the whole.
+        bounds: like `after`, with the same largest numbers as the whole state; None: `after` is the whole state.
+        sketch: makes the sketch of the move of x from its inexact leaves' flat moves; None: they are whole.
+    """
     old, new = parts(before), parts(after)
-    sizes = {name: _largest(_numbers(tree, xp), xp) for name, tree in new.items()}
+    whole = new if bounds is None else parts(bounds)
+    sizes = {name: _largest(_numbers(tree, xp), xp) for name, tree in whole.items()}
     pairs = {name: zip(_numbers(tree, xp), _numbers(old[name], xp), strict=True) for name, tree in new.items()}
     changes = {name: [b - a for b, a in pair] for name, pair in pairs.items()}
     moves = {name: _largest(change, xp) for name, change in changes.items()}
-    return Seen(sizes, moves, _sketch(changes["x"], xp))
+    return Seen(sizes, moves, _sketch(changes["x"], xp) if sketch is None else sketch(changes["x"]))
 
 
 def _numbers(tree: PyTree, xp: ModuleType) -> list[Vector]:
@@ -91,12 +105,18 @@ def _largest(vectors: list[Vector], xp: ModuleType) -> Number:
 
 def _sketch(vectors: list[Vector], xp: ModuleType) -> Sketch:
     flat = xp.concatenate(vectors)
-    place = xp.arange(flat.shape[0], dtype=np.uint32)
-    mixed = place * np.uint32(2654435761)
-    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(2246822519)
-    signed = xp.where((mixed >> np.uint32(13)) & np.uint32(1) == np.uint32(1), flat, -flat)
-    padded = xp.concatenate([signed, xp.zeros((-flat.shape[0] % BUCKETS,), flat.dtype)])
+    flat = signed(flat, xp.arange(flat.shape[0], dtype=np.uint32), xp)
+    padded = xp.concatenate([flat, xp.zeros((-flat.shape[0] % BUCKETS,), flat.dtype)])
     return xp.sum(padded.reshape(-1, BUCKETS), axis=0)
+
+
+def signed(
+    numbers: Float[Array | np.ndarray, "*numbers"], places: UInt32[Array | np.ndarray, "*numbers"], xp: ModuleType = jnp
+) -> Float[Array | np.ndarray, "*numbers"]:
+    """Numbers with the fixed random signs of their places in x."""
+    mixed = places * np.uint32(2654435761)
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(2246822519)
+    return xp.where((mixed >> np.uint32(13)) & np.uint32(1) == np.uint32(1), numbers, -numbers)
 
 
 def precision(x: PyTree) -> float:

@@ -160,6 +160,10 @@ class AggITD(Algorithm):
         """The server's step on x."""
         return OuterOptimizer(self.outer_optimizer, "AggITD")
 
+    @property
+    def spares_unasked(self) -> bool:
+        return self.outer_optimizer is None
+
     def init(self, x: PyTree, y: PyTree) -> State:
         v, pull = self.terms.begin(y)
         return State(x, y, v, pull, self.turns.begin(y), self.optimizer.begin(x), self.hessian.begin(y))

@@ -76,6 +76,10 @@ class FedBiO(Algorithm):
         """The clients' local steps."""
         return LocalRounds(self.hessian, direction, self.outer_lr, self.inner_lr, self.local_steps, self.batch_size)
 
+    @property
+    def spares_unasked(self) -> bool:
+        return True
+
     def init(self, x: PyTree, y: PyTree) -> State:
         return State(x, y, optax.tree.zeros_like(y), jnp.zeros_like(norm(y)), self.hessian.begin(y))
 

@@ -98,6 +98,10 @@ class FedF2SA(Algorithm):
         """The server's step on x."""
         return OuterOptimizer(self.outer_optimizer, "FedF2SA")
 
+    @property
+    def spares_unasked(self) -> bool:
+        return self.outer_optimizer is None
+
     def init(self, x: PyTree, y: PyTree) -> State:
         p = jnp.asarray(self.penalty, norm(y).dtype)
         return State(x, y, y, optax.tree.zeros_like((y, y)), p, self.optimizer.begin(x))

@@ -130,6 +130,10 @@ class FedNest(Algorithm):
         """The server's step on x."""
         return OuterOptimizer(self.outer_optimizer, "FedNest")
 
+    @property
+    def spares_unasked(self) -> bool:
+        return self.outer_optimizer is None
+
     def init(self, x: PyTree, y: PyTree) -> State:
         return State(x, y, self.hessian.begin(y), self.optimizer.begin(x))
 

@@ -119,6 +119,10 @@ class Lockstep(Algorithm):
         """What mixes earlier points, if anything does."""
         return None if self.anderson is None else Anderson(self.anderson)
 
+    @property
+    def spares_unasked(self) -> bool:
+        return self.anderson is None
+
     def init(self, x: PyTree, y: PyTree) -> State:
         zeros = optax.tree.zeros_like
         past = None if self.mixing is None else self.mixing.begin((x, y, y))

@@ -101,6 +101,10 @@ class MemFBO(Algorithm):
             self.client_steps,
         )
 
+    @property
+    def spares_unasked(self) -> bool:
+        return self.radius is None
+
     def init(self, x: PyTree, y: PyTree) -> State:
         return State(x, y, optax.tree.zeros_like(y), jnp.zeros_like(norm(y)), self.hessian.begin(y))
 

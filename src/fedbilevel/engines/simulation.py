@@ -353,7 +353,9 @@ class _Simulated(Execution):
         exchanges = self.protocol.taken_most or 0
         exchanges = exchanges if fits(exchanges, self.protocol.cohort) else 0
         drops = engine.dropout > 0
-        return Static(self.program, self.protocol.cohort, batch, engine.mesh, layout, drops, rounds, exchanges)
+        cohort = self.protocol.cohort
+        usual = self.program is iteration and all(site.cohort == cohort for site in self.protocol.sites.values())
+        return Static(self.program, cohort, batch, engine.mesh, layout, drops, rounds, exchanges, usual)
 
     def _in_memory(self, what: str) -> None:
         given = self.engine.client_state

@@ -14,7 +14,9 @@ from ...algorithm import Algorithm
 from ...arrays import entry
 from ...blocks import Cut
 from ...cohorts import answered, by_part, client_key, combine_replies, full_weights, stays
+from ...component import title_of
 from ...data import FederatedData, Level
+from ...errors import check
 from ...federation import Client, Combine, Flag, Reply, Way
 from ...problem import Problem, own_oracles
 from ...protocol.sites import Path
@@ -24,6 +26,7 @@ from ..base import Program
 from .draws import Draws, draw
 from .on_disk import Filed
 from .spread import fetched, on_device, on_each, without_padding
+from .windows import Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,12 @@ class Static:
     drops: bool = False
     rounds: tuple[Path, ...] = ()  # the exchanges that are rounds of their own
     exchanges: int = 0  # what so many exchanges draw is drawn at once; 0: each draws its own
+    usual: bool = False  # whether it is an algorithm's iteration, each exchange of which asks `cohort` clients
+
+    @property
+    def asked(self) -> int:
+        """How many clients an iteration asks at most, each as often as it is asked; 0: that is not known."""
+        return self.exchanges * self.cohort if self.usual and self.mesh is None else 0
 
 
 class SimulatedFederation(TracedFederation):
@@ -46,6 +55,8 @@ class SimulatedFederation(TracedFederation):
     Where exchanges ask the same clients (everyone, or a cohort that the program drew for them), the features of their
     rows at the iteration's x are computed once, before any loop; what no exchange uses, the compiler drops. Not so on a
     mesh, nor with `client_batch`, which bounds the memory that they would take: then once in each exchange.
+
+    With a `window` the server's state, and so its messages, have the blocks of those who are in it, and no others.
 
     On a mesh an exchange with everybody is computed where each client's rows lie. That with a cohort is dealt out to the
     devices evenly, and the cohort's rows travel.
@@ -61,15 +72,18 @@ class SimulatedFederation(TracedFederation):
         state: PyTree,
         client_state: PyTree,
         dropout: float | Float[Array, ""] = 0.0,
+        window: Window | None = None,
     ):
         self.drops, self._dropout = static.drops, dropout
         super().__init__(algorithm, data.clients, static.cohort, data.weights, key, dict(static.layout))
         self._static, self._problem, self._data, self._x = static, problem, data, state.x
         self.client_state = client_state
-        self._draws: Draws | None = None
-        if static.exchanges:
+        self._window = window
+        self._draws: Draws | None = None if window is None else window.draws
+        if static.exchanges and window is None:
             self._draws = draw(key, static.exchanges, data.clients, static.cohort, data.weights)
         self._known: list[_Known] = []
+        self._drawn: list[Int[Array, " cohort"]] = []  # by the program
         if static.cohort == data.clients:
             self._remember(jnp.arange(data.clients, dtype=jnp.int32))
 
@@ -83,6 +97,7 @@ class SimulatedFederation(TracedFederation):
 
     def draw_cohort(self, size: int | None = None) -> Int[Array, " cohort"]:
         cohort = super().draw_cohort(size)
+        self._drawn.append(cohort)
         self._remember(cohort)
         return cohort
 
@@ -128,6 +143,11 @@ class SimulatedFederation(TracedFederation):
         cohort: Int[Array, " cohort"] | None,
     ) -> tuple[PyTree, PyTree]:
         chosen = cohort is not None  # by the program
+        check(
+            not chosen or self._window is None or any(cohort is one for one in self._drawn),
+            f"{title_of(self._algorithm)} has spares_unasked, and asks clients of its own choice: ask cohorts from "
+            "fed.draw_cohort(), or leave spares_unasked out.",
+        )
         if cohort is None and self._static.cohort == self.clients and self._known:
             cohort = self._known[0].cohort
         index = self.sample(key) if cohort is None else cohort
@@ -173,7 +193,7 @@ class SimulatedFederation(TracedFederation):
                 state = jax.tree.map(lambda leaf: entry(leaf, i), self.client_state)
             secret = client_key(key, i) if secret is None else secret
             client = Client(self._problem, (inner, outer), state, secret, flags, i)
-            out = self.replied(name, method, client, owned.own(message, i))
+            out = self.replied(name, method, client, owned.own(message, self._place(i)))
             return (out.reply, out.state) if isinstance(out, Reply) else (out, None)
 
         own = None if known is None else (known.features, known.base) if known.each else known.base
@@ -201,9 +221,14 @@ class SimulatedFederation(TracedFederation):
 
         reply = by_part(combine, owned.without(replies), combined)
         if owned.nodes(replies):
-            self._present = owned.answered(index, present, self.clients)
-            reply = owned.with_blocks(reply, replies, index, present, self.clients)
+            places = self.clients if self._window is None else self._window.places
+            self._present = owned.answered(self._place(index), present, places)
+            reply = owned.with_blocks(reply, replies, self._place(index), present, places)
         return shapes, reply
+
+    def _place(self, index: Int[Array, "*those"]) -> Int[Array, "*those"]:
+        """Where clients' blocks are in the server's state."""
+        return index if self._window is None else entry(self._window.place, index)
 
     def _fetched(self, index: Int[Array, " slots"], mesh: jax.sharding.Mesh) -> tuple[PyTree, PyTree] | None:
         inner, outer = (fetched(level, index, mesh) for level in (self._data.inner, self._data.outer))

@@ -22,11 +22,13 @@ from ...problem import Problem, strong
 from ...watch import observe
 from ..base import all_finite, within
 from .books import CAPACITY, Books
+from .draws import draw
 from .federation import SimulatedFederation, Static
+from .windows import Highs, Window, bounds, highest, opens
 
 States: TypeAlias = tuple[PyTree, PyTree]  # the server's, the clients'
 _Loop: TypeAlias = tuple[
-    Int[Array, ""], Bool[Array, ""], States, dict[str, Array]
+    Int[Array, ""], Bool[Array, ""], States, Highs, dict[str, Array]
 ]  # how many are done, ended well; ...
 
 
@@ -48,30 +50,41 @@ def chunk(
         (the states after; the books of the iterations, see `books`; how many ended well).
     """
 
-    @jax.jit  # traced once, for the buffers' shapes and for the loop
-    def one(k: Int[Array, ""], states: States) -> tuple[States, PyTree, tuple[PyTree, PyTree]]:
-        fed = SimulatedFederation(
-            static, problem, data, algorithm, jax.random.fold_in(key, first + k), *states, dropout=dropout
-        )
-        state, info = static.program(algorithm, fed, states[0])
-        return (state, fed.client_state), fed.counts, (info, observe(states[0], state))
+    windowed = opens(static.asked, algorithm, states[0], data.clients)
 
-    books = Books(eqx.filter_eval_shape(one, first, states)[1:])
+    @jax.jit  # traced once, for the buffers' shapes and for the loop
+    def one(k: Int[Array, ""], states: States, highs: Highs) -> tuple[States, Highs, PyTree, tuple[PyTree, PyTree]]:
+        own, before, window = jax.random.fold_in(key, first + k), states[0], None
+        if windowed:
+            draws = draw(own, static.exchanges, data.clients, static.cohort, data.weights)
+            window = Window.of(draws, data.clients)
+            before = window.cut(before)
+        fed = SimulatedFederation(static, problem, data, algorithm, own, before, states[1], dropout, window)
+        state, info = static.program(algorithm, fed, before)
+        if window is None:
+            return (state, fed.client_state), highs, fed.counts, (info, observe(before, state))
+        whole, highs = window.put_back(state, states[0], highs)
+        seen = window.seen(before, state, bounds(state, highs))
+        return (whole, fed.client_state), highs, fed.counts, (info, seen)
+
+    highs = highest(states[0]) if windowed else ()
+    books = Books(eqx.filter_eval_shape(one, first, states, highs)[2:])
     buffers = {kind: jnp.zeros((CAPACITY, size), kind) for kind, size in books.sizes.items()}
 
     def going(loop: _Loop) -> Bool[Array, ""]:
-        k, fine, _, _ = loop
+        k, fine, *_ = loop
         return (k < iterations) & fine
 
     def body(loop: _Loop) -> _Loop:
-        k, _, states, buffers = loop
-        states, *out = one(k, states)
+        k, _, states, highs, buffers = loop
+        states, highs, *out = one(k, states, highs)
         write = lambda b, new: jax.lax.dynamic_update_index_in_dim(b, new, k, 0, allow_negative_indices=False)
         buffers = jax.tree.map(write, buffers, books.packed(tuple(out)))
-        return k + 1, within(states[0], out[1][0], limit), states, buffers
+        small = bounds(states[0], highs) if windowed else states[0]
+        return k + 1, within(small, out[1][0], limit), states, highs, buffers
 
-    start = (jnp.zeros((), jnp.int32), jnp.asarray(True), states, buffers)
-    k, fine, states, buffers = jax.lax.while_loop(going, body, start)
+    start = (jnp.zeros((), jnp.int32), jnp.asarray(True), states, highs, buffers)
+    k, fine, states, _, buffers = jax.lax.while_loop(going, body, start)
     return states, buffers, jnp.where(fine, k, k - 1)
 
 
