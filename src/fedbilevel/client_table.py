@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class ClientTable:
         }
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> ClientTable:
+    def from_dict(cls, told: Mapping) -> ClientTable:
         """What `to_dict` gave."""
         number = lambda value: np.nan if value is None else float(value)
         columns = {name: np.array(list(map(number, values))) for name, values in told["columns"].items()}

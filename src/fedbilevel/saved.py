@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -117,7 +117,7 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, JSON]],
 class Read(NamedTuple):
     """What a folder holds: of each file its arrays by name, each with its path."""
 
-    head: dict[str, Any]
+    head: dict
     arrays: dict[str, dict[str, Leaf]]
     rows: list[dict[str, float | str | None]]
 

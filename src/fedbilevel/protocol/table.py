@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
@@ -93,7 +92,7 @@ class Protocol:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.compare}
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> Protocol:
+    def from_dict(cls, told: Mapping) -> Protocol:
         """What `to_dict` gave: it prints as it did, and knows no call sites."""
         exchange = lambda line: Exchange(**{**line, "combine": tuple(line["combine"])})
         listed = {name: tuple(map(exchange, told[name])) for name in ("exchanges", "each_row", "rarely")}
