@@ -159,14 +159,3 @@ def test_a_network_of_five_sites_is_the_simulation(tmp_path, algorithm, poc):
     same_books(tmp_path / "network", tmp_path / "simulated")
     compiled_once(tmp_path / "network", 5)
     nothing_left(tmp_path)
-
-
-@pytest.mark.network
-def test_a_closed_form_between_provisioned_sites_is_the_simulation(tmp_path):
-    file = apps.write(tmp_path, apps.CLOSED_FORM, f"iterations=10, {apps.LOCKSTEP}")
-    call("run", file, "--out", tmp_path / "simulated")
-    call("run", file, "--out", tmp_path / "network", "--engine", "nvflare", "--poc")
-    close(tmp_path / "network", tmp_path / "simulated", 1e-12)
-    same_books(tmp_path / "network", tmp_path / "simulated")
-    compiled_once(tmp_path / "network", 3)
-    nothing_left(tmp_path)
