@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # what is offered beside these; each is loaded when it is fir
     from .federation import Client, Federation, Reply, When
     from .loader import load_clients
     from .metrics import validation_loss
-    from .owned import PerClient, per_client
+    from .owned import KeptAtSites, PerClient, per_client
     from .problem import Problem, Rows
     from .protocol import Protocol, protocol
     from .result import History, Result, load_result

@@ -4,12 +4,15 @@ At the server such a leaf is a `PerClient` with all blocks, the clients first. W
 own block alone, and so is its reply. The mean of such a reply is its owner's own: who else could say anything of it? So
 an update acts on a block's own gradient, that of its client's loss. In the dense form (one common array, of which clients
 index their row) the gradient of block i is p_i times that, with p_i the client's weight. Where both are zero is the same.
+
+Blocks may be kept at the sites (`keep="site"`): then they travel in no direction. Each site runs what the server's program
+does with its own (`protocol.at_sites`), and what the server holds in their place means nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeGuard
+from typing import Literal, NoReturn, TypeGuard
 
 import equinox as eqx
 import jax
@@ -29,11 +32,13 @@ class PerClient(eqx.Module):
         value: (clients, ...) their blocks; shorter ones end in zeros. Within a client, its own block.
         own: whether it is one client's block.
         lengths: of each block, (clients,) int32 as bytes; None where all are as long.
+        site: whether blocks are kept at the sites, and never sent.
     """
 
     value: PyTree
     own: bool = eqx.field(static=True, default=False)
     lengths: bytes | None = eqx.field(static=True, default=None)
+    site: bool = eqx.field(static=True, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,6 +49,10 @@ class PerClient(eqx.Module):
     def dtype(self) -> np.dtype:
         """Of the numbers."""
         return self.value.dtype
+
+    def holding(self, value: PyTree, own: bool | None = None) -> PerClient:
+        """The same leaf with other numbers: all blocks, or (`own`) one client's; None: as it is."""
+        return PerClient(value, self.own if own is None else own, self.lengths, self.site)
 
     def __len__(self) -> int:
         return len(self.value)
@@ -62,7 +71,7 @@ class PerClient(eqx.Module):
         return [self[client] for client in range(len(self))]
 
 
-def per_client(blocks: PyTree) -> PerClient:
+def per_client(blocks: PyTree, keep: Literal["server", "site"] = "server") -> PerClient:
     """A leaf of x or y of which every client has a block of its own: row weights, a head, a penalty.
 
     The losses of client i see its block alone, as an array without the clients' axis. It alone is sent to that client,
@@ -72,10 +81,19 @@ def per_client(blocks: PyTree) -> PerClient:
         blocks: floats, (clients, ...), in the order of the data's clients; or a list of one array a client, which
             may differ in their first axis. A shorter one ends in zeros up to the longest: its client's loss sees these, and
             so they travel; what it never reads stays zero.
+        keep: "server" (it holds all blocks, and sends each client its own), or "site": a block is never sent, in neither
+            direction, but is part of what its client keeps, and is saved and resumed there. The same numbers come of it. It
+            needs an algorithm whose server does with a block what its site can do alone, with steps given as numbers; where
+            clients are elsewhere, the result has a `KeptAtSites` in the leaf's place.
 
     Raises:
-        InputError: blocks that are no floats, or differ in more than their first axis.
+        InputError: blocks that are no floats, or differ in more than their first axis; another `keep`.
     """
+    check(
+        keep in ("server", "site"),
+        f"per_client(keep=...) is 'server' or 'site', where the blocks are between rounds; got {keep!r}.",
+    )
+    site = keep == "site"
     check(
         not isinstance(blocks, Mapping),
         "per_client(...) takes a list of one array a client, in the order of data.names; got a mapping: pass "
@@ -85,7 +103,7 @@ def per_client(blocks: PyTree) -> PerClient:
         value = blocks if library_of(blocks) is not None or isinstance(blocks, jax.Array) else np.asarray(blocks)
         _check_floats(value, "per_client(...)")
         check(len(value.shape) >= 1, "per_client(...) takes an array whose first axis is the clients; got a number.")
-        return PerClient(value)
+        return PerClient(value, site=site)
     check(len(blocks) > 0, "per_client([...]) takes one array a client; got none.")
     own = [np.asarray(block) for block in blocks]
     for client, block in enumerate(own):
@@ -97,12 +115,12 @@ def per_client(blocks: PyTree) -> PerClient:
             f"{block.dtype}{list(block.shape)} and client 0's {own[0].dtype}{list(own[0].shape)}.",
         )
     if own[0].ndim == 0 or len({len(block) for block in own}) == 1:
-        return PerClient(np.stack(own))
+        return PerClient(np.stack(own), site=site)
     lengths = np.asarray([len(block) for block in own], np.int32)
     value = np.zeros((len(own), lengths.max(), *own[0].shape[1:]), own[0].dtype)
     for block, filled in zip(own, value, strict=True):
         filled[: len(block)] = block
-    return PerClient(value, lengths=lengths.tobytes())
+    return PerClient(value, lengths=lengths.tobytes(), site=site)
 
 
 def _check_floats(value: PyTree, what: str) -> None:
@@ -138,8 +156,8 @@ def own(tree: PyTree, client: int | Int[Array, ""]) -> PyTree:
             return node
         value = node.value
         if isinstance(value, jax.ShapeDtypeStruct):
-            return PerClient(jax.ShapeDtypeStruct(value.shape[1:], value.dtype), True, node.lengths)
-        return PerClient(entry(value, client), True, node.lengths)
+            return node.holding(jax.ShapeDtypeStruct(value.shape[1:], value.dtype), own=True)
+        return node.holding(entry(value, client), own=True)
 
     return mapped(one, tree)
 
@@ -170,8 +188,7 @@ def without(tree: PyTree) -> PyTree:
 
 def with_zeros(tree: PyTree) -> PyTree:
     """The tree with zeros in such leaves: they have no drift to correct."""
-    zeros = lambda node: PerClient(jnp.zeros_like(node.value), node.own, node.lengths)
-    return mapped(zeros, tree)
+    return mapped(lambda node: node.holding(jnp.zeros_like(node.value)), tree)
 
 
 def put(tree: PyTree, blocks: PyTree) -> PyTree:
@@ -191,7 +208,7 @@ def collected(replies: PyTree, index: Int[Array, " n"], present: Bool[Array, " n
 
     def everybodys(node: PerClient) -> PerClient:
         zeros = jnp.zeros((clients, *node.value.shape[1:]), node.value.dtype)
-        return PerClient(zeros.at[to].set(node.value, mode="drop"), False, node.lengths)
+        return node.holding(zeros.at[to].set(node.value, mode="drop"), own=False)
 
     return mapped(everybodys, replies)
 
@@ -208,7 +225,7 @@ def added(replies: PyTree, index: Int[Array, " n"], clients: int) -> PyTree:
 
     def everybodys(node: PerClient) -> PerClient:
         zeros = jnp.zeros((clients, *node.value.shape[1:]), node.value.dtype)
-        return PerClient(zeros.at[index].add(node.value), False, node.lengths)
+        return node.holding(zeros.at[index].add(node.value), own=False)
 
     return mapped(everybodys, replies)
 
@@ -224,9 +241,83 @@ def chosen(flags: Bool[Array, " clients"], new: PyTree, old: PyTree) -> PyTree:
 
     def block(node: PerClient, before: PerClient) -> PerClient:
         flag = flags.reshape(-1, *[1] * (node.value.ndim - 1))
-        return PerClient(jnp.where(flag, node.value, before.value), False, node.lengths)
+        return node.holding(jnp.where(flag, node.value, before.value), own=False)
 
     return mapped(block, new, old)
+
+
+# Kept at the sites ----------------------------------------------------------------------------------------------------
+
+
+def kept(tree: PyTree) -> list[PerClient]:
+    """The leaves of a pytree whose blocks are kept at the sites."""
+    return [node for node in nodes(tree) if node.site]
+
+
+def travelling(tree: PyTree) -> PyTree:
+    """The tree with None in place of what is kept at the sites: what can be sent, and what the server knows."""
+    return mapped(lambda node: None if node.site else node, tree)
+
+
+def measured(tree: PyTree) -> PyTree:
+    """The tree with no numbers in what is kept at the sites, for sizes of what the server knows."""
+    return mapped(lambda node: node.holding(node.value.reshape(-1)[:0]) if node.site else node, tree)
+
+
+def keeping(tree: PyTree, blocks: Sequence[PyTree]) -> PyTree:
+    """The tree with these numbers in the leaves that are kept at the sites, in their order."""
+    left = iter(blocks)
+    return mapped(lambda node: node.holding(next(left)) if node.site else node, tree)
+
+
+def alone(tree: PyTree, client: int) -> PyTree:
+    """What is left where there is one client: all clients' blocks become its own, with their leading axis."""
+    return mapped(lambda node: node if node.own else node.holding(node.value[client : client + 1]), tree)
+
+
+def kept_alone(tree: PyTree, client: int) -> PyTree:
+    """The arrays of one client's tree that are kept at the sites, without the zeros at a block's end; None elsewhere."""
+
+    def block(node: PyTree) -> PyTree:
+        if not (is_block(node) and node.site):
+            return None
+        ends = None if node.lengths is None else np.frombuffer(node.lengths, np.int32)[client]
+        return node.value if ends is None else node.value[:ends]
+
+    return jax.tree.map(block, tree, is_leaf=is_block)
+
+
+class KeptAtSites:
+    """What a result has in place of a leaf whose blocks are kept at the sites, where these are elsewhere.
+
+    Whatever reads its numbers is refused: nobody here knows them.
+
+    Attributes:
+        clients: how many have a block.
+    """
+
+    def __init__(self, node: PerClient):
+        self.clients, self._like = node.shape[0], f"{np.dtype(node.dtype)}{list(node.shape[1:])}"
+
+    def __repr__(self) -> str:
+        return f"<kept at the sites: {self.clients} clients' blocks of {self._like}>"
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise InputError(
+            f"these blocks are kept at the sites ({self.clients} clients' of {self._like}), and nobody here knows them: "
+            "each site has its own in blocks.npz of its folder; leave keep='site' out to have them here."
+        )
+
+    __array__ = __getitem__ = __len__ = __iter__ = _refuse
+    value = blocks = property(_refuse)
+
+
+def away(tree: PyTree) -> PyTree:
+    """The tree with a `KeptAtSites` in place of each leaf that is kept at the sites."""
+    return mapped(lambda node: KeptAtSites(node) if node.site else node, tree)
+
+
+# Refused ----------------------------------------------------------------------------------------------------------------
 
 
 def check_clients(tree: PyTree, name: str, clients: int) -> None:

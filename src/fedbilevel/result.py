@@ -124,7 +124,8 @@ class Result:
 
     Attributes:
         x, y: the last upper and lower variable, structured like the start. y is None where it stays with the clients (see
-            `FedBiOAccLocal`).
+            `FedBiOAccLocal`). A leaf that is kept at the sites (`per_client(..., keep="site")`) has all blocks where the
+            clients are in this process, and is a `KeptAtSites` where they are not.
         history: the `History`.
         protocol: the `Protocol` of one iteration.
         state: the algorithm's whole last state.

@@ -230,10 +230,20 @@ class Run:
             f"{' and '.join([VALIDATION] * loss + list(self._by_client))} cannot be measured, for y stays at the sites: let "
             "the algorithm share it (share_lower=True).",
         )
+        check(
+            not self._away,
+            f"{' and '.join([VALIDATION] * loss + list(self._by_client))} cannot be measured over a network where leaves "
+            "of x or y are kept at the sites: leave keep='site' out, or measure at each site, whose blocks.npz has its own.",
+        )
         rests = self._x_rest, self._y_rest
         found = measures(self._by_client, self._execution.problem, (self._x, self._y), rests, data)
         program = Validation(loss, found, self._share, data.clients)
         return Judge(self._execution, self._x, self._y, data, program)
+
+    @property
+    def _away(self) -> bool:
+        """Whether leaves of x or y are kept at the sites, and these are elsewhere."""
+        return self._execution.protocol.at_sites is not None and not self._execution.holds_clients
 
     @property
     def _reserve(self) -> int:
@@ -720,8 +730,12 @@ class Run:
         return {name: value for name, value in last.items() if value is not EMPTY} if last and here else {}
 
     def variables(self) -> tuple[PyTree, PyTree]:
-        """(x, y) as they stand, arrays of JAX structured like the start; y is None where it stays with the clients."""
-        return eqx.combine(self.carry.state.x, self._x_rest), self.lower.one(self.carry)
+        """(x, y) as they stand, arrays of JAX structured like the start; y is None where it stays with the clients.
+
+        A leaf that is kept at sites elsewhere is a `KeptAtSites`.
+        """
+        both = eqx.combine(self.carry.state.x, self._x_rest), self.lower.one(self.carry)
+        return owned.away(both) if self._away else both
 
     def given(self) -> tuple[PyTree, PyTree]:
         """`variables`, with arrays of another library where the start had them."""

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt32
 
+from .owned import travelling
+
 BUCKETS = 32  # numbers of a sketch; an x of no more numbers is sketched without loss
 
 Number = Float[Array | np.ndarray, "*times"] | np.floating  # outside of compiled programs numpy's
@@ -92,9 +94,9 @@ def observe(
 
 
 def _numbers(tree: PyTree, xp: ModuleType) -> list[Vector]:
-    """The inexact leaves, flat, as ordinary floats."""
+    """The inexact leaves, flat, as ordinary floats; what is kept at the sites the server does not know."""
     wide = jax.dtypes.canonicalize_dtype(float)
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    leaves = [leaf for leaf in jax.tree.leaves(travelling(tree)) if eqx.is_inexact_array(leaf)]
     return [xp.asarray(leaf).real.astype(wide).reshape(-1) for leaf in leaves]
 
 
@@ -104,7 +106,7 @@ def _largest(vectors: list[Vector], xp: ModuleType) -> Number:
 
 
 def _sketch(vectors: list[Vector], xp: ModuleType) -> Sketch:
-    flat = xp.concatenate(vectors)
+    flat = xp.concatenate(vectors or [xp.zeros((0,), jax.dtypes.canonicalize_dtype(float))])
     flat = signed(flat, xp.arange(flat.shape[0], dtype=np.uint32), xp)
     padded = xp.concatenate([flat, xp.zeros((-flat.shape[0] % BUCKETS,), flat.dtype)])
     return xp.sum(padded.reshape(-1, BUCKETS), axis=0)

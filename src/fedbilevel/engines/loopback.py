@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from .. import owned
-from ..algorithm import Algorithm, State
+from ..algorithm import Algorithm
 from ..cohorts import check_cohort, check_dropout
 from ..data import ClientRows, FederatedData, check_whole
 from ..given import Whole
@@ -29,7 +29,7 @@ from ..protocol import as_leaves, client_state
 from ..protocol import step as iteration
 from .base import Carry, Engine, Execution, Program, Record, plan
 from .faults import Faults, Roster
-from .messaging.client_side import ClientSide, Methods
+from .messaging.client_side import ClientSide, Methods, first_held
 from .messaging.server_side import Messaging
 from .messaging.transport import Answers, Purpose, Request, Transport, as_tag
 
@@ -103,7 +103,7 @@ class _Looped(Messaging):
     def start(self, algorithm: Algorithm, state: PyTree) -> Carry:
         clients = range(self.data.clients)
         if owned.nodes((state.x, state.y)):
-            own = [client_state(algorithm, State(*owned.own((state.x, state.y), i))) for i in clients]
+            own = [first_held(algorithm, self.protocol, state, i) for i in clients]
         else:
             own = [client_state(algorithm, state)] * len(clients)
         return Carry(strong(state), None if own[0] is None else own, 0)
@@ -120,9 +120,13 @@ class _Looped(Messaging):
         def holding(carry: Carry) -> Carry:
             both = zip(clients, carry.client_state, strict=True)
             held = [client.states[as_tag(tag)] for client, tag in both if client.keeps]
+            if self.protocol.at_sites is not None and carry.iteration > before:  # the blocks are in this process too
+                blocks = [client.blocks(own, carry.iteration) for client, own in zip(clients, held, strict=True)]
+                state = owned.keeping(carry.state, [jnp.stack(each) for each in zip(*blocks, strict=True)])
+                carry = dataclasses.replace(carry, state=state)
             return dataclasses.replace(carry, client_state=held or None)
 
-        start = dataclasses.replace(carry, client_state=self.first_tags())
+        start, before = dataclasses.replace(carry, client_state=self.first_tags()), carry.iteration
         carry, record = super().advance(algorithm, start, iterations, limit)
         if record.last is not None:
             record = dataclasses.replace(record, last=holding(record.last))
@@ -143,6 +147,9 @@ class _Looped(Messaging):
 
     def client_states(self, carry: Carry) -> PyTree:
         states = carry.client_state
+        if self.protocol.at_sites is not None and states is not None:
+            states = [held.own for held in states]
+            return None if not jax.tree.leaves(states) else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         return None if states is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 

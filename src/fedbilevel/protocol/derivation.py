@@ -31,6 +31,7 @@ from ..pace.automatic import ready
 from ..problem import Problem, bind
 from ..program import class_of, compiled_as, freeze
 from ..variables import trainable
+from . import at_sites
 from .abstract import Given, Program, discover, step
 from .counting import Counting, combinations
 from .table import Protocol, summary
@@ -157,6 +158,7 @@ class _Known:
         found, self._info = discover(program, algorithm, problem, data, state, cohort)
         self._sites, self._cohort, self._clients = found.sites, cohort, data.clients
         self._rare = {path: turns for path, turns in found.turns.items() if path in found.rare}
+        self._at_sites = at_sites.at_sites(program, algorithm, problem, data, state, cohort, found)
         self._draws, self._kind = combinations(found.draws, found.loops_draw)
         counting = lambda most: Counting(
             program, problem, given, cohort, found.sites, self._draws, found.loops_draw, most
@@ -172,7 +174,8 @@ class _Known:
         known = summary(algorithm, self._clients, self._cohort, self._sites, counts, self._kind, self._info, self._rare)
         certain = self._kind != "sampled" and not self._counting.varies
         rare = sum(each.times_most for each in known.rarely)
-        return dataclasses.replace(known, taken_most=int(taken.max()) + rare if certain else None)
+        most = int(taken.max()) + rare if certain else None
+        return dataclasses.replace(known, taken_most=most, at_sites=self._at_sites)
 
 
 _KNOWN: Kept[_Known] = Kept(64)

@@ -156,8 +156,8 @@ def mask_reply(reply: PyTree, wanted: Wanted) -> PyTree:
 
 
 def size(tree: PyTree) -> int:
-    """Bytes of a pytree of arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of a pytree of arrays; what is kept at the sites has none."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(owned.travelling(tree)))
 
 
 def site(
@@ -181,7 +181,7 @@ def site(
     flags = iter(sent)
     for place, part in enumerate(message):
         always = 0
-        for piece in jax.tree.leaves(part, is_leaf=lambda p: isinstance(p, When)):
+        for piece in jax.tree.leaves(part, is_leaf=lambda p: isinstance(p, When) or owned.is_block(p)):
             if isinstance(piece, When):
                 down.append(Part(str(place), size(piece.value), number(next(flags))))
             else:

@@ -16,6 +16,7 @@ from ..algorithm import Algorithm
 from ..component import title_of
 from ..federation import Way
 from ..given import JSON
+from .at_sites import AtSites
 from .calls import named_method
 from .sites import Path, Site
 
@@ -67,6 +68,7 @@ class Protocol:
         each_row: what is exchanged beside iterations, once at each row of the history (`validation_loss`); not in the sums.
         rarely: what measures, in few iterations (`Federation.rarely`); not in the sums. Once in such an iteration, but
             for what takes rounds of its own: these are the first iteration's, `rounds_rarely` of them at most.
+        at_sites: where leaves of x or y are kept at the sites, what these do with them.
     """
 
     algorithm: str
@@ -86,6 +88,7 @@ class Protocol:
     each_row: tuple[Exchange, ...] = ()
     rarely: tuple[Exchange, ...] = ()
     rounds_rarely: int = 0
+    at_sites: AtSites | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, JSON]:
         """Everything that can be printed, for JSON."""

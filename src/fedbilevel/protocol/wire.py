@@ -1,7 +1,8 @@
 """Messages as bytes: the leaves of a pytree, one after the other, without their structure.
 
 Both sides know the structure from the protocol trace (`Site.message`, `Site.reply`), so only numbers travel, and a
-receiver never allocates what a sender claims: the expected length is known before the payload arrives.
+receiver never allocates what a sender claims: the expected length is known before the payload arrives. What is kept at the
+sites (`owned.kept`) has no bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from .. import owned
 from ..errors import RunError
 from ..federation import When
 
@@ -46,7 +48,7 @@ def decode(schema: PyTree, payload: bytes, travels: tuple[bool, ...]) -> PyTree:
 def message_schema(message: PyTree, flags: tuple[bool, ...]) -> tuple[PyTree, tuple[bool, ...]]:
     """A message without its `When` wrappers, as a tuple of pieces, and whether each travels."""
     pieces, travels, flags_left = [], [], iter(flags)
-    for piece in jax.tree.leaves(message, is_leaf=_is_when):
+    for piece in jax.tree.leaves(message, is_leaf=_is_piece):
         pieces.append(piece.value if _is_when(piece) else piece)
         travels.append(next(flags_left) if _is_when(piece) else True)
     return tuple(pieces), tuple(travels)
@@ -62,14 +64,22 @@ def rebuild_message(schema: PyTree, pieces: tuple, flags: tuple[bool, ...]) -> P
     flags_left = iter(flags)
     wrapped = [
         When(np.asarray(next(flags_left)), piece) if _is_when(node) else piece
-        for node, piece in zip(jax.tree.leaves(schema, is_leaf=_is_when), pieces, strict=True)
+        for node, piece in zip(jax.tree.leaves(schema, is_leaf=_is_piece), pieces, strict=True)
     ]
-    return jax.tree.unflatten(jax.tree.structure(schema, is_leaf=_is_when), wrapped)
+    return jax.tree.unflatten(jax.tree.structure(schema, is_leaf=_is_piece), wrapped)
 
 
 def _is_when(node: PyTree) -> TypeGuard[When]:
     return isinstance(node, When)
 
 
+def _is_piece(node: PyTree) -> bool:
+    return _is_when(node) or owned.is_block(node)
+
+
 def _present(parts: PyTree, travels: tuple[bool, ...]) -> list[Leaf]:
-    return [leaf for part, here in zip(parts, travels, strict=True) if here for leaf in jax.tree.leaves(part)]
+    return [leaf for part, here in zip(parts, travels, strict=True) if here for leaf in _sent(part)]
+
+
+def _sent(part: PyTree) -> list[Leaf]:
+    return jax.tree.leaves(owned.travelling(part))

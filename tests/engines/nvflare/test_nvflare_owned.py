@@ -105,3 +105,36 @@ def test_blocks_with_tables_and_metrics_by_client(tmp_path):
     assert (out / "prepared.json").read_text() == (simulated / "prepared.json").read_text()
     numbers = lambda folder: pd.read_csv(folder / "clients.csv").set_index("client")[["loss", "right"]]
     pd.testing.assert_frame_equal(numbers(out), numbers(simulated), rtol=1e-5)
+
+
+@pytest.mark.network
+def test_blocks_that_are_kept_at_the_sites(tmp_path):
+    """No message has any of them, the rest is the simulation's, and each site has its own at the end of a resumed run."""
+    file, seen = tmp_path / "app.py", tmp_path / "seen"
+    seen.mkdir()
+    text = APP.replace("FOLDER", str(seen)).replace("size=(3, 2)))", 'size=(3, 2)), keep="site")')
+    assert text.count('keep="site"') == 2
+    steps = "fb.AggITD(inner_lr=0.05, hessian_lr=0.05, outer_lr=0.05)"
+    file.write_text(text.replace("fb.AggITD()", steps))
+    out, simulated = tmp_path / "network", tmp_path / "simulated"
+    call("run", file, "--engine", "nvflare", "--clients", 3, "--iterations", 2, "--out", out)
+    call("run", file, "--engine", "nvflare", "--clients", 3, "--resume", "--out", out)
+    received = {path.stem: np.frombuffer(path.read_bytes()).tolist() for path in seen.glob("*.bin")}
+    call("run", file, "--clients", 3, "--out", simulated)
+    with np.load(out / "variables.npz") as here, np.load(simulated / "variables.npz") as there:
+        assert sorted(here.files) == ["x['all']", "y['body']"]
+        for name in here.files:
+            np.testing.assert_allclose(here[name], there[name], rtol=0, atol=1e-9)
+        blocks = {"x['own']": there["x['own'].value"], "y['head']": there["y['head'].value"]}
+    same_books(out, simulated)
+    assert len(received) == 3
+    known = set(np.random.default_rng(7).normal(size=(2, 3, 2)).ravel().tolist())
+    ends = sorted(out.rglob("blocks.npz"))
+    assert len(ends) == 3
+    for client, end in enumerate(ends):
+        with np.load(end) as own:
+            assert sorted(own.files) == sorted(blocks)
+            for name, of_all in blocks.items():
+                np.testing.assert_allclose(own[name], of_all[client], rtol=0, atol=1e-9)
+                known |= set(own[name].ravel().tolist())
+    assert not any(known & set(numbers) for numbers in received.values())

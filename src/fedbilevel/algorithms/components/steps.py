@@ -26,8 +26,8 @@ Gradient = Callable[
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:
-    """Euclidean norm of a pytree."""
-    return optax.tree.norm(tree)
+    """Euclidean norm of a pytree, without what is kept at the sites: the server does not know it."""
+    return optax.tree.norm(owned.measured(tree) if owned.kept(tree) else tree)
 
 
 def descend(point: PyTree, lr: Rate | tuple[Rate, ...], gradient: PyTree) -> PyTree:

@@ -3,6 +3,7 @@
 A request names an exchange of the protocol by its number and carries numbers; nothing in it says what to run beyond that,
 and what is not in the protocol is refused. A client that keeps state (control variates, say) renews it for good only when
 the server says that its reply counted: a reply that came too late, or an exchange that was tried again, leaves no trace.
+Blocks of x and y that are kept here (`protocol.at_sites`) are a part of that state.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from ... import owned
 from ...algorithm import Algorithm
 from ...arrays import on_device
 from ...clock import spent_compiling
 from ...cohorts import client_key
-from ...compiled import Bound
+from ...compiled import CHEAPLY, Bound, run
 from ...component import title_of
 from ...data import ClientRows
 from ...errors import ClientError, InputError, RunError
 from ...federation import Reply
-from ...problem import Problem, describe
+from ...problem import Problem, describe, strong
 from ...program import helpers_of
+from ...protocol import at_sites as kept_here
+from ...protocol import client_state
+from ...protocol.at_sites import Held
 from ...protocol.calls import alike, answer
 from ...protocol.sites import Site, reply_parts
 from ...protocol.table import Protocol
@@ -43,7 +48,7 @@ class ClientSide:
 
     Args:
         index: which of the clients this one is: it decides its random keys.
-        state: what it keeps at the start (`Algorithm.client_init`), or None.
+        state: what it keeps at the start (`first_held`), or None.
         run: runs client methods, compiled or not.
         name: what it is called in messages; None: client INDEX.
     """
@@ -64,7 +69,7 @@ class ClientSide:
         self.keeps = state is not None
         self._problem, self._rows, self._algorithm, self._key = problem, rows, algorithm, key
         self._index = np.int32(index)
-        self._sites = [protocol.sites[path] for path in sorted(protocol.sites)]
+        self._sites, self._at_sites = [protocol.sites[path] for path in sorted(protocol.sites)], protocol.at_sites
         self._run = run
         self._name = f"client {index}" if name is None else name
 
@@ -79,7 +84,10 @@ class ClientSide:
         site = self._site(request)
         schema, travels = message_schema(site.message, request.sent)
         message = rebuild_message(site.message, decode(schema, request.payload, travels), request.sent)
-        state = self._state(request)
+        state, held = self._state(request), None
+        if isinstance(state, Held):
+            message, held = self._with_blocks(site, request, message, state)
+            state = held.own
         parts = _Parts(
             self._rows, state, self._run.key(self._key, request.tag), tuple(map(np.bool_, request.wanted)), self._index
         )
@@ -100,8 +108,31 @@ class ClientSide:
                 f"where the protocol says {describe(site.reply)}."
             )
         if self.keeps:
-            self.states[request.tag] = out.state
+            self.states[request.tag] = out.state if held is None else self._noted(held, site, request, reply, out.state)
         return encode(reply_parts(reply, request.wanted), request.wanted)
+
+    def _with_blocks(self, site: Site, request: Request, message: PyTree, held: Held) -> tuple[PyTree, Held]:
+        """(The message with the blocks that are kept here, what is kept as the iteration begins)."""
+        assert self._at_sites is not None
+        held, blocks = run(
+            kept_here.sent, self._problem, self._algorithm, self._at_sites, site.path, held,
+            np.int32(request.tag[0]), np.int32(request.tag[1]), self._key,
+            options=CHEAPLY,
+        )  # fmt: skip
+        return owned.keeping(message, blocks), held
+
+    def _noted(self, held: Held, site: Site, request: Request, reply: PyTree, own: PyTree) -> Held:
+        """What is kept after a reply."""
+        assert self._at_sites is not None
+        blocks = kept_here.blocks_in(reply)
+        if not all(bool(np.isfinite(block).all()) for block in blocks):
+            raise RunError(f"the blocks that {self._name} keeps are no longer finite: take smaller steps.")
+        return self._at_sites.noted(held, site.path, request.tag[1], reply, own)
+
+    def blocks(self, state: Held, iteration: int) -> list[Array]:
+        """The blocks that are kept here of what the server's program returns, after so many iterations."""
+        given = self._algorithm, self._at_sites, state, np.int32(iteration), self._key
+        return run(kept_here.ended, self._problem, *given, options=CHEAPLY)
 
     def restart(self, state: PyTree) -> None:
         """Begin again with a first state."""
@@ -123,6 +154,17 @@ class ClientSide:
         alive = lambda tag: request.kept <= tag <= request.counted
         self.states = {tag: state for tag, state in self.states.items() if alive(tag)}
         return self.states[request.counted]
+
+
+def first_held(algorithm: Algorithm, protocol: Protocol, state: PyTree, client: int) -> PyTree:
+    """What a client keeps at the start: what its algorithm has it keep, and the blocks that are kept there; None: nothing.
+
+    Args:
+        state: the server's first.
+    """
+    if protocol.at_sites is not None:
+        return strong(protocol.at_sites.begin(algorithm, state, client))
+    return client_state(algorithm, owned.own(state, client) if owned.nodes((state.x, state.y)) else state)
 
 
 class _Parts(NamedTuple):

@@ -132,6 +132,8 @@ class Messaging(Execution):
         """All clients' states anew, and with them what the server keeps beside x and y."""
         if self.faults is None or self.faults.lost_state != REBUILD:
             raise lost
+        if self.protocol.at_sites is not None:
+            raise RunError(f"{lost} Its blocks of x and y are kept there alone (keep='site'), and are gone with it.")
         state = carry.state
         self.transport.restart(state.x, state.y, self.purpose)
         self.kept = self.first_tags()

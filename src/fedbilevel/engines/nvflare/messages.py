@@ -172,11 +172,12 @@ class Restart(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Finish(Struct, frozen=True, forbid_unknown_fields=True):
-    """The run is over, and the state of this tag counts."""
+    """The run is over after so many iterations, and the state of this tag counts."""
 
     counted: Tag
+    iterations: int = 0
 
-    sentences: ClassVar[Mapping[str, str]] = {"": _TAG}
+    sentences: ClassVar[Mapping[str, str]] = {r"\.iterations": "iterations are a whole number", "": _TAG}
 
 
 # A site to the server ---------------------------------------------------------------------------------------------------

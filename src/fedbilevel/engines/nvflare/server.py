@@ -23,6 +23,7 @@ from ...cohorts import check_cohort
 from ...data import FederatedData
 from ...errors import InputError, RunError, noting, warn, with_notes
 from ...given import JSON, Whole
+from ...owned import kept
 from ...problem import Problem, strong
 from ...program import freeze
 from ...protocol import step as iteration
@@ -164,14 +165,15 @@ def _tuning(app: App, names: list[str], data: FederatedData, engine: Collab, ask
 
 
 class AtTheEnd(Callback):
-    """Has each site write down the lower variable that is its own, if sites have one."""
+    """Has each site write down what is its own, if sites have something: a lower variable, or blocks that are kept there."""
 
     def __init__(self, engine: Collab):
         self._engine = engine
 
     def finish(self, run: Running, error: BaseException | None) -> None:
-        if run.lower.own and (error is None or isinstance(error, RunError)):
-            self._engine.finish(run.carry.client_state)
+        own = run.lower.own or kept((run.carry.state.x, run.carry.state.y))
+        if own and (error is None or isinstance(error, RunError)):
+            self._engine.finish(run.carry.client_state, run.carry.iteration)
 
 
 class Collab(Engine):
@@ -249,14 +251,14 @@ class Collab(Engine):
         entries = None if tuning.entries is None else tuning.entries[: len(found)]
         return Racing(len(found), tuning.batch_size, entries)
 
-    def finish(self, tags: Iterable[Iterable[int | np.integer]]) -> None:
+    def finish(self, tags: Iterable[Iterable[int | np.integer]], iterations: int) -> None:
         """Tell all sites that the run is over, and which of their states counts; warn of those that cannot be told."""
         states = {name: [int(part) for part in tag] for name, tag in zip(self.names, tags, strict=True)}
-        results = sites(self.names, _END).finish(states)
+        results = sites(self.names, _END).finish(states, int(iterations))
         lost = {name: str(error) for name, error in results.failures.items()}
         lost |= {name: str(error) for name, said in results if (error := refusal(name, said)) is not None}
         for name, why in sorted(lost.items()):
-            warn(f"site {name} did not write down its own lower variable ({why}): the other sites did.")
+            warn(f"site {name} did not write down what is its own ({why}): the other sites did.")
 
     def _all(self, call: Callable[[Sites], Results]) -> dict[str, dict]:
         """What all sites say; none may fail before the run has begun."""

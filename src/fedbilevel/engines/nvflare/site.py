@@ -83,12 +83,13 @@ class Site:
             return self._said(lambda: self._ready().ask("restart", payload, START_SECONDS, **plain(asked))[0])
 
     @collab.publish
-    def finish(self, states: Received) -> dict[str, Received]:
+    def finish(self, states: Received, iterations: Received) -> dict[str, Received]:
         """The run is over: write down what is this site's own; `states` has the tag of each site's state that counts."""
         _only_the_server()
         if not isinstance(states, dict) or collab.site_name not in states:
             raise _refused("states has a tag for each site")
-        mine = read({"counted": states[collab.site_name]}, Finish, _refused, "a tag")
+        told = {"counted": states[collab.site_name], "iterations": iterations}
+        mine = read(told, Finish, _refused, "a tag")
         with self._lock:
             return self._said(lambda: self._ready().ask("finish", b"", START_SECONDS, **plain(mine))[0])
 

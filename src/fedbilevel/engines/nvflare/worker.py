@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # at run time they are imported where they are needed, in the
     import pandas
 
     from ...app import App
+    from ...protocol.at_sites import Held
     from ...tables.prepared import Prepared
     from ...tables.wanted import Prepare as Wanted
     from ..messaging.client_side import ClientSide
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # at run time they are imported where they are needed, in the
 
 METRICS = "metrics.csv"  # a site's own numbers, in its folder
 LOWER = "lower.npz"  # a site's own lower variable at the end of a run, in its folder
+BLOCKS = "blocks.npz"  # a site's own blocks of x and y at the end of a run, where they are kept there
 START_SECONDS = 600.0  # within which a worker has loaded its site's rows
 
 
@@ -308,18 +310,18 @@ class _Inside:
 
     def _made(self, purpose: Purpose) -> ClientSide:
         """What answers requests of a purpose, with the state of a start."""
-        from ...owned import own
         from ...program import freeze
-        from ...protocol import as_leaves, client_state
-        from ..messaging.client_side import ClientSide, Methods
+        from ...protocol import as_leaves
+        from ..messaging.client_side import ClientSide, Methods, first_held
         from .agreement import client_key
 
         algorithm, state, protocol = self.agreed.means(purpose)
         problem = freeze(self.problem, *self.agreed.variables, self.held)
-        first = None if purpose.name == "scoring" else client_state(algorithm, own(state, self.asked.index))
+        index = self.asked.index
+        first = None if purpose.name == "scoring" else first_held(algorithm, protocol, state, index)
         return ClientSide(
             problem, self.mine, as_leaves(algorithm), protocol, client_key(self.asked.seed, purpose),
-            self.asked.index, first, Methods(), self.site,
+            index, first, Methods(), self.site,
         )  # fmt: skip
 
     def _take_up(self, purpose: Purpose) -> None:
@@ -369,10 +371,13 @@ class _Inside:
 
     def restart(self, payload: bytes, message: Restart) -> tuple[dict, bytes]:
         """Begin anew with the state `client_init(x, y)`; the message has x and y."""
-        from ...owned import own
+        from ...errors import RunError
+        from ...owned import kept, own
         from ...problem import strong
         from ...protocol.wire import decode
 
+        if kept(self.agreed.variables):
+            raise RunError(f"site {self.site} keeps blocks of x or y that nobody else has, and cannot begin anew.")
         x, y = decode(own(self.agreed.variables, self.asked.index), payload, (True, True))
         if message.purpose != self.purpose:
             self._take_up(message.purpose)
@@ -382,10 +387,14 @@ class _Inside:
         return {}, b""
 
     def finish(self, payload: bytes, message: Finish) -> tuple[dict, bytes]:
-        """The run is over, and the state of this tag counts: write down the lower variable that is this site's own."""
+        """The run is over, and the state of this tag counts: write down what is this site's own.
+
+        That is its lower variable, and its blocks of x and y that are kept here.
+        """
         import equinox as eqx
 
         from ...own_lower import own_lower
+        from ...protocol.at_sites import Held
         from ...result import save_arrays
         from ...variables import trainable
         from ..faults import StateLost
@@ -393,11 +402,26 @@ class _Inside:
         tag = message.counted
         if tag not in self.side.states:
             raise StateLost(f"site {self.site} has no state of exchange {tag}.")
-        own = own_lower(self.app.algorithm, self.side.states[tag])
-        if own is not None:
+        state = self.side.states[tag]
+        if isinstance(state, Held):
+            self._save_blocks(state, message.iterations)
+            state = state.own
+        lower = own_lower(self.app.algorithm, state)
+        if lower is not None:
             _, rest = trainable(self.app.begin(self.prepared)[1], "y")
-            save_arrays({"y": eqx.combine(own, rest)}, self.folder / LOWER)
+            save_arrays({"y": eqx.combine(lower, rest)}, self.folder / LOWER)
         return {}, b""
+
+    def _save_blocks(self, held: Held, iterations: int) -> None:
+        """Write down this site's blocks of x and y that are kept here."""
+        from ...owned import keeping, kept_alone, own
+        from ...result import save_arrays
+
+        index = self.asked.index
+        state = own(self.agreed.means(self.purpose).state, index)
+        if iterations:
+            state = keeping(state, self.side.blocks(held, iterations))
+        save_arrays({name: kept_alone(getattr(state, name), index) for name in ("x", "y")}, self.folder / BLOCKS)
 
     def _note(self, request: Request) -> None:
         """Write down how this site fares: a line for each row of the history, of which no site's number need be part."""
@@ -419,7 +443,8 @@ class _Inside:
 
     def _store(self, resume: bool) -> None:
         """Take up the states that an earlier worker left, or forget them."""
-        (self.folder / LOWER).unlink(missing_ok=True)
+        for file in (LOWER, BLOCKS):
+            (self.folder / file).unlink(missing_ok=True)
         if not resume:
             self.notes.forget()
         if not self.side.keeps:

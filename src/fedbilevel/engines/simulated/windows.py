@@ -36,7 +36,7 @@ def opens(asked: int, algorithm: Algorithm, state: PyTree, clients: int) -> bool
         asked: how many these are at most, each as often as it is asked; 0: that is not known.
     """
     blocks = owned.nodes(state)
-    whole = all(node.value.shape[0] == clients and not node.own for node in blocks)
+    whole = all(node.value.shape[0] == clients and not (node.own or node.site) for node in blocks)
     return bool(blocks) and whole and 0 < asked <= SHARE * clients and algorithm.spares_unasked
 
 
@@ -139,4 +139,4 @@ def _high(blocks: Float[Array, "clients ..."]) -> Float[Array, " clients"]:
 
 
 def _with(node: PerClient, value: Array) -> PerClient:
-    return PerClient(value, node.own, node.lengths)
+    return node.holding(value)
