@@ -128,7 +128,7 @@ class Result:
             clients are in this process, and is a `KeptAtSites` where they are not.
         history: the `History`.
         protocol: the `Protocol` of one iteration.
-        state: the algorithm's whole last state.
+        state: the algorithm's whole last state; of what is kept at sites elsewhere it has numbers that mean nothing.
         iteration: how many iterations were done.
         clients_y: where every client has a lower variable of its own (`FedBiOAccLocal`), all of them: like y, each array
             with a leading axis of clients, in their order; a client that was never asked has the start. y is then their
