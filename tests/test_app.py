@@ -55,6 +55,7 @@ def test_it_goes_on_where_it_stopped(fedbilevel, file, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (("--model", "cnn"), "--model is for tasks"),
         (("--dataset", "mnist"), "--dataset is for tasks"),
         (("--precision", 32), "--precision is for tasks"),
         (("--algorithm", "agitd"), "did you mean 'aggitd'"),

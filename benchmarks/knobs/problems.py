@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 import fedbilevel as fb
 from fedbilevel.reference.linear import lanczos
+from knobs.dense_cleaning import dense_cleaning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Case:
     heavy: bool = False  # a later seed tries only points with .9 of the first seed's best gain
 
     def task(self, seed: int) -> fb.tasks.Task:
-        return getattr(fb.tasks, self.name.replace("-", "_"))(dataset=self.dataset, seed=seed)
+        kind = dense_cleaning if self.name == "cleaning" else fb.tasks.TASKS[self.name]
+        return kind(dataset=self.dataset, seed=seed)
 
     @property
     def engine(self) -> fb.Simulation:

@@ -79,12 +79,16 @@ class Shipped:
         return chosen(algorithm, self.filed(algorithm), given)
 
     def filed(self, algorithm: str) -> tuple[str, str]:
-        """The task and the data set."""
-        return self.name, self._dataset
+        """The task, with its model where that is not the default, and the data set."""
+        model = self.options.model
+        plain = model is None or model in self._kind.models[:1]
+        return (self.name if plain else f"{self.name}-{model}"), self._dataset
 
     def config(self) -> dict[str, JSON]:
         """The task's name and options, but for the seed and where its files lie."""
         options = {k: v for k, v in dataclasses.asdict(self.options).items() if k not in ("seed", "data_dir")}
+        if options["model"] is None:
+            del options["model"]  # as folders have it that are older than this option
         return {"task": self.name, "options": options | {"dataset": self._dataset}}
 
     @property

@@ -152,6 +152,8 @@ def idx_folder(tmp_path, images: bytes):
         ("run ridge --resume", "go with --out"),
         ("run ridge --precision 16", "32 or 64; got 16"),
         ("run ridge --clients many", "--clients"),
+        ("run hyper-representation --model resnet", "'resnet'"),
+        ("run ridge --model mlp", "no models to choose from"),
         ("run quadratic --partition shards", "makes its own clients"),
         ("compare ridge --algorithms ,", "separated by commas"),
         ("compare ridge --algorithms aggitd,aggitd", "twice"),

@@ -17,9 +17,8 @@ GAINS = {
     ("bank", "lockstep"): 0.6, ("bank", "aggitd"): 0.6,
     ("scaled", "lockstep"): 0.05, ("scaled", "aggitd"): 0.005,
     ("hearts", "lockstep"): 0.04, ("hearts", "aggitd"): 0.03,
-    ("cleaning", "lockstep"): 0.6, ("cleaning", "aggitd"): 0.3,
 }  # fmt: skip
-JUDGED = {"bank": "test_loss", "scaled": "test_error", "hearts": "test_loss", "cleaning": "test_loss"}
+JUDGED = {"bank": "test_loss", "scaled": "test_error", "hearts": "test_loss"}
 
 
 @pytest.mark.slow

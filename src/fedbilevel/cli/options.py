@@ -39,6 +39,7 @@ Partition = Annotated[
     str | None, typer.Option("--partition", help="iid, shards, dirichlet or quantity; default iid, of personal shards.")
 ]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="Concentration of dirichlet and quantity.")]
+Model = Annotated[str | None, typer.Option("--model", help="mlp or cnn, for hyper-representation; default mlp.")]
 Clients = Annotated[int | None, typer.Option("--clients", help="How many clients there are.")]
 Cohort = Annotated[int | None, typer.Option("--cohort", help="How many clients each exchange asks; default all.")]
 Iterations = Annotated[int | None, typer.Option("--iterations", help="Outer iterations.")]

@@ -18,7 +18,7 @@ from ..tasks import TASKS, Options
 
 DEFAULT_ROUNDS = 300
 SITES = 3  # of an application, unless --clients says
-_OF_TASKS = ("dataset", "data_dir", "partition", "alpha", "evaluate_every", "precision")
+_OF_TASKS = ("dataset", "data_dir", "partition", "alpha", "model", "evaluate_every", "precision")
 
 
 class Words(TypedDict, total=False):
@@ -28,6 +28,7 @@ class Words(TypedDict, total=False):
     data_dir: str | None
     partition: str | None
     alpha: float | None
+    model: str | None
     clients: int | None
     cohort: int | None
     iterations: int | None
@@ -105,6 +106,7 @@ def _of_task(task: str, algorithms: list[str], seeds: int, words: Words) -> Plan
     options = Options(
         dataset=words.get("dataset"), data_dir=words.get("data_dir"), clients=words.get("clients"),
         partition=words.get("partition") or TASKS[task].partition, alpha=words.get("alpha"),
+        model=words.get("model"),
     )  # fmt: skip
     iterations, rounds, first = words.get("iterations"), words.get("rounds"), words.get("seed") or 0
     return Plan(

@@ -30,6 +30,7 @@ from .options import (
     JudgedBy,
     Keep,
     MaxBytes,
+    Model,
     NoCache,
     NoCheck,
     Out,
@@ -54,6 +55,7 @@ def run(
     ] = None,
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
+    model: Model = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition, the start and the run.")] = None,
     sets: Sets = None, out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Engine = "simulation", evaluate_every: Every = 1, precision: Precision = 32,
@@ -70,7 +72,7 @@ def run(
     plan = plan_of(
         context, task, None if algorithm is None else [algorithm], alone=is_app(task), dataset=dataset,
         data_dir=data_dir, partition=partition, alpha=alpha, clients=clients, cohort=cohort, iterations=iterations,
-        rounds=rounds, seed=seed, sets=sets, engine=engine, evaluate_every=evaluate_every, precision=precision,
+        rounds=rounds, model=model, seed=seed, sets=sets, engine=engine, evaluate_every=evaluate_every, precision=precision,
         no_check=no_check, compile=compile, client_state=client_state,
         keep=keep,
     )  # fmt: skip
@@ -136,6 +138,7 @@ def compare(
     seeds: Annotated[int, typer.Option("--seeds", help="How many seeds, from --seed on.")] = 3,
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
+    model: Model = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="The first seed; 0, or what an application's file says.")
     ] = None,
@@ -154,7 +157,7 @@ def compare(
         context, task, names, seeds, dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha,
         clients=clients, cohort=cohort, iterations=iterations, rounds=rounds, seed=seed, sets=sets, engine=engine,
         evaluate_every=evaluate_every, precision=precision, no_check=no_check, compile=compile, client_state=client_state,
-        keep=keep,
+        keep=keep, model=model,
     )  # fmt: skip
     execute(plan, out, resume, overwrite, as_json)
 
@@ -167,7 +170,7 @@ def protocol(
         str | None, typer.Option("--algorithm", help="aggitd (a task's default), fednest, ... (see `list`).")
     ] = None,
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
-    clients: Clients = None, cohort: Cohort = None,
+    model: Model = None, clients: Clients = None, cohort: Cohort = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition and the start.")] = None,
     sets: Sets = None, as_json: Json = False, precision: Precision = 32, no_cache: NoCache = False, keep: Keep = None,
 ):  # fmt: skip
@@ -176,7 +179,7 @@ def protocol(
 
     plan = plan_of(
         context, task, None if algorithm is None else [algorithm], dataset=dataset, data_dir=data_dir,
-        partition=partition, alpha=alpha, clients=clients, cohort=cohort, seed=seed, sets=sets,
+        partition=partition, alpha=alpha, model=model, clients=clients, cohort=cohort, seed=seed, sets=sets,
         precision=precision, keep=keep,
     )  # fmt: skip
     with jax.enable_x64(plan.precision == 64):

@@ -19,6 +19,7 @@ from .options import (
     Dataset,
     Iterations,
     Json,
+    Model,
     NoCache,
     Partition,
     Precision,
@@ -49,6 +50,7 @@ def search(
     seed: Annotated[int, typer.Option("--seed", help="The first of them.")] = _FIRST,
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
+    model: Model = None,
     sets: Sets = None, precision: Precision = 32, as_json: Json = False, no_cache: NoCache = False,
     out: Annotated[str | None, typer.Option("--out", help="Folder for a table of every point that was tried.")] = None,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="File the best ones in your store.")] = True,
@@ -60,7 +62,7 @@ def search(
     plan = plan_of(
         context, task, None if algorithms is None else chosen_names(algorithms), seeds, dataset=dataset,
         data_dir=data_dir, partition=partition, alpha=alpha, clients=clients, cohort=cohort, iterations=iterations,
-        rounds=rounds, seed=seed, sets=sets, precision=precision,
+        rounds=rounds, model=model, seed=seed, sets=sets, precision=precision,
     )  # fmt: skip
     found = searched(plan, _values(grid or []) or None, metric)
     if out is not None:

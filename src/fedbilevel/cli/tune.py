@@ -48,6 +48,7 @@ from .options import (
     JudgedBy,
     Keep,
     MaxBytes,
+    Model,
     NoCache,
     NoCheck,
     Out,
@@ -76,7 +77,7 @@ def tune(
         str | None, typer.Option("--algorithms", help="Candidates of your own, names separated by commas.")
     ] = None,
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
-    clients: Clients = None, cohort: Cohort = None,
+    model: Model = None, clients: Clients = None, cohort: Cohort = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the partition, the start and the run.")] = None,
     out: Out = None, as_json: Json = False, resume: Resume = False, overwrite: Overwrite = False,
     engine: Annotated[str, typer.Option("--engine", help="simulation or loopback; of an app nvflare too.")] = "simulation",
@@ -92,7 +93,8 @@ def tune(
     wanted, names = _goal(metric), None if algorithms is None else chosen_names(algorithms)
     rehearsal = "simulation" if engine == _NETWORK and is_app(task) else engine  # by which its words are understood
     plan = plan_of(
-        context, task, names, alone=is_app(task), dataset=dataset, data_dir=data_dir, partition=partition, alpha=alpha,
+        context, task, names, alone=is_app(task), dataset=dataset, data_dir=data_dir, partition=partition,
+        alpha=alpha, model=model,
         clients=clients, cohort=cohort, rounds=rounds, seed=seed, engine=rehearsal, evaluate_every=evaluate_every,
         precision=precision, no_check=no_check, compile=compile, client_state=client_state, keep=keep,
     )  # fmt: skip

@@ -97,6 +97,7 @@ class Options:
         clients: how many; None for the task's default.
         alpha: concentration of "dirichlet" and "quantity"; None for their default.
         seed: decides the partition, the start and the run's randomness.
+        model: which of the networks that a task has; None for the first.
     """
 
     dataset: str | None = None
@@ -105,6 +106,7 @@ class Options:
     clients: int | None = None
     alpha: float | None = None
     seed: int = 0
+    model: str | None = None
 
     def keys(self) -> list[Key[Array, ""]]:
         """Keys for the partition, the split, the start and the run."""
@@ -121,6 +123,7 @@ class Settings(TypedDict, total=False):
     clients: int | None
     alpha: float | None
     seed: int
+    model: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,7 @@ class Kind:
         datasets: the data sets it runs on, the default first.
         build: Options -> Task.
         partition: how rows are dealt unless one says.
+        models: the networks it knows, the default first; none where there is nothing to choose.
     """
 
     name: str
@@ -139,6 +143,7 @@ class Kind:
     datasets: tuple[str, ...]
     build: Callable[[Options], Task]
     partition: str = "iid"
+    models: tuple[str, ...] = ()
 
     def __call__(self, options: Options | None = None, **settings: Unpack[Settings]) -> Task:
         """Build the task: `kind(dataset="digits", clients=20, seed=0)`."""
@@ -150,6 +155,13 @@ class Kind:
         dataset = self.datasets[0] if options.dataset is None else options.dataset
         if dataset not in self.datasets:
             raise unknown_name(f"data set for {self.name}", dataset, self.datasets)
+        model = options.model
+        check(
+            model is None or self.models,
+            f"the task {self.name} has no models to choose from: leave model= (--model) out.",
+        )
+        if model is not None and model not in self.models:
+            raise unknown_name(f"model for {self.name}", model, self.models)
         clients = options.clients
         good = clients is None or (isinstance(clients, int) and clients >= 1)
         check(good, f"clients= is how many clients there are, a whole number of at least 1; got {clients!r}.")

@@ -1,36 +1,47 @@
-"""Data cleaning: a weight for each training row, when two in five labels are wrong.
+"""Data cleaning: a weight for each training row, its client's own, when two in five labels are wrong.
 
-x (training rows of all clients,): a logit for each row; y: multinomial logistic regression. Training
-row j of n has the weight w_j = n sigmoid(x_j) / sum_k sigmoid(x_k), whose mean is one whatever x is:
-weights weigh rows against each other, and never the loss against the penalty.
+x: a logit for each training row, a ragged block of its client (`fb.per_client`): row j of client i has
+the weight 2 sigmoid(x_ij), between nothing and twice. y: multinomial logistic regression.
 
-    inner:  w_j times the cross-entropy of training row j, plus PENALTY/2 |y|^2
+    inner:  2 sigmoid(x_ij) times the cross-entropy of training row j of client i, plus PENALTY/2 |y|^2
     outer:  cross-entropy on the validation rows
 
 A tenth of each client's rows is held for the outer level, and their labels are right. Of the other
-rows the share `WRONG`, drawn over all clients, has the label of another class, each as likely. The
-outer loss does not contain x: the hypergradient has no direct part. Each of its entries is of the
-order of 1/n, so good upper steps are large. The start is x = 0: all rows alike.
+rows the share `WRONG`, drawn over all clients, has the label of another class, each as likely. Of
+larger data sets `ROWS` rows are taken, drawn by the seed. The start is x = 0: all weights are one. The
+outer loss does not contain x: the hypergradient has no direct part.
 
-Metrics: test_accuracy, test_loss, validation_loss (f), and found: the share of pairs of a right and a
-wrong row in which the wrong one has the smaller weight (the area under the ROC curve; a half at the
-start).
+Weights are bounded one by one and not divided by their sum: that of all rows nobody knows, for a
+client sees its own block alone, and that of a client's would say that no client is worse than others.
+
+A row is flagged where its weight is below half of the median of all weights. A client that was never
+asked has its block still at the start; its rows say nothing, and are left out of found and flagged.
+
+Metrics: test_accuracy, test_loss, validation_loss (f); found, the share of pairs of a right and a wrong
+row in which the wrong one has the smaller weight (the area under the ROC curve; a half at the start);
+flagged, the F1 score of the flags (zero at the start); and never_asked, how many rows are left out.
+The accuracy is that of y as it stands, at a penalty that is good for finding wrong rows: for a model, train
+again with the weights found (`fb.train`) at a smaller one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax.tree
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ..arrays import entry, held, on_device
 from ..data import FederatedData
-from ..datasets import load
+from ..datasets import Dataset, load
 from ..keys import generator
 from ..metrics import Metric
+from ..owned import PerClient, per_client
+from ..partition import Parts
 from ..problem import Problem
 from ..threefry import fold_in
 from .base import (
@@ -47,7 +58,17 @@ from .base import (
 from .loss_tuning import levels
 from .network import Layer
 
-CLEAN, WRONG, PENALTY = 0.1, 0.4, 0.01
+CLEAN, WRONG, PENALTY = 0.1, 0.4, 0.1
+ROWS = 10_000  # of a data set that has more
+
+
+class Dealt(NamedTuple):
+    """Of each client: its rows' numbers in the data set, at both levels; labels of training rows, and which are wrong."""
+
+    inner: Parts
+    outer: Parts
+    labels: list[np.ndarray]
+    wrong: list[np.ndarray]
 
 
 def predict(x: PyTree, y: Layer, a: Float[Array, "rows features"]) -> Float[Array, "rows classes"]:
@@ -61,37 +82,57 @@ def outer_loss(x: PyTree, y: Layer, example: Row) -> Float[Array, ""]:
 
 
 class InnerLoss(eqx.Module):
-    """Weighted cross-entropy of one example, plus penalty/2 |y|^2; `number` is its place in x."""
+    """Weighted cross-entropy of one example, plus the penalty; an array, so that others compile nothing again.
 
-    penalty: float = eqx.field(static=True, default=PENALTY)
+    Attributes:
+        l2: () the penalty of |y|^2 / 2.
+    """
+
+    l2: Float[Array, ""]
 
     def __call__(self, x: Float[Array, " training"], y: Layer, example: Row) -> Float[Array, ""]:
-        shares = jax.nn.sigmoid(x)
-        weight = entry(shares, example["number"]) / jnp.mean(shares)
-        return weight * outer_loss(x, y, example) + 0.5 * self.penalty * optax.tree.norm(y, squared=True)
+        """`place` is where the row's logit is in its client's block."""
+        loss = weight(entry(x, example["place"])) * outer_loss(x, y, example)
+        return loss + 0.5 * self.l2.astype(loss.dtype) * optax.tree.norm(y, squared=True)
+
+
+def weight(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """What a row counts for: between zero and two."""
+    return 2 * jax.nn.sigmoid(x)
 
 
 def build(options: Options) -> Task:
     name = str(options.dataset)
     dataset = load(name, options.data_dir)
-    division, run = options.keys()[1], options.keys()[3]
-    parts = deal(options, dataset.y_train, dataset.facts.clients)
-    inner, outer = levels(dataset.y_train, parts, division, CLEAN)
+    rows = dealt(options, dataset)
     a, classes = dataset.x_train, int(dataset.classes or 0)
-    rows = np.concatenate(inner)  # in the order of x
-    labels, wrong = replaced(dataset.y_train[rows], classes, generator(fold_in(division, 0)))
-    ends = np.cumsum([len(own) for own in inner])[:-1]
     data = FederatedData.stack(
         [
-            {"a": a[rows[own]], "label": labels[own], "number": own.astype(np.int32)}
-            for own in np.split(np.arange(len(rows)), ends)
+            {"a": a[own], "label": labels, "place": np.arange(len(own), dtype=np.int32)}
+            for own, labels in zip(rows.inner, rows.labels, strict=True)
         ],
-        [{"a": a[own], "label": dataset.y_train[own]} for own in outer],
+        [{"a": a[own], "label": dataset.y_train[own]} for own in rows.outer],
     )
+    x = per_client([np.zeros(len(own), held(0.0).dtype) for own in rows.inner])
     y = {"weight": held(np.zeros((a.shape[1], classes))), "bias": held(np.zeros(classes))}
     metrics = classification_metrics(predict, dataset)
-    metrics |= {"validation_loss": validation_loss(outer_loss, data), "found": found(wrong)}
-    return Task("cleaning", name, Problem(InnerLoss(), outer_loss), data, held(np.zeros(len(rows))), y, metrics, run)
+    metrics |= {"validation_loss": validation_loss(outer_loss, data), **judged(rows.wrong)}
+    return Task("cleaning", name, Problem(InnerLoss(held(PENALTY)), outer_loss), data, x, y, metrics, options.keys()[3])
+
+
+def dealt(options: Options, dataset: Dataset) -> Dealt:
+    """The rows of all clients: at most `ROWS` in all, a tenth of each client's held, and `WRONG` of the others wrong."""
+    place, division, _, _ = options.keys()
+    labels = dataset.y_train
+    taken = np.arange(len(labels))
+    if len(labels) > ROWS:
+        taken = np.sort(generator(fold_in(place, 0)).permutation(len(labels))[:ROWS])
+    parts = deal(options, labels[taken], dataset.facts.clients)
+    inner, outer = ([taken[own] for own in level] for level in levels(labels[taken], parts, division, CLEAN))
+    rng = generator(fold_in(division, 0))
+    said, wrong = replaced(labels[np.concatenate(inner)], int(dataset.classes or 0), rng)
+    ends = np.cumsum([len(own) for own in inner])[:-1]
+    return Dealt(inner, outer, np.split(said, ends), np.split(wrong, ends))
 
 
 def replaced(labels: np.ndarray, classes: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -102,28 +143,52 @@ def replaced(labels: np.ndarray, classes: int, rng: np.random.Generator) -> tupl
     return np.where(wrong, other, labels).astype(labels.dtype), wrong
 
 
-def found(wrong: np.ndarray) -> Metric:
-    """How well x tells wrong rows: the share of pairs in which the wrong row has the smaller x.
+def judged(wrong: list[np.ndarray]) -> dict[str, Metric]:
+    """found, flagged and never_asked, of the blocks of x; `wrong` says of each client's rows which are, (rows,) bool."""
+    truth = np.concatenate(wrong)
 
-    Ties count a half. `wrong` is (rows,) bool.
-    """
-    flags = on_device(wrong)
-    return lambda x, y: _area(x, flags)
+    def of(score: Callable[[np.ndarray, np.ndarray], float]) -> Metric:
+        def metric(x: PerClient, y: PyTree) -> float:
+            known = asked(x)
+            return score(np.concatenate(x.blocks)[known], truth[known])
+
+        return metric
+
+    return {
+        "found": of(area),
+        "flagged": of(lambda x, truth: f1(flags(x), truth)),
+        "never_asked": lambda x, y: float(np.sum(~asked(x))),
+    }
 
 
-@jax.jit
-def _area(x: Float[Array, " training"], wrong: Bool[Array, " training"]) -> Float[Array, ""]:
-    order = jnp.sort(jnp.where(wrong, jnp.inf, x))  # those of the right rows, ascending
-    right = jnp.sum(~wrong)
-    above = right - jnp.searchsorted(order, x, side="right")
-    level = jnp.searchsorted(order, x, side="right") - jnp.searchsorted(order, x, side="left")
-    score = (above + 0.5 * level.astype(x.dtype)) / right.astype(x.dtype)
-    return jnp.sum(jnp.where(wrong, score, 0)) / jnp.sum(wrong).astype(x.dtype)
+def asked(x: PerClient) -> np.ndarray:
+    """(rows,) bool, client after client: whether its client was ever asked, and has moved its block."""
+    return np.concatenate([np.full(len(block), np.any(np.asarray(block) != 0)) for block in x.blocks])
+
+
+def flags(x: np.ndarray) -> np.ndarray:
+    """(rows,) bool: which weights are below half of their median."""
+    own = np.asarray(weight(on_device(x)))
+    return own < np.median(own) / 2 if len(own) else np.zeros(0, bool)
+
+
+def f1(said: np.ndarray, wrong: np.ndarray) -> float:
+    """The harmonic mean of the share of the flagged rows that are wrong, and of the wrong rows that are flagged."""
+    return 2 * float(np.sum(said & wrong)) / max(int(np.sum(said)) + int(np.sum(wrong)), 1)
+
+
+def area(x: np.ndarray, wrong: np.ndarray) -> float:
+    """The share of pairs of a right and a wrong row in which the wrong one has the smaller x; ties count a half."""
+    right = np.sort(x[~wrong])
+    if len(right) in (0, len(x)):
+        return 0.5
+    above, level = (len(right) - np.searchsorted(right, x[wrong], side) for side in ("right", "left"))
+    return float(np.mean(above + level)) / 2 / len(right)
 
 
 cleaning = Kind(
     "cleaning",
-    "x: a weight for each training row, y: logistic regression; 40 % of the training labels are wrong",
+    "x: a weight for each training row, its client's own block, y: logistic regression; 40 % of the labels are wrong",
     suited(lambda facts: facts.kind == "images"),
     build,
 )
