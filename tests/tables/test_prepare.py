@@ -272,6 +272,18 @@ def test_dates_may_be_categories_if_said():
     assert columns[-3:] == ("since=2020-01-17", "since=2020-02-17", "since=other")
 
 
+@pytest.mark.parametrize("other", ["Yes ", "YES", " yes"])
+def test_classes_that_differ_in_blanks_or_capitals_are_refused(other):
+    text = TABLE.assign(default=np.where(TABLE["default"] == 1, "yes", "no"))
+    text.loc[(text["bank"] == "east") & (text["default"] == "yes"), "default"] = other
+    with pytest.raises(
+        fb.InputError, match=r"the label 'default' is '.*' at \w+ and '.*' at \w+, which differ in blanks"
+    ):
+        made(text)
+    apart = made(text, prepare=fb.Prepare(classes=("no", "yes", other)))
+    assert apart.prepared.classes == ("no", "yes", other)
+
+
 def test_labels():
     text = TABLE.assign(default=np.where(TABLE["default"] == 1, "yes", "no"))
     text.loc[(text["bank"] == "east"), "default"] = "no"

@@ -295,6 +295,19 @@ def _common(seen: Mapping[str, Seen], wanted: Prepare) -> Common:
     return Common(name, kind, tuple(kept), tuple(total[each] for each in kept))
 
 
+def _check_apart(told: Mapping[str, Described], label: str) -> None:
+    """Refuse classes that differ in blanks or in capitals alone: each would be a class of its own."""
+    seen: dict[str, tuple[str, str]] = {}
+    for client, described in told.items():
+        for text in described.classes:
+            other, first = seen.setdefault(" ".join(text.split()).casefold(), (text, client))
+            check(
+                text == other,
+                f"the label {label!r} is {shown(other)} at {first} and {shown(text)} at {client}, which differ in blanks or "
+                "capitals alone: make them one, or, if they are two, name both in classes=.",
+            )
+
+
 def _one_label(told: Mapping[str, Described], wanted: Prepare) -> tuple[str, tuple[str, ...]]:
     kinds = {described.label: client for client, described in told.items()}
     if wanted.label is None:
@@ -307,6 +320,8 @@ def _one_label(told: Mapping[str, Described], wanted: Prepare) -> tuple[str, tup
         )
     if CLASSES in kinds:
         classes = wanted.classes or sorted({each for described in told.values() for each in described.classes})
+        if wanted.classes is None:
+            _check_apart(told, wanted.label)
         check(len(classes) <= MOST, f"the label {wanted.label!r} has {len(classes):,} different texts.")
         return CLASSES, tuple(classes)
     return (REAL if REAL in kinds else WHOLE), ()
