@@ -206,3 +206,11 @@ def test_clients_states_on_disk(fedbilevel, tmp_path):
     code, _, error = fedbilevel(*words, "--client-state", "disk", "--engine", "loopback")
     assert code == 2
     assert "--client-state is for --engine simulation" in error
+
+
+@pytest.mark.parametrize(
+    ("task", "algorithm"), [("quadratic", "AggITD"), ("cleaning", "Lockstep"), ("personal", "Lockstep")]
+)
+def test_a_task_has_an_algorithm_of_its_own(fedbilevel, task, algorithm):
+    code, out, errors = fedbilevel("protocol", task, "--clients", "3", "--json")
+    assert code == 0 and json.loads(out)["algorithm"] == algorithm, errors

@@ -70,7 +70,7 @@ def plan_of(
         _only_for_tasks(context)
         plan = _of_app(task, algorithms, seeds, alone, words)
     else:
-        plan = _of_task(task, algorithms or ["aggitd"], seeds, words)
+        plan = _of_task(task, algorithms, seeds, words)
     plan = _compiled(plan, words.get("compile", "auto"))
     return _with_states_in(plan, words.get("client_state", IN_MEMORY))
 
@@ -95,13 +95,14 @@ def _with_states_in(plan: Plan, place: str) -> Plan:
     return dataclasses.replace(plan, client_state=place)
 
 
-def _of_task(task: str, algorithms: list[str], seeds: int, words: Words) -> Plan:
+def _of_task(task: str, algorithms: list[str] | None, seeds: int, words: Words) -> Plan:
     precision, engine = words.get("precision", 32), words.get("engine", "simulation")
     check(precision in (32, 64), f"--precision is 32 or 64; got {precision}.")
     check(engine != "nvflare", "--engine nvflare is for an application: name its Python file (docs: Deploy).")
     for name, known in ((task, TASKS), (engine, ENGINES)):
         if name not in known:
             raise unknown_name("task" if known is TASKS else "engine", name, known)
+    algorithms = algorithms or [TASKS[task].algorithm]
     settings = parse(words.get("sets") or [], {name: algorithm_class(name) for name in algorithms})
     options = Options(
         dataset=words.get("dataset"), data_dir=words.get("data_dir"), clients=words.get("clients"),

@@ -51,7 +51,7 @@ def run(
     context: typer.Context,
     task: TaskOrApp,
     algorithm: Annotated[
-        str | None, typer.Option("--algorithm", help="aggitd (a task's default), fednest, ... (see `list`).")
+        str | None, typer.Option("--algorithm", help="aggitd, fednest, ... (see `list`); default the task's, mostly aggitd.")
     ] = None,
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
     clients: Clients = None, cohort: Cohort = None, iterations: Iterations = None, rounds: Rounds = None,
@@ -167,7 +167,7 @@ def protocol(
     context: typer.Context,
     task: TaskOrApp,
     algorithm: Annotated[
-        str | None, typer.Option("--algorithm", help="aggitd (a task's default), fednest, ... (see `list`).")
+        str | None, typer.Option("--algorithm", help="aggitd, fednest, ... (see `list`); default the task's, mostly aggitd.")
     ] = None,
     dataset: Dataset = None, data_dir: DataDir = None, partition: Partition = None, alpha: Alpha = None,
     model: Model = None, clients: Clients = None, cohort: Cohort = None,

@@ -38,7 +38,7 @@ def search(
     context: typer.Context,
     task: TaskOrApp,
     algorithms: Annotated[
-        str | None, typer.Option("--algorithms", help="Names, separated by commas; aggitd, or an application's own.")
+        str | None, typer.Option("--algorithms", help="Names, separated by commas; default as `run` takes it.")
     ] = None,
     grid: Annotated[
         list[str] | None, typer.Option("--grid", help="step=value,value,..., repeatable, as in outer_lr=0.1,1.")

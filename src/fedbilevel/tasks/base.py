@@ -135,6 +135,7 @@ class Kind:
         datasets: the data sets it runs on, the default first.
         build: Options -> Task.
         partition: how rows are dealt unless one says.
+        algorithm: what the command line runs unless one says: "lockstep" where AggITD does worse by much.
         models: the networks it knows, the default first; none where there is nothing to choose.
     """
 
@@ -143,6 +144,7 @@ class Kind:
     datasets: tuple[str, ...]
     build: Callable[[Options], Task]
     partition: str = "iid"
+    algorithm: str = "aggitd"
     models: tuple[str, ...] = ()
 
     def __call__(self, options: Options | None = None, **settings: Unpack[Settings]) -> Task:

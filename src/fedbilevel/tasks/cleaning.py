@@ -191,4 +191,5 @@ cleaning = Kind(
     "x: a weight for each training row, its client's own block, y: logistic regression; 40 % of the labels are wrong",
     suited(lambda facts: facts.kind == "images"),
     build,
+    algorithm="lockstep",
 )

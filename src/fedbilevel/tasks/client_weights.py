@@ -120,4 +120,5 @@ client_weights = Kind(
     "x: a weight for each client, its block, y: logistic regression; a third of the clients have wrong labels",
     suited(lambda facts: facts.kind == "images"),
     build,
+    algorithm="lockstep",
 )

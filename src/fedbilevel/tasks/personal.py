@@ -127,4 +127,5 @@ personal = Kind(
     suited(lambda facts: facts.hidden is not None),
     build,
     partition="shards",
+    algorithm="lockstep",
 )
