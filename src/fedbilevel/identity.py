@@ -61,20 +61,28 @@ class Identity:
         self._execution, self._data, self._algorithm = execution, data, algorithm
         self._x, self._y, self._every = x, y, evaluate_every
 
-    @functools.cached_property
-    def fields(self) -> dict[str, JSON]:
-        """By name, words or numbers: two runs are the same if these are."""
-        algorithm, execution, data, x, y = self._algorithm, self._execution, self._data, self._x, self._y
+    @property
+    def _words(self) -> dict[str, JSON]:
+        """Of the fields, those that take no time."""
+        algorithm, execution = self._algorithm, self._execution
         return {
             "algorithm": type(algorithm).__name__,
             **{f.name: said(getattr(algorithm, f.name)) for f in dataclasses.fields(algorithm)},
             "cohort": execution.protocol.cohort,
             "dropout": float(getattr(execution.engine, "dropout", 0.0)),
-            "compile": execution.way,
             "evaluate_every": self._every,
             "key": np.asarray(jax.random.key_data(execution.key)).tolist(),
             "precision": 64 if jax.config.jax_enable_x64 else 32,  # pyright: ignore[reportAttributeAccessIssue]
             "promotion": str(jax.config.jax_numpy_dtype_promotion),  # pyright: ignore[reportAttributeAccessIssue]
+        }
+
+    @functools.cached_property
+    def fields(self) -> dict[str, JSON]:
+        """By name, words or numbers: two runs are the same if these are."""
+        execution, data, x, y = self._execution, self._data, self._x, self._y
+        return {
+            **self._words,
+            "compile": execution.way,
             "start": _numbers((x[0], y[0])),
             "other leaves": _numbers((x[1], y[1])),
             "structure": _short(_ADDRESS.sub("", str(jax.tree.structure((x, y))))),
@@ -84,17 +92,10 @@ class Identity:
 
     @property
     def config(self) -> dict[str, JSON]:
-        """What ran, for whoever reads a result later: the fields that are words and numbers, and who wrote it."""
-        digests = ("compile", "start", "other leaves", "structure", "data", "losses")
-        told = {name: value for name, value in self.fields.items() if name not in digests}
+        """What ran, for whoever reads a result later: words and numbers, and who wrote it."""
         engine = type(self._execution.engine).__name__
-        return {
-            **told,
-            "engine": engine,
-            "clients": self._data.clients,
-            "fedbilevel": __version__,
-            "jax": jax.__version__,
-        }
+        told = {"engine": engine, "clients": self._data.clients, "fedbilevel": __version__, "jax": jax.__version__}
+        return {**self._words, **told}
 
     def saved(self, state: PyTree) -> dict[str, JSON]:
         """What a checkpoint keeps: the fields, who wrote them, and the oracles' values at its x and y."""
