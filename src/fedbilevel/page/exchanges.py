@@ -12,6 +12,7 @@ from .markup import dim, folded, size, text
 _WIDTH, _SERVER, _CLIENTS = 800, 150, 560  # of a picture, and where its two lines stand
 _LETTERS = 58  # that fit between them
 _LINE, _ROOM = 15, 26  # height of a line of words, and what separates two messages
+_SUMS = ("rounds", "rounds_most", "bytes_down", "bytes_down_most", "bytes_up", "bytes_up_most")
 _NOTES = re.compile(r" \((?:(\d+) asked)?(?:, )?(same round)?\)$")
 
 
@@ -31,8 +32,10 @@ def exchanges(found: Found) -> str:
 
 
 def _read(told: object) -> Protocol | None:
+    if not isinstance(told, dict) or not all(isinstance(told.get(name), int | float) for name in _SUMS):
+        return None
     try:
-        return Protocol.from_dict(told) if isinstance(told, dict) else None
+        return Protocol.from_dict(told)
     except (KeyError, TypeError, ValueError):  # of another version
         return None
 

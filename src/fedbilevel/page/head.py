@@ -100,7 +100,8 @@ def source(found: Found, name: str, word: str, value: object) -> str:
     """Where a setting came from, in a word: a step size as config.json says, another as defaults and the store have it."""
     base, *others = found.steps.get(name, "").split(", ")
     if word in STEPS:
-        return dict(other.split(" ", 1) for other in others if " " in other).get(word, base)
+        said = [other.split() for other in others]  # as in "inner_lr and outer_lr given"
+        return next((words[-1] for words in said if word in words[:-1]), base)
     kind = ALGORITHMS.get(name)
     if kind is None or base == "the app's own":
         return base

@@ -26,7 +26,9 @@ def held(found: Found) -> Held | str:
     known = {field.name for field in dataclasses.fields(Options)}
     options = {word: value for word, value in told.items() if word in known}
     seeds = found.config.get("seeds")
-    seed = seeds[0] if isinstance(seeds, list) and seeds else 0
+    seed = next((each for each in seeds if isinstance(each, int)), 0) if isinstance(seeds, list) else 0
+    if any(not (value is None or isinstance(value, str | int | float)) for value in options.values()):
+        return "config.json has options that are none"
     try:
         with jax.enable_x64(found.config.get("precision") == 64):
             data = TASKS[name](Options(**{**options, "seed": seed})).data

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pandas
+
 from ..cost.model import PARTS, Prediction, clients_an_exchange, predict
 from ..cost.network import NETWORKS, duration
 from ..errors import InputError
@@ -16,7 +19,7 @@ _BAR = 120  # pixels of the longest one
 def networks(found: Found) -> str:
     """The part of the page: a row per algorithm, a column per network."""
     try:
-        told = predict(found.frame, NETWORKS, clients_an_exchange(found.folder))
+        told = _predicted(found.frame, clients_an_exchange(found.folder))
     except InputError as error:
         return dim(f"not told: {error}")
     except (ValueError, ArithmeticError, LookupError):  # numbers that are none
@@ -40,6 +43,15 @@ def networks(found: Found) -> str:
             dim(f"Assumptions; {share}. Measured numbers: fedbilevel cost --latency --up --down."),
         ]
     )
+
+
+def _predicted(frame: pandas.DataFrame, clients: int) -> Prediction:
+    """Times to the usual level; where nobody gets there, to the highest of the usual ones that somebody reaches."""
+    told = predict(frame, NETWORKS, clients)
+    if np.isfinite(told.table["seconds"]).any():
+        return told
+    reached = [level for level in told.goal.levels if np.isfinite(told.table[told.goal.column(level)]).any()]
+    return predict(frame, NETWORKS, clients, max(reached)) if reached else told
 
 
 def _cell(told: Prediction, network: str, algorithm: str) -> str:
