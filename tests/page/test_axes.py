@@ -28,7 +28,7 @@ def test_an_axis_is_logarithmic_above_two_decades_of_positive_values(values, log
         (0, 60, ["0", "20", "40", "60"]),
         (-1, 1, ["-1", "-0.5", "0", "0.5", "1"]),
         (2, 2, ["2"]),
-        (0, 1e-7, ["0", "5e-08", "1e-07"]),
+        (0, 1e-7, ["0", "2.5e-08", "5e-08", "7.5e-08", "1e-07"]),
     ],
 )
 def test_ticks_are_round(low, high, labels):

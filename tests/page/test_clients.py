@@ -27,7 +27,7 @@ def test_each_client_is_a_dot_and_a_row(folder):
     assert "lowest 0.7 median 0.8 highest 0.9" in seen.text
     assert "north 40 0.9" in seen.text and "east 25 -" in seen.text
     assert [dot.find("title").text for dot in seen.pictures[0].iter("circle")] == ["south: 0.7", "north: 0.9"]
-    assert "Rows and labels: not told (nobody says)." in seen.text
+    assert "Labels: not told (nobody says)." in seen.text and "Rows and labels" not in seen.text
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "client\nx\n", "client,loss\nx,y\n", "\x00"])
@@ -50,7 +50,7 @@ def test_of_many_clients_the_lowest_and_the_highest_are_listed(folder):
 
 
 def test_without_a_table_it_is_not_told(folder):
-    assert "How each fares: not told (no clients.csv)." in page(folder).text
+    assert "How each fares: not told (no clients.csv). Rows and labels: not told" in page(folder).text
 
 
 @pytest.mark.parametrize("count", [3, 200])

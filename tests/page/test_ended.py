@@ -21,7 +21,7 @@ BLEW_UP = "Lockstep blew up in iteration 3: x left the finite range."
         ({"status": "failed", "sentence": "site-1 did not answer."}, "failed", "site-1 did not answer."),
         ({"status": "interrupted", "iterations": 19}, "interrupted", ""),
         ({"status": "running"}, "running", "or killed"),
-        ({}, "no outcome.json", "killed, or it still runs"),
+        ({}, "not ended", "no outcome.json: killed, or it still runs"),
     ],
 )  # fmt: skip
 def test_each_end(tmp_path, outcome, word, why):

@@ -14,7 +14,7 @@ def test_a_row_per_algorithm_and_a_column_per_network(tmp_path):
     for name in ("lockstep", "fednest"):
         times = " ".join(duration(value) for value in table[table["algorithm"] == name]["seconds"])
         assert f"{name} {times}" in read.text
-    assert "the soonest in bold" in read.text and "b" in read.elements
+    assert "the fastest in bold" in read.text and "b" in read.elements
 
 
 def test_where_nobody_gets_to_the_usual_level_a_lower_one_is_taken(tmp_path):

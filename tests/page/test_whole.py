@@ -90,7 +90,7 @@ def test_whatever_is_missing_or_broken_is_no_reason_to_stop(tmp_path, name, how)
     read = page_of(folder)
     assert name == "outcome.json" or name in read.text
     if name == "outcome.json":
-        assert "4 no outcome.json" in read.text
+        assert "4 not ended" in read.text
 
 
 def test_every_file_alone_and_broken_by_a_cut_anywhere(tmp_path):
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed(tmp_path):
         (place / name).unlink()
     (place / "history.csv").write_text((place / "history.csv").read_text()[:-7])
     read = page_of(folder)
-    assert "no outcome.json killed, or it still runs" in read.text
+    assert "not ended no outcome.json: killed, or it still runs" in read.text
     assert "its last row is cut, and left out" in read.text and "not begun: fednest, seed 2." in read.text
 
 

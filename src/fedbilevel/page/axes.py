@@ -51,7 +51,7 @@ def _round_between(low: float, high: float) -> list[float]:
         return [low]
     rough = (high - low) / _TICKS
     unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * many for many in (1, 2, 5, 10) if unit * many >= rough * 0.999)
+    step = next(unit * many for many in (1, 2, 2.5, 5, 10) if unit * many >= rough * 0.999)
     ends = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [0.0 if k == 0 else k * step for k in range(ends[0], ends[1] + 1)]
 

@@ -12,7 +12,7 @@ from ..results.folder import CLIENTS
 from .found import Found
 from .markup import dim, folded, number, table, text
 
-_MOST_RUNS, _MOST_ROWS, _MOST_DOTS = 6, 40, 500
+_MOST_RUNS, _MOST_ROWS, _MOST_DOTS, _FEW = 6, 40, 500, 12
 _WIDTH, _STRIP = 640, 34  # of a strip of dots, in pixels
 _CELL, _NAMES, _MOST_LABELS = 22, 150, 20
 _LONGEST = 22  # letters of a client's name in the map
@@ -55,7 +55,9 @@ def clients(found: Found, held: Held | str) -> str:
         parts.append(dim(f"How each fares: not told (no {CLIENTS})."))
     if len(tables) > _MOST_RUNS:
         parts.append(dim(f"{len(tables) - _MOST_RUNS} more runs have a {CLIENTS}."))
-    parts.append(dim(f"Rows and labels: not told ({held}).") if isinstance(held, str) else _map(held))
+    counted = any(told is not None and "rows" in told.columns for _, told in tables)
+    lost = f"{'Labels' if counted else 'Rows and labels'}: not told"
+    parts.append(dim(f"{lost} ({held}).") if isinstance(held, str) else _map(held))
     return "".join(parts)
 
 
@@ -85,7 +87,8 @@ def _fares(told: Table) -> str:
     rows = [[text(told.names[k]), *(number(float(values[k])) for values in told.columns.values())] for k in order]
     some = f"{len(order)} of {len(told.names):,} clients: lowest and highest {next(iter(metrics), '')}"
     listed = table(["client", *map(text, told.columns)], rows, 1)
-    return table([], strips) + folded(some if len(order) < len(told.names) else "by client", listed)
+    title = some if len(order) < len(told.names) else "by client"
+    return table([], strips) + folded(title, listed, unfolded=len(order) <= _FEW)
 
 
 def _strip(values: np.ndarray, names: list[str]) -> str:
@@ -112,7 +115,7 @@ def _strip(values: np.ndarray, names: list[str]) -> str:
         for word, (anchor, x, value) in zip(words, ends, strict=True)
         if high > low or word == "median"
     ]
-    return f'<svg viewBox="0 0 {_WIDTH} {_STRIP}" style="min-width:420px" role="img">{"".join(drawn)}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH} {_STRIP}" style="width:{_WIDTH}px" role="img">{"".join(drawn)}</svg>'
 
 
 def _map(held: Held) -> str:

@@ -158,8 +158,8 @@ def figure(found: Found, frame: pandas.DataFrame, metric: str, points: int) -> s
         panels += [_drawn(j, name, each, along, up) for j, (name, each) in enumerate(panel.items()) if each is not None]
     title = _words(metric) + (' <span class="dim">(log)</span>' if up.logarithmic else "")
     told = f"{metric.replace('_', ' ')} against rounds, bytes and seconds"
-    picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{text(told)}">{"".join(panels)}</svg>'
-    return f"<h3>{title}</h3>{picture}"
+    view = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{text(told)}"'
+    return f'<h3>{title}</h3><div class="wide"><svg class="figure" {view}>{"".join(panels)}</svg></div>'
 
 
 def curve(rows: pandas.DataFrame, scale: Scale, metric: str, points: int) -> Curve | None:

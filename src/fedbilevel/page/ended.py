@@ -34,7 +34,7 @@ def how(run: Run) -> tuple[str, str]:
     status, at = str(told.get("status", "")), told.get("iterations")
     last = run.last("iteration")
     if not status:
-        return (f"no {OUTCOME}", "killed, or it still runs") if run.place is not None else ("not told", "")
+        return ("not ended", f"no {OUTCOME}: killed, or it still runs") if run.place is not None else ("not told", "")
     sentence, notes = str(told.get("sentence", "")), []
     if status == "failed" and " blew up" in sentence:
         status = "diverged"

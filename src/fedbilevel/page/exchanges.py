@@ -93,10 +93,8 @@ def picture(protocol: Protocol) -> str:
         f'<path class="axis" d="M{_SERVER} 28V{y}M{_CLIENTS} 28V{y}"/>'
     )
     told = f"{protocol.algorithm}: messages of one iteration"
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {y + 8}" style="max-width:{_WIDTH}px" role="img" aria-label="{text(told)}">'
-        f"{heads}{''.join(drawn)}</svg>"
-    )
+    view = f'viewBox="0 0 {_WIDTH} {y + 8}" style="max-width:{_WIDTH}px" role="img" aria-label="{text(told)}"'
+    return f'<div class="wide"><svg class="figure" {view}>{heads}{"".join(drawn)}</svg></div>'
 
 
 def _whom(protocol: Protocol) -> str:

@@ -32,7 +32,7 @@ th{font-weight:600;border-bottom:1px solid var(--rule)}td{border-bottom:1px soli
 td .dim{white-space:nowrap}.two{display:flex;flex-wrap:wrap;gap:0 56px}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
 .dim{color:var(--dim)}.warn{color:var(--warn)}ul{padding-left:20px;margin:6px 0}summary{cursor:pointer;font-weight:600}
-pre{overflow-x:auto;font-size:12px}svg{width:100%;height:auto;display:block}svg.small{width:auto;display:inline-block}
+pre{overflow-x:auto;font-size:12px}svg{width:100%;height:auto;display:block}svg.figure{min-width:640px}svg.small{width:auto;display:inline-block}
 svg text{font:11px system-ui,sans-serif;fill:var(--fg)}svg .dim{fill:var(--dim)}svg .b{font-weight:600}
 .line{fill:none;stroke-width:1.6}.grid{stroke:var(--rule);stroke-width:1}.axis{stroke:var(--dim);stroke-width:1}
 .band{stroke:none;opacity:.18}.mark{stroke:var(--dim);stroke-dasharray:2 3}.box{fill:none;stroke:var(--dim)}

@@ -37,7 +37,7 @@ def networks(found: Found) -> str:
     )
     return "".join(
         [
-            f"<p>{text(aim)}{'; the soonest in bold' if several else ''}. {key}</p>",
+            f"<p>{text(aim)}{'; the fastest in bold' if several else ''}. {key}</p>",
             table(head, rows),
             listed([f"{name}: {network}" for name, network in NETWORKS.items()], "dim"),
             dim(f"Assumptions; {share}. Measured numbers: fedbilevel cost --latency --up --down."),
