@@ -122,6 +122,13 @@ def ended(result: Result) -> dict[str, JSON]:
     return {"status": "done", "iterations": result.iteration, "compiled": result.compiled, **reason, **figures}
 
 
+def went_on(place: Path) -> dict[str, JSON]:
+    """What the outcome.json that `keep` has written says of where the run went on; {} where it did not."""
+    file = place / OUTCOME
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    return {RESUMED: told[RESUMED]} if RESUMED in told else {}
+
+
 def figures_of(best: Best) -> dict[str, JSON]:
     """Where a run was the best, and how good."""
     return {"iteration": best.iteration, "rounds": best.rounds, "value": best.value}
