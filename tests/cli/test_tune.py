@@ -141,6 +141,7 @@ def test_interrupted_it_keeps_the_leader_and_goes_on(fedbilevel, tmp_path, monke
         assert last["x"].shape == best["x"].shape
     assert (parts / "value.png").exists()
     assert fedbilevel(*words, parts, "--resume")[0] == 0
+    assert json.loads((parts / "outcome.json").read_text())["resumed_at"] == told["iterations"]
     pandas.testing.assert_frame_equal(history(whole), history(parts), check_exact=True)
     pandas.testing.assert_frame_equal(candidates(whole), candidates(parts), check_exact=True)
     for name in ("variables.npz", "best.npz"):

@@ -24,6 +24,17 @@ def plot(folder: Annotated[str, typer.Argument(help="The --out folder of a run o
 
 
 @app.command()
+def report(
+    folder: Annotated[str, typer.Argument(help="The --out folder of a run, a comparison or a race, ended or not.")],
+    out: Annotated[str | None, typer.Option("--out", help="The file; default report.html in the folder.")] = None,
+):
+    """Write a results folder as one page of HTML that asks no other host for anything."""
+    from ..page import write
+
+    print(f"Written to {write(folder, out)}")
+
+
+@app.command()
 def cost(
     folder: Annotated[str, typer.Argument(help="The --out folder of a run or a comparison.")],
     latency: Annotated[

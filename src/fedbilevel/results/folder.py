@@ -4,6 +4,7 @@
     history.csv                   a row per evaluation
     summary.csv, summary.md       a row per algorithm; beside them a figure per metric
     cost.csv, cost.md, cost.png   what `fedbilevel cost` predicts
+    report.html                   what `fedbilevel report` writes
     runs/NAME-SEED/               one run each: history.csv, checkpoint.eqx, variables.npz, result.json, outcome.json;
                                   best.npz if kept, prepared.json if its rows were tables
 
@@ -27,13 +28,13 @@ from ..tables.prepared import PREPARED
 
 CONFIG, HISTORY, CHECKPOINT = "config.json", "history.csv", "checkpoint.eqx"
 VARIABLES, BEST, OUTCOME, ROUNDS, RUNS = "variables.npz", "best.npz", "outcome.json", "rounds.csv", "runs"
-CANDIDATES, CLIENTS, RESULT = "candidates.csv", "clients.csv", "result.json"
+CANDIDATES, CLIENTS, RESULT, PAGE = "candidates.csv", "clients.csv", "result.json", "report.html"
 TABLES = "tables"  # in outcome.json, what agreeing on them took
 
 _OF_A_RUN = (
     HISTORY, CHECKPOINT, VARIABLES, BEST, RESULT, CLIENTS, OUTCOME, ROUNDS, CANDIDATES, PREPARED, "nvflare.log",
 )  # fmt: skip
-_TABLES = ("summary.csv", "summary.md", "cost.csv", "cost.md", "cost.png")
+_TABLES = ("summary.csv", "summary.md", "cost.csv", "cost.md", "cost.png", PAGE)
 _NETWORK = ("nvflare", "poc", "job", "sites")  # folders of a run over a network on this machine
 _SIGNS = (CONFIG, HISTORY, OUTCOME)  # any of them makes a folder ours; the first is younger than the others
 # What may be another when a run goes on: how long it is, what follows from that, and what is only told.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..best import Best
 from ..callbacks import CSV, Callback, Checkpoint, Progress
+from ..callbacks.base import Running
 from ..engines.base import Engine
 from ..errors import RunError, check, with_notes
 from ..given import JSON
@@ -18,6 +19,8 @@ from ..processes import of as over
 from ..result import Result, leave
 from ..tables.prepared import PREPARED, Prepared, load_prepared
 from .folder import CHECKPOINT, CLIENTS, HISTORY, OUTCOME
+
+RESUMED = "resumed_at"  # in outcome.json, the iteration from which a run last went on
 
 
 @typing.runtime_checkable
@@ -58,7 +61,8 @@ def keep(
     Raises:
         InputError, Diverged, RunError: as `solve`.
     """
-    ours: list[Callback] = [CSV(place / HISTORY, columns), Checkpoint(place, every)]
+    begun = _Begun()
+    ours: list[Callback] = [begun, CSV(place / HISTORY, columns), Checkpoint(place, every)]
     ours += [] if quiet else [Progress(description.name)]
     if description.prepared is not None:
         _keep_prepared(description.prepared, place, resume)
@@ -68,11 +72,27 @@ def keep(
         result = description.run(callbacks=[*ours, *callbacks], resume=going_on)
     except RunError as failure:
         if leads:
-            _leave(place, failure.result, columns or {}, {"status": "failed", "sentence": with_notes(failure)})
+            told: dict[str, JSON] = {"status": "failed", "sentence": with_notes(failure)}
+            _leave(place, failure.result, columns or {}, told | begun.told(failure.result))
         raise
     if leads:
-        _leave(place, result, columns or {}, ended(result))
+        _leave(place, result, columns or {}, ended(result) | begun.told(result))
     return result
+
+
+class _Begun(Callback):
+    """Where a run went on, if it did."""
+
+    in_bulk = True
+    iteration = 0
+
+    def start(self, run: Running) -> None:
+        self.iteration = run.iteration
+
+    def told(self, result: Result | None) -> dict[str, JSON]:
+        """For outcome.json; nothing of a run that began at its start, or had ended already."""
+        further = self.iteration and (result is None or result.iteration > self.iteration)
+        return {RESUMED: self.iteration} if further else {}
 
 
 def _keep_prepared(prepared: Prepared, place: Path, resume: bool) -> None:
@@ -100,6 +120,13 @@ def ended(result: Result) -> dict[str, JSON]:
     reason: dict[str, JSON] = {} if result.stopped is None else {STOPPED: result.stopped}
     figures: dict[str, JSON] = {} if result.kept is None else {"best": figures_of(result.kept)}
     return {"status": "done", "iterations": result.iteration, "compiled": result.compiled, **reason, **figures}
+
+
+def went_on(place: Path) -> dict[str, JSON]:
+    """What the outcome.json that `keep` has written says of where the run went on; {} where it did not."""
+    file = place / OUTCOME
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    return {RESUMED: told[RESUMED]} if RESUMED in told else {}
 
 
 def figures_of(best: Best) -> dict[str, JSON]:

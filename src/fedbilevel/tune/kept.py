@@ -26,7 +26,7 @@ from ..metrics import validation_loss
 from ..race.heats import Candidate
 from ..result import save_arrays, save_best
 from ..results.folder import BEST, CANDIDATES, CHECKPOINT, VARIABLES, opened
-from ..results.kept import ended, figures_of, keep, tell
+from ..results.kept import ended, figures_of, keep, tell, went_on
 from ..tables.prepared import Prepared
 from ..tasks import Task
 from .entrants import in_words
@@ -188,7 +188,7 @@ def keep_tuned(tuning: Tuning, place: Path, *, resume: bool = False, quiet: bool
         raise
     assert isinstance(found, Tuned)
     _write(place / CANDIDATES, found.candidates)
-    tell(place, {**ended(found), "chosen": chosen(found)})
+    tell(place, {**ended(found), **went_on(place), "chosen": chosen(found)})
     return found
 
 

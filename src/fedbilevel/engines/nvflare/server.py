@@ -30,7 +30,7 @@ from ...protocol import step as iteration
 from ...race.scoring import Scoring
 from ...result import Result
 from ...results.folder import CONFIG, ROUNDS, TABLES
-from ...results.kept import ended, keep, tell
+from ...results.kept import ended, keep, tell, went_on
 from ...sampled import Sampled
 from ...tables import measured, schema
 from ...tables.prepared import Prepared, settled
@@ -105,6 +105,7 @@ class Server:
                 result, told = federate(app, folder, self.resume, self.tuning)
             outcome = {
                 **ended(result),
+                **went_on(folder),
                 **({"chosen": chosen(result)} if isinstance(result, Tuned) else {}),
                 **told,
             }
