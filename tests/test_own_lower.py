@@ -253,8 +253,8 @@ class Sites:
     def prepare(self, setup):
         return self.every("prepare", lambda name: _setup(setup, name))
 
-    def finish(self, states):
-        return self.every("finish", lambda name: {"counted": states[name]})
+    def finish(self, states, iterations):
+        return self.every("finish", lambda name: {"counted": states[name], "iterations": iterations})
 
     def ask(self, requests, deadline):
         answers = InTransit()
