@@ -178,7 +178,7 @@ def changed(folder):
 
 
 BLOWS = {
-    "no folder": (lambda folder: [file.unlink() for file in folder.iterdir()] and folder.rmdir(), "is no folder"),
+    "no folder": (lambda folder: [file.unlink() for file in folder.iterdir()] and folder.rmdir(), "there is no folder"),
     "no head": (lambda folder: (folder / saved.HEAD).unlink(), "there is no result.json in"),
     "no numbers": (lambda folder: (folder / saved.VARIABLES).unlink(), "variables.npz is missing"),
     "numbers cut": (cut(saved.VARIABLES), r"variables.npz cannot be read \(BadZipFile"),

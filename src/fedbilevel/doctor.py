@@ -87,7 +87,7 @@ def _cache() -> Iterator[Told]:
         return
     files = [file for file in place.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 2**20
-    yield Told("cache", "compiled programs", f"{len(files):,} files, {size:,.0f} MiB, in {_short(str(place))}")
+    yield Told("cache", "compiled programs", f"{len(files):,} files, {size:,.1f} MiB, in {_short(str(place))}")
 
 
 def _extras() -> Iterator[Told]:

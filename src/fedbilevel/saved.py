@@ -128,8 +128,10 @@ def read(folder: str | os.PathLike[str]) -> Read:
     Raises:
         InputError: there is no result in it, a file is missing, cut or none of ours, or it is of a later format.
     """
+    named = isinstance(folder, (str, os.PathLike))
+    check(named, f"load_result takes a folder that result.save(...) wrote; got {folder!r}.")
     place = Path(folder)
-    check(place.is_dir(), f"{place} is no folder: name one that result.save(...) wrote.")
+    check(place.is_dir(), f"there is no folder {place}: name one that result.save(...) wrote.")
     check((place / HEAD).is_file(), f"there is no {HEAD} in {place}: name a folder that result.save(...) wrote.")
     head = _readable(place / HEAD, lambda path: json.loads(path.read_text()))
     check(
@@ -150,9 +152,7 @@ def _readable(path: Path, reading: Callable[[Path], T]) -> T:
     try:
         return reading(path)
     except _UNREADABLE as error:
-        raise InputError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): it is cut, or none of ours."
-        ) from error
+        raise InputError(f"{path} cannot be read ({type(error).__name__}): it is cut, or none of ours.") from error
 
 
 def _arrays(path: Path, told: Mapping[str, Sequence]) -> dict[str, Leaf]:
@@ -210,13 +210,13 @@ def like(found: Mapping[str, Leaf], name: str, template: PyTree, lead: tuple[int
         got = str(value.dtype), list(value.shape)
         check(
             got == wanted,
-            f"the saved {where} is {got[0]}{got[1]}, and that of like= is {wanted[0]}{wanted[1]}: pass a {name} like "
-            "the run's.",
+            f"the saved {where} is {got[0]}{got[1]}, and that of like= is {wanted[0]}{wanted[1]}: pass one like the "
+            "run's.",
         )
         values.append(on_device(value))
     others = {name + jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(rest)[0]}
     left = {where: leaf for where, leaf in own.items() if where not in others}
-    check(not left, f"the saved {name} has {_few(left)}, and like= has none of that: pass a {name} like the run's.")
+    check(not left, f"the saved {name} has {_few(left)}, and like= has none of that: pass one like the run's.")
     filled = eqx.combine(jax.tree.unflatten(structure, values), rest)
     return as_given(filled, rest)
 

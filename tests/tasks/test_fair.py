@@ -130,6 +130,38 @@ def test_the_problem_of_rows_of_ones_own_is_the_tasks():
     odd = [*inner[:-1], {**inner[-1], "group": inner[-1]["group"] + 1}]
     with pytest.raises(fb.InputError, match="client 9's training rows have the group 2: it is 0 or 1"):
         fair_problem(odd, outer)
+    named = fair_problem({f"bank {i}": rows for i, rows in enumerate(inner)}, outer)[1]
+    assert named.shape == (2, 2)
+
+
+def without(rows, part):
+    return {name: values for name, values in rows.items() if name != part}
+
+
+NONSENSE = {
+    "no clients": (lambda full: ([], []), "training rows are a list of one dict a client"),
+    "none": (lambda full: (None, None), "training rows are a list of one dict a client"),
+    "numbers": (lambda full: ([1, 2], [3, 4]), "client 0's training rows are a dict of a, label and group"),
+    "a part is missing": (lambda full: ([full], [without(full, "group")]), "client 0's validation rows .* no group"),
+    "a short part": (lambda full: ([full | {"label": full["label"][:5]}], [full]), "parts of unlike lengths"),
+    "short columns": (lambda full: ([full | {"a": full["a"][:5]}], [full]), "parts of unlike lengths"),
+    "NaN": (lambda full: ([full | {"a": full["a"] * np.nan}], [full]), "of finite numbers"),
+    "text": (lambda full: ([full | {"a": full["a"].astype(str)}], [full]), "of finite numbers"),
+    "fewer at one level": (lambda full: ([full, full], [full]), "training rows of 2 clients and validation rows of 1"),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_rows_that_cannot_be_used_are_one_sentence(what):
+    make, sentence = NONSENSE[what]
+    with pytest.raises(fb.InputError, match=sentence):
+        fair_problem(*make(table(0, 1000)))
+
+
+@pytest.mark.parametrize("groups", [("a", "a"), "mw", ("a", "b", "c"), None])
+def test_groups_are_two_names(groups):
+    with pytest.raises(fb.InputError, match="groups= names two groups"):
+        fair_problem([table(0, 1000)], [table(1, 1000)], groups)
 
 
 def test_a_partition_is_refused(tmp_path):

@@ -47,6 +47,7 @@ from ..keys import generator
 from ..metrics import Metric
 from ..oracles import around_all
 from ..problem import Problem
+from ..rows.values import shown
 from . import logistic
 from .base import Kind, Options, Row, Task
 from .closed_form import check_own_clients
@@ -59,6 +60,7 @@ NOISE = 4  # columns that tell nothing
 TEST, OUTER = 0.3, 0.45  # of the hospitals' rows
 
 Table = Mapping[str, np.ndarray | Array]  # "a" (rows, columns), "label" and "group" (rows,) int32
+Clients = Sequence[Table] | Mapping[str, Table]
 Upper = Float[Array, "2 2"]
 
 
@@ -116,7 +118,7 @@ def built(
 
 
 def fair_problem(
-    inner: Sequence[Table], outer: Sequence[Table], groups: tuple[str, str] = ("first", "second"),
+    inner: Clients, outer: Clients, groups: tuple[str, str] = ("first", "second"),
     penalty: float = PENALTY,
 ) -> tuple[Problem, Upper, Layer]:  # fmt: skip
     """The problem of rows of one's own, and where x and y start.
@@ -124,8 +126,8 @@ def fair_problem(
     The data is `FederatedData.stack(inner, outer, weights="rows")`: clients count by their rows, at both levels.
 
     Args:
-        inner: of each client its training rows: "a" (rows, columns) floats, and "label" and "group" (rows,), whole
-            numbers that are 0 or 1.
+        inner: of each client its training rows, in a list or by its name: "a" (rows, columns) floats, and "label" and
+            "group" (rows,), whole numbers that are 0 or 1.
         outer: its validation rows, alike.
         groups: what to call the two groups in messages.
         penalty: of |y|^2 / 2.
@@ -134,15 +136,40 @@ def fair_problem(
         (the problem; x, zeros (2, 2); y, {"weight": zeros (columns,), "bias": a zero}).
 
     Raises:
-        InputError: a label or a group is neither 0 nor 1, a group has no positives or negatives, or fewer than 20
-            positives in validation.
+        InputError: rows lack a part, or have parts of unlike lengths or numbers that are not finite; a label or a group
+            is neither 0 nor 1, a group has no positives or negatives, or fewer than 20 positives in validation.
     """
+    check(
+        isinstance(groups, (tuple, list)) and len(groups) == 2 and groups[0] != groups[1],
+        f"groups= names two groups, as in ('men', 'women'); got {groups!r}.",
+    )
+    inner, outer = _rows(inner, "training"), _rows(outer, "validation")
+    check(
+        len(inner) == len(outer),
+        f"there are training rows of {len(inner)} clients and validation rows of {len(outer)}.",
+    )
     check_groups(inner, outer, groups)
     every = {part: np.concatenate([rows[part] for rows in inner]) for part in ("group", "label")}
     shares = [[np.mean((every["group"] == g) & (every["label"] == k)) for k in (0, 1)] for g in (0, 1)]
     inner_loss = InnerLoss(held(np.array(shares)), held(np.array(penalty)))
     problem = Problem(inner_loss, outer_means=outer_means, outer_of=outer_of)
     return problem, held(np.zeros((2, 2))), logistic.first(np.shape(inner[0]["a"])[1])
+
+
+def _rows(level: Clients, what: str) -> list[Table]:
+    """Each client's rows, looked at."""
+    named = level if isinstance(level, Mapping) else dict(enumerate(level if isinstance(level, (list, tuple)) else []))
+    check(named, f"{what} rows are a list of one dict a client, or a dict of them by name; got {shown(level)}.")
+    for client, rows in named.items():
+        whose, known = f"client {client}'s {what} rows", isinstance(rows, Mapping)
+        missing = [part for part in ("a", "label", "group") if not known or part not in rows]
+        check(not missing, f"{whose} are a dict of a, label and group; there is no {', '.join(missing)}.")
+        lengths = {part: len(rows[part]) for part in ("a", "label", "group")}
+        check(len(set(lengths.values())) == 1, f"{whose} have parts of unlike lengths: {lengths}.")
+        columns = np.asarray(rows["a"])
+        good = columns.ndim == 2 and columns.dtype.kind in "fiub" and bool(np.isfinite(columns).all())
+        check(good, f"{whose}: a is (rows, columns) of finite numbers; got {columns.dtype}{list(columns.shape)}.")
+    return list(named.values())
 
 
 def check_groups(inner: Sequence[Table], outer: Sequence[Table], groups: tuple[str, str]) -> None:
