@@ -16,7 +16,7 @@ import fedbilevel as fb
 from fedbilevel.algorithm import Checked, Component, component, modules_in
 from fedbilevel.algorithms import ALGORITHMS
 
-DEFAULTS = {"init", "client_init", "estimate"}  # of the contract: an algorithm may write its own
+DEFAULTS = {"init", "client_init", "estimate", "spares_unasked"}  # of the contract: an algorithm may write its own
 HERE = Path(fb.algorithms.__file__).parent
 X, Y = jnp.zeros(2), {"w": jnp.zeros(3)}
 
