@@ -23,7 +23,6 @@ from fedbilevel.compare import Plan, Shipped, gather
 from fedbilevel.engines.messaging.transport import RUN, START
 from fedbilevel.engines.nvflare.worker import _Inside
 from fedbilevel.jaxprs import COMPILING
-from fedbilevel.result import save_variables
 from fedbilevel.results import report
 from fedbilevel.tasks import Options
 from helpers.cases import OneRound
@@ -127,7 +126,7 @@ def test_half_precision_is_resumed_bit_for_bit(tmp_path, dtype, engine):
     assert whole.y["w"].dtype == dtype and whole.y["bits"].dtype == jnp.int4
     assert bits(whole.y["w"]) != bits(run(3).y["w"])
     same_bits((resumed.x, resumed.y, resumed.state.count), (whole.x, whole.y, whole.state.count))
-    save_variables(resumed, tmp_path / "variables.npz")
+    resumed.save(tmp_path)
     with np.load(tmp_path / "variables.npz") as kept:
         assert sorted(kept.files) == ["x", "y['bits']", "y['w']"]
         same_bits([kept["x"], kept["y['w']"], kept["y['bits']"]], [whole.x, whole.y["w"], whole.y["bits"]])

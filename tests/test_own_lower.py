@@ -15,7 +15,6 @@ from fedbilevel.app import load_app
 from fedbilevel.engines.loopback import _Looped
 from fedbilevel.engines.messaging.transport import Answers as InTransit
 from fedbilevel.pace.curvature import remembered
-from fedbilevel.result import save_variables
 from helpers import apps
 from helpers.plain import plain
 from helpers.quadratic import flat, quadratic
@@ -159,7 +158,7 @@ def test_the_automatic_step_is_that_of_the_clients_own_places():
 
 def test_they_are_saved_by_name(tmp_path):
     result = run(MOVING, 2)
-    save_variables(result, tmp_path / "variables.npz")
+    result.save(tmp_path)
     with np.load(tmp_path / "variables.npz") as kept:
         np.testing.assert_array_equal(kept["clients_y['deep']['s']"], result.clients_y["deep"]["s"])
         np.testing.assert_array_equal(kept["y['w']"], result.y["w"])
@@ -198,7 +197,7 @@ def test_there_is_no_y_but_a_warning_where_it_stays_with_the_clients(tmp_path):
         result = run(MOVING, 3, Elsewhere(), metrics={"size_of_x": lambda x, y: flat(x).sum()})
     assert result.y is None and result.clients_y is None and len(told) == 1
     assert result.history.column("size_of_x").shape == (4,)
-    save_variables(result, tmp_path / "variables.npz")
+    result.save(tmp_path)
     with np.load(tmp_path / "variables.npz") as kept:
         assert sorted(kept.files) == ["x['k']", "x['u']"]
 

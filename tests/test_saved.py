@@ -185,6 +185,10 @@ BLOWS = {
     "rows cut": (cut(saved.HISTORY, 0.7), "history.csv cannot be read"),
     "head cut": (cut(saved.HEAD), r"result.json cannot be read \(JSONDecodeError"),
     "a later format": (changed, "of format 99, and this version of fedbilevel reads up to 1: update it"),
+    "less than all": (
+        lambda folder: (folder / saved.HEAD).write_text('{"format": 1, "arrays": {}}'),
+        "is no result of",
+    ),
     "a list": (lambda folder: (folder / saved.HEAD).write_text("[1]"), "is no result of fedbilevel"),
     "pickled": (
         lambda folder: np.savez(folder / saved.VARIABLES, x=np.array([{}], object)),

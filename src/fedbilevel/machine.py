@@ -30,12 +30,12 @@ def machine() -> Machine:
     cores, for which loops are split."""
     versions = f"jax-{jax.__version__}-jaxlib-{jaxlib_version}"
     system = f"{platform.system()}-{platform.machine()}".lower()
-    told = "\n".join([versions, system, f"cores {_cores()}", *_processor()])
+    told = "\n".join([versions, system, f"cores {cores()}", *_processor()])
     short = hashlib.sha256(told.encode()).hexdigest()[:16]
     return Machine(told, f"{versions}-{system}-{short}")
 
 
-def _cores() -> int:
+def cores() -> int:
     """As many as this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

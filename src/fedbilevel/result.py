@@ -345,16 +345,8 @@ def load_result(folder: str | os.PathLike[str], like: tuple[PyTree, PyTree] | No
     )  # fmt: skip
 
 
-def save_variables(result: Result, path: str | os.PathLike[str]) -> None:
-    """Write x, y and clients_y, where there are, to a numpy file: one array a leaf, as `x['weight']`.
-
-    Read it with `np.load`; where a leaf is bfloat16, float8, int4 or the like, once jax is imported.
-    """
-    save_arrays({"x": result.x, "y": result.y, "clients_y": result.clients_y}, path)
-
-
 def save_best(best: Best, path: str | os.PathLike[str]) -> None:
-    """Write the best x and y as `save_variables` does the last, and iteration, rounds and value beside them."""
+    """Write the best x and y to a numpy file, and iteration, rounds and value beside them."""
     save_arrays(_named(best), path)
 
 

@@ -30,6 +30,9 @@ from .variables import trainable
 
 HEAD, VARIABLES, BEST, HISTORY = "result.json", "variables.npz", "best.npz", "history.csv"
 FORMAT = 1
+_ALWAYS = {  # what every head has
+    "format", "columns", "texts", "arrays", "iteration", "stopped", "compiled", "config", "protocol", "clients",
+}  # fmt: skip
 T = TypeVar("T")
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 
@@ -135,7 +138,7 @@ def read(folder: str | os.PathLike[str]) -> Read:
     check((place / HEAD).is_file(), f"there is no {HEAD} in {place}: name a folder that result.save(...) wrote.")
     head = _readable(place / HEAD, lambda path: json.loads(path.read_text()))
     check(
-        isinstance(head, dict) and isinstance(head.get("format"), int) and isinstance(head.get("arrays"), dict),
+        isinstance(head, dict) and head.keys() >= _ALWAYS and isinstance(head["format"], int),
         f"{place / HEAD} is no result of fedbilevel: name a folder that result.save(...) wrote.",
     )
     check(

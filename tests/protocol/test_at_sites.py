@@ -15,21 +15,7 @@ from fedbilevel.algorithms import ALGORITHMS
 from fedbilevel.engines.faults import StateLost
 from fedbilevel.engines.loopback import InProcess
 from fedbilevel.owned import KeptAtSites, away
-
-M, WIDE, OWN = 4, 3, 2
-STEPS = {"inner_lr": 0.05, "hessian_lr": 0.05, "outer_lr": 0.05}
-
-
-def inner(x, y, row):
-    error = row["a"] @ y["body"] + row["a"][:OWN] @ y["head"] - row["b"]
-    pulled = jnp.sum((y["head"] - x["own"]) ** 2) + jnp.sum((y["body"] - x["all"]) ** 2)
-    return 0.5 * error**2 + 0.5 * pulled
-
-
-def outer(x, y, row):
-    error = row["a"] @ y["body"] + row["a"][:OWN] @ y["head"] - row["b"]
-    return 0.5 * error**2 + 0.1 * (jnp.sum(x["own"] ** 2) + x["all"] ** 2)
-
+from helpers.blocks import OWN, STEPS, WIDE, M, inner, outer
 
 PROBLEM = fb.Problem(inner, outer)
 

@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from .. import sketch
+
 _UNPRINTED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # what no document may hold
 _LONGEST = 600  # characters of one name or sentence
 
@@ -53,11 +55,7 @@ def text(value: object) -> str:
 
 def number(value: float) -> str:
     """A number, short; a dash where there is none."""
-    if math.isnan(value):
-        return "-"
-    if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:.4g}"
+    return "-" if math.isnan(value) else sketch.number(value)
 
 
 def size(count: float) -> str:

@@ -24,11 +24,14 @@ from pathlib import Path
 from ..errors import InputError, check
 from ..given import JSON
 from ..identity import differences
+from ..saved import BEST as BEST
+from ..saved import HEAD as RESULT
+from ..saved import HISTORY as HISTORY
+from ..saved import VARIABLES as VARIABLES
 from ..tables.prepared import PREPARED
 
-CONFIG, HISTORY, CHECKPOINT = "config.json", "history.csv", "checkpoint.eqx"
-VARIABLES, BEST, OUTCOME, ROUNDS, RUNS = "variables.npz", "best.npz", "outcome.json", "rounds.csv", "runs"
-CANDIDATES, CLIENTS, RESULT, PAGE = "candidates.csv", "clients.csv", "result.json", "report.html"
+CONFIG, CHECKPOINT, OUTCOME, ROUNDS, RUNS = "config.json", "checkpoint.eqx", "outcome.json", "rounds.csv", "runs"
+CANDIDATES, CLIENTS, PAGE = "candidates.csv", "clients.csv", "report.html"
 TABLES = "tables"  # in outcome.json, what agreeing on them took
 
 _OF_A_RUN = (
